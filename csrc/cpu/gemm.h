@@ -1,0 +1,261 @@
+// Products of a row block with packed panels: the one place where the CPU engines multiply matrices.
+//
+//   c[m][n] = init[m][n] + sum over k of a[m][k] * b[k][n]
+//
+// b is packed once into panels of up to kPanelVectors vectors: panel[k][n], contiguous, zero beyond the matrix.
+// a is read in place through two strides (row-major activations), or from a packed transpose. A micro-kernel
+// keeps its whole tile of c in registers (kRows x vectors accumulators) while k runs, broadcasting a and
+// streaming the panel.
+//
+// Every element of c is one chain of fused multiply-adds in the order of k, starting from init, whatever the
+// tile, the batch, the partition or the blocking of k: its bits depend on its own row and column only.
+//
+// bfloat16 operands (where the CPU multiplies them) go in pairs of k: a and panel hold [k / 2][..][2], an odd
+// K is padded with zeros, and k below counts pairs.
+#pragma once
+
+#include "vec.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+constexpr int kPanelVectors = 4;
+
+template <class O>
+struct Operand {
+  using Scalar = O;   // of the sums
+  using Element = O;  // what one broadcast moves
+  static constexpr int kPair = 1;
+};
+template <>
+struct Operand<bfloat16> {
+  using Scalar = float;
+  using Element = uint32_t;
+  static constexpr int kPair = 2;
+};
+
+// b * broadcast(a) + c, one step of k.
+template <class T>
+struct Multiplier {
+  using V = Vec<T>;
+  using Loaded = V;
+  static Loaded load_panel(const T* p) { return load<V>(p); }
+  static V multiply_add(T a, Loaded b, V c) { return fma(V(a), b, c); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Multiplier<bfloat16> {
+  using V = Vec<float>;
+  using Loaded = __m512bh;
+  static Loaded load_panel(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static V multiply_add(uint32_t a, Loaded b, V c) {
+    return V::of((V::Native)_mm512_dpbf16_ps((__m512)c.v, (__m512bh)_mm512_set1_epi32(int(a)), b));
+  }
+};
+#endif
+
+// Rows of the register tile for a panel of so many vectors: accumulators, panel vectors and a broadcast fit.
+constexpr int tile_rows(int vectors) {
+  constexpr int kLarge[] = {0, 14, 12, 8, 6}, kSmall[] = {0, 8, 6, 4, 3};
+  return kVectorRegisters == 32 ? kLarge[vectors] : kSmall[vectors];
+}
+
+template <class O>
+constexpr int64_t pairs(int64_t k) {
+  return (k + Operand<O>::kPair - 1) / Operand<O>::kPair;
+}
+
+template <class O>
+struct TileArgs {
+  using Scalar = typename Operand<O>::Scalar;
+  using Element = typename Operand<O>::Element;
+  int64_t k;
+  const Element* a;
+  int64_t row_stride, k_stride;  // of a, in elements
+  const O* panel;
+  Scalar* c;
+  int64_t c_stride;
+  const Scalar* init;  // null: zero
+  int64_t init_stride;  // 0: one row for all, e.g. a bias
+};
+
+template <class O, int kRows, int kVectors>
+void micro_kernel(const TileArgs<O>& t) {
+  using M = Multiplier<O>;
+  using V = typename M::V;
+  constexpr int kPair = Operand<O>::kPair;
+  V acc[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      acc[m][n] = t.init ? load<V>(t.init + m * t.init_stride + n * V::kWidth) : V(0);
+    }
+  }
+  const typename Operand<O>::Element* a = t.a;
+  const O* b = t.panel;
+  const int64_t row = t.row_stride, step = t.k_stride;
+  for (int64_t k = 0; k < t.k; ++k) {
+    typename M::Loaded panel[kVectors];
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) panel[n] = M::load_panel(b + n * V::kWidth * kPair);
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) acc[m][n] = M::multiply_add(a[m * row], panel[n], acc[m][n]);
+    }
+    a += step;
+    b += kVectors * V::kWidth * kPair;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) store(t.c + m * t.c_stride + n * V::kWidth, acc[m][n]);
+  }
+}
+
+template <class O, int kVectors, int kRows = tile_rows(kVectors)>
+void micro_kernel_of(int rows, const TileArgs<O>& t) {
+  if (rows == kRows) {
+    micro_kernel<O, kRows, kVectors>(t);
+  } else if constexpr (kRows > 1) {
+    micro_kernel_of<O, kVectors, kRows - 1>(rows, t);
+  }
+}
+
+// Rows are cut into groups of nearly equal height, at most `most`; group i of `count` begins here.
+inline int64_t group_begin(int64_t rows, int64_t count, int64_t i) {
+  const int64_t size = rows / count, longer = rows % count;
+  return i * size + (i < longer ? i : longer);
+}
+inline int64_t group_count(int64_t rows, int64_t most) { return (rows + most - 1) / most; }
+
+// A slice of a panel of so many k stays in half of a small L2 cache while all row groups pass over it.
+constexpr int64_t kDepth = 512;
+
+// c (rows x panel) = init + a * panel. k_stride 0 says that a was packed by pack_transposed_block.
+template <class O>
+void multiply(int vectors, int64_t rows, TileArgs<O> t) {
+  const bool packed = t.k_stride == 0;
+  const int64_t columns = vectors * Vec<typename Operand<O>::Scalar>::kWidth * Operand<O>::kPair;
+  const int64_t groups = group_count(rows, tile_rows(packed ? kPanelVectors : vectors));
+  const int64_t depth = t.k;
+  int64_t k = 0;
+  do {
+    const int64_t k_end = depth - k > kDepth ? k + kDepth : depth;
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t begin = group_begin(rows, groups, i), size = group_begin(rows, groups, i + 1) - begin;
+      TileArgs<O> g = t;
+      g.k = k_end - k;
+      g.a += packed ? begin * depth + k * size : begin * t.row_stride + k * t.k_stride;
+      if (packed) g.k_stride = size;
+      g.panel += k * columns;
+      g.c += begin * t.c_stride;
+      if (k > 0) {
+        g.init = g.c;
+        g.init_stride = t.c_stride;
+      } else if (t.init) {
+        g.init += begin * t.init_stride;
+      }
+      switch (vectors) {
+        case 1:
+          micro_kernel_of<O, 1>(int(size), g);
+          break;
+        case 2:
+          micro_kernel_of<O, 2>(int(size), g);
+          break;
+        case 3:
+          micro_kernel_of<O, 3>(int(size), g);
+          break;
+        default:
+          micro_kernel_of<O, 4>(int(size), g);
+      }
+    }
+    k = k_end;
+  } while (k < depth);
+}
+
+// ---- packing ----
+
+// One vector of a panel from kWidth rows of a row-major matrix, transposed: panel[k][i] = matrix[i][k], zero for
+// i >= count. panel points at this vector of the panel's first k.
+template <class O, class S>
+void pack_transposed(const S* matrix, int64_t row_stride, int64_t count, int64_t depth, O* panel, int64_t columns) {
+  using V = Vec<typename Operand<O>::Scalar>;
+  constexpr int kWidth = V::kWidth, kPair = Operand<O>::kPair;
+  for (int64_t k = 0; k < depth; k += kWidth * kPair) {
+    V rows[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      const int64_t n = i < count ? depth - k : 0;
+      const S* row = matrix + i * row_stride + k;
+      if constexpr (kPair == 1) {
+        rows[i] = n > 0 ? load_upto<V>(row, n) : V(0);
+      } else {
+        float words[kWidth] = {};
+        std::memcpy(words, row, size_t(n < kWidth * kPair ? n : kWidth * kPair) * sizeof(S));
+        rows[i] = load<V>(words);
+      }
+    }
+    transpose(rows);
+    const int64_t valid = pairs<O>(depth - k);
+    for (int i = 0; i < kWidth && i < valid; ++i) {
+      std::memcpy(panel + (k / kPair + i) * columns * kPair, &rows[i].v, sizeof rows[i].v);
+    }
+  }
+}
+
+// Elements [0, n) of a row with a feature stride; a null row reads as zeros.
+template <class V, class S>
+inline V load_strided(const S* row, int64_t stride, int64_t n) {
+  if (!row || n <= 0) return V(0);
+  if (stride == 1) return load_upto<V>(row, n);
+  typename V::Scalar buffer[V::kWidth] = {};
+  for (int64_t i = 0; i < n && i < V::kWidth; ++i) buffer[i] = widen(row[i * stride]);
+  return load<V>(buffer);
+}
+
+// A panel of `vectors` vectors from rows as they lie: panel[k][n] = rows[k][n], zero for n >= count.
+template <class O, class S>
+void pack_rows(const S* const* rows, int64_t offset, int64_t stride, int64_t count, int64_t depth, int vectors,
+               O* panel) {
+  using V = Vec<typename Operand<O>::Scalar>;
+  constexpr int kPair = Operand<O>::kPair;
+  for (int64_t k = 0; k < depth; k += kPair) {
+    for (int i = 0; i < vectors; ++i, panel += V::kWidth * kPair) {
+      const int64_t n = count - i * V::kWidth, column = offset + i * V::kWidth * stride;
+      const auto vector = [&](int64_t at) {
+        return load_strided<V>(at < depth && rows[at] ? rows[at] + column : nullptr, stride, n);
+      };
+      if constexpr (kPair == 1) {
+        store(panel, vector(k));
+      } else {
+        // Widened bfloat16 has its bits in the upper half: the even row moves down, the odd one stays.
+        const Word32 even = (Word32)vector(k).v >> 16, odd = (Word32)vector(k + 1).v;
+        const Word32 both = even | odd;
+        std::memcpy(panel, &both, sizeof both);
+      }
+    }
+  }
+}
+
+// a of a product with a transposed left side: rows [0, count) of a^T = columns of `depth` rows that lie
+// row_stride apart. Laid out as multiply() cuts them: for each group of rows, [k][row of the group].
+template <class O>
+void pack_transposed_block(const O* matrix, int64_t row_stride, int64_t count, int64_t depth,
+                           typename Operand<O>::Element* packed) {
+  const int64_t groups = group_count(count, tile_rows(kPanelVectors));
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t begin = group_begin(count, groups, i), size = group_begin(count, groups, i + 1) - begin;
+    for (int64_t k = 0; k < depth; k += Operand<O>::kPair, packed += size) {
+      const O* row = matrix + k * row_stride + begin;
+      if constexpr (Operand<O>::kPair == 1) {
+        for (int64_t m = 0; m < size; ++m) packed[m] = row[m];
+      } else {
+        for (int64_t m = 0; m < size; ++m) {
+          packed[m] = row[m].bits | (k + 1 < depth ? uint32_t(row[row_stride + m].bits) << 16 : 0);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

@@ -1,0 +1,92 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+
+namespace fastseq {
+namespace {
+
+struct CellFacts {
+  int gates, saved, phases;
+  bool cell_state;
+};
+constexpr CellFacts kFacts[kCells] = {
+    {1, 0, 1, false}, {1, 0, 1, false}, {4, 5, 1, true}, {3, 4, 1, false}, {3, 3, 2, false}};
+const CellFacts& facts(CellKind cell) { return kFacts[static_cast<int>(cell)]; }
+
+// Costs in nanoseconds on one core of a current x86 server; only their proportions matter.
+constexpr double kFlopsPerNs = 100;         // float32 products in the cache
+constexpr double kNearBytesPerNs = 100;     // weights that stay in a core's own L2
+constexpr double kFarBytesPerNs = 30;       // weights from L3
+constexpr double kNearBytes = 700 * 1024;   // what of L2 the weights may take
+constexpr double kBarrierNs = 250;          // two threads meet
+constexpr double kRegionNs = 4000;          // waking the threads
+constexpr double kGateNs = 1.5;             // one gate of one unit of one row
+constexpr int64_t kUnitQuantum = 16;        // one vector of the widest instruction set
+
+double element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+double cost(const RecurrentProblem& p, int directions, int batch_parts, int unit_parts) {
+  const double width = p.proj_size ? p.proj_size : p.hidden_size, slowdown = element_bytes(p.dtype) / 4;
+  const double quanta = double((p.hidden_size + kUnitQuantum - 1) / kUnitQuantum);
+  const double share = double(int64_t(quanta + unit_parts - 1) / unit_parts) / quanta;
+  const double rows = double((p.batch + batch_parts - 1) / batch_parts);
+  const double weights = facts(p.cell).gates * double(p.hidden_size) * width * share;
+  const double bytes = weights * element_bytes(p.dtype);
+  const double product = std::max(2 * weights * rows * slowdown / kFlopsPerNs,
+                                  bytes / (bytes <= kNearBytes ? kNearBytesPerNs : kFarBytesPerNs));
+  const double gates = rows * double(p.hidden_size) * share * facts(p.cell).gates * kGateNs / 16;
+  const double meetings = facts(p.cell).phases + (p.proj_size ? 1 : 0);
+  const double barrier = unit_parts > 1 ? meetings * kBarrierNs * (1 + unit_parts / 8.0) : 0;
+  const double input = 2.0 * facts(p.cell).gates * double(p.hidden_size) * double(p.input_size) * rows * share *
+                       slowdown / kFlopsPerNs;
+  const double pack = facts(p.cell).gates * double(p.hidden_size) * (width + double(p.input_size)) * share /
+                      batch_parts / 8;
+  return directions * (double(p.steps) * (product + gates + barrier + input) + pack);
+}
+
+int64_t chunk_rows(const RecurrentProblem& p) {
+  if (p.backward) return 512;
+  // The projected inputs of a chunk stay in the cache until their steps are done.
+  const int64_t row_bytes = facts(p.cell).gates * p.hidden_size * int64_t(element_bytes(p.dtype));
+  return std::clamp<int64_t>((int64_t(1) << 20) / std::max<int64_t>(row_bytes, 1), 48, 256);
+}
+
+}  // namespace
+
+int gates_of(CellKind cell) { return facts(cell).gates; }
+int saved_slots_of(CellKind cell) { return facts(cell).saved; }
+bool has_cell_state(CellKind cell) { return facts(cell).cell_state; }
+
+RecurrentPlan recurrent_plan(const RecurrentProblem& p) {
+  const int most_units = int(std::min<int64_t>((p.hidden_size + kUnitQuantum - 1) / kUnitQuantum, 4096));
+  const int most_batch = int(std::clamp<int64_t>(p.batch, 1, 4096));
+  RecurrentPlan plan{1, 1, 1, chunk_rows(p)};
+  int d = 0, b = 0, u = 0;
+  const char* forced = std::getenv("FASTSEQ_PLAN");
+  if (forced && std::sscanf(forced, "%dx%dx%d", &d, &b, &u) == 3 && d > 0 && b > 0 && u > 0) {
+    plan.direction_parts = std::min({d, p.directions, p.threads});
+    plan.batch_parts = std::min({b, most_batch, p.threads / plan.direction_parts});
+    plan.unit_parts = std::min({u, most_units, p.threads / plan.direction_parts / plan.batch_parts});
+    return plan;
+  }
+  double best = cost(p, p.directions, 1, 1);
+  for (int parts = 1; parts <= p.directions; ++parts) {
+    const int threads = p.threads / parts;
+    for (int batch = 1; batch <= std::min(threads, most_batch); ++batch) {
+      const int units = std::min(threads / batch, most_units);
+      for (const int unit : {1, units}) {
+        if (parts * batch * unit == 1) continue;
+        const double time = kRegionNs + cost(p, p.directions / parts, batch, unit);
+        if (time < best) {
+          best = time;
+          plan.direction_parts = parts, plan.batch_parts = batch, plan.unit_parts = unit;
+        }
+      }
+    }
+  }
+  return plan;
+}
+
+}  // namespace fastseq

@@ -1,0 +1,599 @@
+// Backpropagation through time for one recurrent layer, all its directions, in one parallel region.
+//
+// What it computes, for each direction, from the last step to the first:
+//   d_t = gradients of the gate pre-activations (the cell's step_grad, from dh_t + grad_output_t and dc_t)
+//   dh_{t-1} = d_t U (+ what reaches h_{t-1} past U);  dc_{t-1} from the cell
+// and for a chunk of steps at a time, while its d is in the cache:
+//   dW_ih += d^T x,  dW_hh += d^T h,  db += sum of d,  dx = d W_ih
+//
+// Who holds what: as in the forward pass a thread owns rows and unit blocks; of the unit blocks it owns the
+// matching columns of dh, so one meeting a step is enough. The chunk's products are dealt out over the rows of the
+// weights (each element of dW is one thread's, added up in the order of the chunks: the same bits every run) and
+// over the rows of dx. d, dh and dc are never rounded to 16 bits unless the CPU multiplies bfloat16.
+//
+// What it costs, a row and step: 4 G H (I + R) operations; packed U^T read once a step from L2 or L3; d written
+// and read in the cache; saved values, h and x read from memory once, dW read and written once a chunk.
+#include "recurrent_common.h"
+
+namespace fastseq::FASTSEQ_ISA {
+namespace {
+
+template <class S, class O>
+class Backward {
+  using Scalar = typename Operand<O>::Scalar;
+  using Element = typename Operand<O>::Element;
+  using V = Vec<Scalar>;
+  static constexpr int kWidth = V::kWidth;
+  static constexpr int64_t kPanelColumns = kPanelVectors * kWidth;
+
+  // The gradient of a weight, [gate rows, n]: a^T b over all rows of all chunks. a: columns of the chunk's d.
+  struct WeightGrad {
+    const O* a;
+    int64_t a_stride;
+    int64_t m;               // rows of the gradient
+    const Panels<O>* right;  // b, packed for the chunk
+    Scalar* sum;             // [m, n]
+  };
+
+  struct DirectionState {
+    Panels<O> recurrent_first, recurrent_rest;  // U of the first gates (all, in most cells) and of the others
+    Panels<O> input, projection;                // W_ih, W_hr
+    Scalar* dh;   // [B, R, padded]
+    Scalar* dc;   // [B, H, padded]
+    Scalar* dm;   // [B, H, padded]: gradient of the unprojected output
+    Scalar* bias_sum;  // [grads, H padded]
+    Scalar *weight_ih_sum, *weight_hh_sum, *weight_hr_sum;  // where the sums cannot live in the gradients themselves
+    Scalar* input_sum;                                      // [rows, I]: dx of the direction that runs beside another
+    // Of a chunk; rows are those of its steps in the order of time.
+    O* d;         // [row][grads][H, padded]
+    O* d_output;  // [row][R, padded]: gradient of the projected output
+    O* operand;   // [row][H, padded]: r * h, or the unprojected output
+    const S **h_rows, **c_rows, **x_rows;  // rows of h_{t-1}, c_{t-1} and x
+    Panels<O> h_right, x_right, operand_right;  // packed for dW
+  };
+
+ public:
+  Backward(const RecurrentArgs& args, const RecurrentPlan& plan)
+      : args_(args), plan_(plan), cell_(cell_ops<S, O>(args.cell)) {
+    lay_out();
+    arena_.allocate();
+    lay_out();
+    steps_.fill(plan.batch_parts);
+    meetings_.fill(plan);
+    new (everybody_) Barrier(team_size());
+  }
+
+  void run() {
+    run_team(team_size(), [](void* self, int thread) { static_cast<Backward*>(self)->run_thread(thread); }, this);
+  }
+
+ private:
+  int team_size() const { return plan_.direction_parts * plan_.batch_parts * plan_.unit_parts; }
+  bool two_products() const { return cell_.first_gates < cell_.gates; }
+  int64_t width() const { return args_.proj_size ? args_.proj_size : args_.hidden_size; }
+  int slots() const { return cell_.saved + (cell_.cell_state ? 1 : 0); }
+  int64_t all_rows() const {
+    int64_t rows = args_.shape.steps * args_.shape.batch;
+    if (args_.shape.batch_sizes) {
+      rows = 0;
+      for (int64_t t = 0; t < args_.shape.steps; ++t) rows += args_.shape.batch_sizes[t];
+    }
+    return rows;
+  }
+  // Sums of 16-bit gradients are kept apart in float; others grow where they will stay.
+  Scalar* sum_of(void* gradient, int64_t count) {
+    if (!gradient) return nullptr;
+    if constexpr (sizeof(S) == sizeof(Scalar)) return static_cast<Scalar*>(gradient);
+    return arena_.take<Scalar>(count);
+  }
+
+  void lay_out() {
+    const int64_t hidden = args_.hidden_size, batch = args_.shape.batch, inputs = args_.input_size;
+    const int64_t rows = all_rows(), gate_rows = cell_.gates * hidden;
+    units_ = {hidden, kWidth * unit_vectors<Scalar>(hidden, 1, plan_.unit_parts)};
+    outputs_ = args_.proj_size
+                   ? Blocks{width(), kWidth * unit_vectors<Scalar>(width(), 1, plan_.unit_parts)}
+                   : units_;
+    chunk_rows_ = least(rows, most(plan_.chunk_rows, batch));
+    depth_ = least(chunk_rows_, kDepth);
+    hidden_stride_ = round_up(hidden, kWidth);
+    width_stride_ = round_up(width(), kWidth);
+    d_stride_ = cell_.grads * hidden_stride_ + kWidth;
+    meetings_.take(arena_, plan_);
+    everybody_ = arena_.take<Barrier>(1);
+    steps_.take(arena_, args_.shape, plan_.batch_parts);
+    for (int i = 0; i < args_.directions; ++i) {
+      const RecurrentDirection& t = args_.direction[i];
+      DirectionState& s = direction_[i];
+      s.recurrent_first = {nullptr, nullptr, outputs_, 1, hidden, cell_.first_gates};
+      s.recurrent_first.take(arena_, false);
+      s.recurrent_rest = {nullptr, nullptr, units_, 1, hidden, cell_.gates - cell_.first_gates};
+      s.recurrent_rest.take(arena_, false);
+      s.input = {nullptr, nullptr, {args_.grad_input.data ? inputs : 0, kPanelColumns}, 1, hidden, cell_.gates};
+      s.input.take(arena_, false);
+      s.projection = {nullptr, nullptr, {args_.proj_size ? hidden : 0, units_.width}, 1, width(), 1};
+      s.projection.take(arena_, false);
+      s.dh = arena_.take<Scalar>(batch * width_stride_);
+      s.dc = arena_.take<Scalar>(cell_.cell_state ? batch * hidden_stride_ : 0);
+      s.dm = arena_.take<Scalar>(args_.proj_size ? batch * hidden_stride_ : 0);
+      s.bias_sum = arena_.take<Scalar>(cell_.grads * hidden_stride_);
+      s.weight_ih_sum = sum_of(t.grad_weight_ih, gate_rows * inputs);
+      s.weight_hh_sum = sum_of(t.grad_weight_hh, gate_rows * width());
+      s.weight_hr_sum = sum_of(t.grad_weight_hr, width() * hidden);
+      const bool beside = i > 0 && plan_.direction_parts > 1 && args_.grad_input.data;
+      s.input_sum = beside ? arena_.take<Scalar>(rows * inputs) : nullptr;
+      s.d = arena_.take<O>(chunk_rows_ * d_stride_);
+      s.d_output = arena_.take<O>(args_.proj_size ? chunk_rows_ * width_stride_ : 0);
+      s.operand = args_.proj_size || two_products() ? arena_.take<O>(chunk_rows_ * hidden_stride_) : nullptr;
+      s.h_rows = arena_.take<const S*>(chunk_rows_);
+      s.c_rows = arena_.take<const S*>(chunk_rows_);
+      s.x_rows = arena_.take<const S*>(chunk_rows_);
+      s.h_right = {nullptr, nullptr, {t.grad_weight_hh ? width() : 0, kPanelColumns}, 1, depth_, 1};
+      s.h_right.take(arena_, false);
+      s.x_right = {nullptr, nullptr, {t.grad_weight_ih ? inputs : 0, kPanelColumns}, 1, depth_, 1};
+      s.x_right.take(arena_, false);
+      const bool operand_used = (two_products() && t.grad_weight_hh) || t.grad_weight_hr;
+      s.operand_right = {nullptr, nullptr, {operand_used ? hidden : 0, kPanelColumns}, 1, depth_, 1};
+      s.operand_right.take(arena_, false);
+    }
+    transposed_ = arena_.take<Element>(team_size() * pairs<O>(depth_) * kBlockRows);
+  }
+
+  void run_thread(int thread) {
+    const Seat seat = seat_of(plan_, thread);
+    for (int d = seat.direction_part; d < args_.directions; d += plan_.direction_parts) {
+      Worker(*this, d, seat, thread).run();
+    }
+    if (direction_[args_.directions - 1].input_sum) {
+      everybody_->wait();
+      add_second_direction(thread);
+    }
+  }
+
+  // dx of the first direction += dx of the second.
+  void add_second_direction(int thread) {
+    const Scalar* const second = direction_[1].input_sum;
+    for (int64_t t = thread; t < steps_.steps; t += team_size()) {
+      S* const to = steps_.at<S>(args_.grad_input, t);
+      for (int64_t b = 0; b < steps_.rows(t); ++b) {
+        S* const row = to + b * args_.grad_input.stride[1];
+        const Scalar* const add = second + (steps_.offset(t) + b) * args_.input_size;
+        for_each_vector<kWidth>(1, args_.input_size, [&](int64_t, int64_t i, int64_t n) {
+          store_upto(row + i, load_upto<V>(row + i, n) + load_upto<V>(add + i, n), n);
+        });
+      }
+    }
+  }
+
+  struct Worker {
+    Backward& pass;
+    const RecurrentArgs& args;
+    const RecurrentDirection& tensors;
+    DirectionState& state;
+    const CellOps<S, O>& cell;
+    const Steps& steps;
+    const int d;
+    const Seat seat;
+    const int rank, ranks;  // among the threads of this direction
+    const Range own_units, own_outputs;  // blocks
+    Element* const transposed;
+    bool first_chunk = true;
+
+    Worker(Backward& pass, int d, const Seat& seat, int thread)
+        : pass(pass), args(pass.args_), tensors(args.direction[d]), state(pass.direction_[d]), cell(pass.cell_),
+          steps(pass.steps_), d(d), seat(seat),
+          rank(seat.batch_part * pass.plan_.unit_parts + seat.unit_part),
+          ranks(pass.plan_.batch_parts * pass.plan_.unit_parts),
+          own_units(share(pass.units_.count(), pass.plan_.unit_parts, seat.unit_part)),
+          own_outputs(share(pass.outputs_.count(), pass.plan_.unit_parts, seat.unit_part)),
+          transposed(pass.transposed_ + thread * pairs<O>(pass.depth_) * kBlockRows) {}
+
+    void meet() const { pass.meetings_.of_units(seat).wait(); }
+    void meet_direction() const { pass.meetings_.of_direction(seat).wait(); }
+    int64_t time(int64_t step) const { return d == 0 ? step : args.shape.steps - 1 - step; }
+
+    void run() {
+      pack_weights();
+      start_gradients();
+      for (int64_t end = args.shape.steps; end > 0;) {
+        int64_t begin = end, rows = 0;
+        do {
+          rows += steps.rows(time(--begin));
+        } while (begin > 0 && rows + steps.rows(time(begin - 1)) <= pass.chunk_rows_);
+        const int64_t first = d == 0 ? begin : time(end - 1), last = d == 0 ? end : time(begin) + 1;
+        find_rows(first, last);
+        meet_direction();
+        for (int64_t step = end - 1; step >= begin; --step) {
+          take_step(time(step), steps.offset(time(step)) - steps.offset(first));
+        }
+        meet_direction();
+        if (args.grad_input.data) input_gradient(first, rows);
+        for (int64_t k = 0; k < rows; k += pass.depth_) {
+          weight_gradients(k, least(pass.depth_, rows - k));
+          first_chunk = false;
+        }
+        end = begin;
+      }
+      finish();
+    }
+
+    // ---- before the first step ----
+
+    void pack_weights() {
+      const auto deal = [&](Panels<O>& panels, const void* weight, int64_t first_segment) {
+        for (int64_t j = rank; j < panels.blocks.count(); j += ranks) {
+          panels.pack_columns(j, static_cast<const S*>(weight), first_segment);
+        }
+      };
+      deal(state.recurrent_first, tensors.weight_hh, 0);
+      if (pass.two_products()) deal(state.recurrent_rest, tensors.weight_hh, cell.first_gates);
+      deal(state.input, tensors.weight_ih, 0);
+      deal(state.projection, tensors.weight_hr, 0);
+    }
+
+    void start_gradients() {
+      const int64_t hidden = args.hidden_size, width = pass.width();
+      for (int64_t b = rank; b < args.shape.batch; b += ranks) {
+        const auto start = [&](Scalar* to, int64_t stride, const void* from, int64_t n) {
+          const S* const row = from ? static_cast<const S*>(from) + b * n : nullptr;
+          for (int64_t i = 0; i < stride; i += kWidth) {
+            store(to + b * stride + i, load_strided<V>(row ? row + i : nullptr, 1, n - i));
+          }
+        };
+        start(state.dh, pass.width_stride_, tensors.grad_h_n, width);
+        if (cell.cell_state) start(state.dc, pass.hidden_stride_, tensors.grad_c_n, hidden);
+      }
+      if (Operand<O>::kPair == 2) {  // odd rows are read in pairs
+        for (int64_t row = rank; row < pass.chunk_rows_; row += ranks) {
+          std::memset(static_cast<void*>(state.d + row * pass.d_stride_), 0, size_t(pass.d_stride_) * sizeof(O));
+          if (args.proj_size) {
+            std::memset(static_cast<void*>(state.d_output + row * pass.width_stride_), 0,
+                        size_t(pass.width_stride_) * sizeof(O));
+          }
+        }
+      }
+      if (rank == 0) {
+        std::memset(static_cast<void*>(state.bias_sum), 0,
+                    size_t(cell.grads * pass.hidden_stride_) * sizeof(Scalar));
+      }
+    }
+
+    // ---- a chunk's steps ----
+
+    void find_rows(int64_t first, int64_t last) {
+      const int64_t width = pass.width(), hidden = args.hidden_size, T = args.shape.steps;
+      const int64_t saved_stride = pass.slots() * hidden;
+      for (int64_t t = first + rank; t < last; t += ranks) {
+        const int64_t before = d == 0 ? t - 1 : t + 1;
+        const int64_t continued = before >= 0 && before < T ? least(steps.rows(before), steps.rows(t)) : 0;
+        const int64_t row = steps.offset(t) - steps.offset(first);
+        for (int64_t b = 0; b < steps.rows(t); ++b) {
+          const S *h, *c = nullptr;
+          if (b < continued) {
+            h = steps.template at<const S>(args.output, before) + b * args.output.stride[1] + d * width;
+            if (cell.cell_state) {
+              c = static_cast<const S*>(tensors.saved) + (steps.offset(before) + b) * saved_stride +
+                  cell.saved * hidden;
+            }
+          } else {
+            h = tensors.h0 ? static_cast<const S*>(tensors.h0) + b * width : nullptr;
+            c = tensors.c0 ? static_cast<const S*>(tensors.c0) + b * hidden : nullptr;
+          }
+          state.h_rows[row + b] = h;
+          state.c_rows[row + b] = c;
+          state.x_rows[row + b] = steps.template at<const S>(args.input, t) + b * args.input.stride[1];
+        }
+      }
+    }
+
+    void take_step(int64_t t, int64_t chunk_row) {
+      const Range rows = steps.rows(t, seat.batch_part);
+      if (args.proj_size) {
+        sum_output_gradient(t, rows, chunk_row);
+        meet();
+        product(state.projection, own_units, rows, state.d_output + chunk_row * pass.width_stride_,
+                pass.width_stride_, 0, state.dm, pass.hidden_stride_, false);
+      }
+      run_cell(t, rows, chunk_row);
+      meet();
+      O* const gradients = state.d + chunk_row * pass.d_stride_;
+      if (pass.two_products()) {
+        run_first(t, rows, chunk_row);
+        meet();
+      }
+      product(state.recurrent_first, own_outputs, rows, gradients, pass.d_stride_, 0, state.dh, pass.width_stride_,
+              cell.direct);
+    }
+
+    // to = (to +) sum over the panels' segments of d[segment] * U, for own columns.
+    void product(const Panels<O>& panels, Range own, Range rows, const O* from, int64_t from_stride, int first_gate,
+                 Scalar* to, int64_t to_stride, bool add) {
+      for (int64_t j = own.begin; j < own.end; ++j) {
+        for_each_row_block(rows, [&](Range r) {
+          Scalar* const sums = to + r.begin * to_stride + panels.blocks.begin(j);
+          multiply_segments(panels, j, r, from, from_stride, first_gate, sums, to_stride, add);
+        });
+      }
+    }
+
+    void multiply_segments(const Panels<O>& panels, int64_t j, Range r, const O* from, int64_t from_stride,
+                           int first_gate, Scalar* sums, int64_t sums_stride, bool add) {
+      for (int64_t g = 0; g < panels.segments; ++g) {
+        const int64_t column = grad_block(panels, first_gate + int(g)) * pass.hidden_stride_;
+        multiply<O>(panels.vectors(j), r.size(),
+                    {pairs<O>(panels.depth), elements(from + r.begin * from_stride + column),
+                     row_elements<O>(from_stride), 1, panels.at(j, g), sums, sums_stride,
+                     add || g > 0 ? sums : nullptr, sums_stride});
+      }
+    }
+
+    // Where in d the gradient that multiplies a gate's rows of this weight lies.
+    int64_t grad_block(const Panels<O>& panels, int gate) const {
+      if (&panels == &state.projection) return 0;
+      return &panels == &state.input ? cell.input_grad[gate] : cell.recurrent_grad[gate];
+    }
+
+    const S* grad_output_at(int64_t t) const {
+      if (!args.grad_output.data) return nullptr;
+      return steps.template at<const S>(args.grad_output, t) + d * pass.width() * args.grad_output.stride[2];
+    }
+
+    // With a projection: the whole gradient of h_t, own columns.
+    void sum_output_gradient(int64_t t, Range rows, int64_t chunk_row) {
+      const S* const grad_output = grad_output_at(t);
+      const int64_t stride = args.grad_output.stride[2];
+      for (int64_t j = own_outputs.begin; j < own_outputs.end; ++j) {
+        const int64_t column = pass.outputs_.begin(j);
+        for (int64_t b = rows.begin; b < rows.end; ++b) {
+          for_each_vector<kWidth>(1, pass.outputs_.size(j), [&](int64_t, int64_t i, int64_t n) {
+            V sum = load<V>(state.dh + b * pass.width_stride_ + column + i);
+            if (grad_output) {
+              const S* const row = grad_output + b * args.grad_output.stride[1] + (column + i) * stride;
+              sum = sum + load_strided<V>(row, stride, n);
+            }
+            store_upto(state.d_output + (chunk_row + b) * pass.width_stride_ + column + i, sum, n);
+          });
+        }
+      }
+    }
+
+    StepGradTile<S, O> tile(int64_t t, Range r, int64_t chunk_row, int64_t j) const {
+      const int64_t hidden = args.hidden_size, saved_stride = pass.slots() * hidden, unit = pass.units_.begin(j);
+      const bool projected = args.proj_size != 0;
+      StepGradTile<S, O> tile;
+      tile.rows = r.size(), tile.units = pass.units_.size(j), tile.hidden = hidden, tile.unit = unit;
+      tile.h = state.h_rows + chunk_row + r.begin, tile.c = state.c_rows + chunk_row + r.begin;
+      tile.h_next_stride = args.output.stride[1];
+      tile.h_next = steps.template at<const S>(args.output, t) + r.begin * tile.h_next_stride + d * pass.width() +
+                    (projected ? 0 : unit);
+      tile.saved_stride = saved_stride;
+      tile.saved = tensors.saved ? static_cast<const S*>(tensors.saved) +
+                                       (steps.offset(t) + r.begin) * saved_stride + unit
+                                 : nullptr;
+      tile.grad_output = nullptr;
+      tile.grad_output_stride[0] = args.grad_output.stride[1], tile.grad_output_stride[1] = args.grad_output.stride[2];
+      if (const S* const grad_output = projected ? nullptr : grad_output_at(t)) {
+        tile.grad_output = grad_output + r.begin * args.grad_output.stride[1] + unit * args.grad_output.stride[2];
+      }
+      tile.dh_stride = projected ? pass.hidden_stride_ : pass.width_stride_;
+      tile.dh = (projected ? state.dm : state.dh) + r.begin * tile.dh_stride + unit;
+      tile.dc = cell.cell_state ? state.dc + r.begin * pass.hidden_stride_ + unit : nullptr;
+      tile.dc_stride = pass.hidden_stride_;
+      tile.d = state.d + (chunk_row + r.begin) * pass.d_stride_ + unit;
+      tile.d_stride = pass.d_stride_, tile.d_gate = pass.hidden_stride_;
+      tile.operand = state.operand ? state.operand + (chunk_row + r.begin) * pass.hidden_stride_ + unit : nullptr;
+      tile.operand_stride = pass.hidden_stride_;
+      tile.d_operand = nullptr, tile.d_operand_stride = 0;
+      return tile;
+    }
+
+    void run_cell(int64_t t, Range rows, int64_t chunk_row) {
+      for (int64_t j = own_units.begin; j < own_units.end; ++j) {
+        for_each_row_block(rows, [&](Range r) { cell.step_grad(tile(t, r, chunk_row, j)); });
+      }
+    }
+
+    void run_first(int64_t t, Range rows, int64_t chunk_row) {
+      TileBuffer<Scalar> sums;
+      const O* const gradients = state.d + chunk_row * pass.d_stride_;
+      for (int64_t j = own_units.begin; j < own_units.end; ++j) {
+        for_each_row_block(rows, [&](Range r) {
+          StepGradTile<S, O> first = tile(t, r, chunk_row, j);
+          first.d_operand = sums.data, first.d_operand_stride = state.recurrent_rest.columns(j);
+          multiply_segments(state.recurrent_rest, j, r, gradients, pass.d_stride_, cell.first_gates, sums.data,
+                            first.d_operand_stride, false);
+          cell.first_grad(first);
+        });
+      }
+    }
+
+    // ---- a chunk's products ----
+
+    void input_gradient(int64_t first, int64_t rows) {
+      const Panels<O>& panels = state.input;
+      TileBuffer<Scalar> sums;
+      const Range own = share(rows, ranks, rank);
+      for (int64_t j = 0; j < panels.blocks.count(); ++j) {
+        const int64_t column = panels.blocks.begin(j), n = panels.blocks.size(j), columns = panels.columns(j);
+        int64_t t = first;
+        for_each_row_block(own, [&](Range r) {
+          multiply_segments(panels, j, r, state.d, pass.d_stride_, 0, sums.data, columns, false);
+          for (int64_t row = r.begin; row < r.end; ++row) {
+            while (row - (steps.offset(t) - steps.offset(first)) >= steps.rows(t)) ++t;
+            const int64_t b = row - (steps.offset(t) - steps.offset(first));
+            const Scalar* const from = sums.data + (row - r.begin) * columns;
+            if (state.input_sum) {
+              Scalar* const to = state.input_sum + (steps.offset(t) + b) * args.input_size + column;
+              for_each_vector<kWidth>(1, n, [&](int64_t, int64_t i, int64_t valid) {
+                store_upto(to + i, load<V>(from + i), valid);
+              });
+            } else {
+              S* const to = steps.template at<S>(args.grad_input, t) + b * args.grad_input.stride[1] + column;
+              for_each_vector<kWidth>(1, n, [&](int64_t, int64_t i, int64_t valid) {
+                V sum = load<V>(from + i);
+                if (d == 1) sum = sum + load_upto<V>(to + i, valid);
+                store_upto(to + i, sum, valid);
+              });
+            }
+          }
+        });
+      }
+    }
+
+    void weight_gradients(int64_t k, int64_t depth) {
+      const int64_t x_stride = args.input.stride[2];
+      deal_rows(state.h_right, state.h_rows + k, 1, depth);
+      deal_rows(state.x_right, state.x_rows + k, x_stride, depth);
+      deal_operand(k, depth);
+      if (tensors.grad_bias_ih || tensors.grad_bias_hh) sum_biases(k, depth);
+      meet_direction();
+      const int64_t hidden = args.hidden_size, width = pass.width();
+      for (int g = 0; g < cell.gates; ++g) {
+        const O* const d_row = state.d + k * pass.d_stride_;
+        if (tensors.grad_weight_ih) {
+          weight_gradient({d_row + cell.input_grad[g] * pass.hidden_stride_, pass.d_stride_, hidden, &state.x_right,
+                           state.weight_ih_sum + g * hidden * args.input_size},
+                          depth);
+        }
+        if (tensors.grad_weight_hh) {
+          weight_gradient({d_row + cell.recurrent_grad[g] * pass.hidden_stride_, pass.d_stride_, hidden,
+                           g < cell.first_gates ? &state.h_right : &state.operand_right,
+                           state.weight_hh_sum + g * hidden * width},
+                          depth);
+        }
+      }
+      if (tensors.grad_weight_hr) {
+        weight_gradient({state.d_output + k * pass.width_stride_, pass.width_stride_, width, &state.operand_right,
+                         state.weight_hr_sum},
+                        depth);
+      }
+      meet_direction();
+    }
+
+    void deal_rows(Panels<O>& right, const S* const* rows, int64_t stride, int64_t depth) {
+      for (int64_t j = rank; j < right.blocks.count(); j += ranks) {
+        pack_rows<O>(rows, right.blocks.begin(j) * stride, stride, right.blocks.size(j), depth, right.vectors(j),
+                     right.at(j));
+      }
+    }
+
+    void deal_operand(int64_t k, int64_t depth) {
+      Panels<O>& right = state.operand_right;
+      const O* rows[kDepth];
+      for (int64_t i = 0; i < depth && right.blocks.n; ++i) rows[i] = state.operand + (k + i) * pass.hidden_stride_;
+      for (int64_t j = rank; j < right.blocks.count(); j += ranks) {
+        pack_rows<O>(rows, right.blocks.begin(j), 1, right.blocks.size(j), depth, right.vectors(j), right.at(j));
+      }
+    }
+
+    void sum_biases(int64_t k, int64_t depth) {
+      const int64_t columns = cell.grads * pass.hidden_stride_;
+      for (int64_t column = rank * kPanelColumns; column < columns; column += ranks * kPanelColumns) {
+        const int64_t vectors = least(kPanelColumns, columns - column) / kWidth;
+        V sum[kPanelVectors];
+        for (int64_t i = 0; i < vectors; ++i) sum[i] = load<V>(state.bias_sum + column + i * kWidth);
+        for (int64_t row = k; row < k + depth; ++row) {
+          for (int64_t i = 0; i < vectors; ++i) {
+            sum[i] = sum[i] + load<V>(state.d + row * pass.d_stride_ + column + i * kWidth);
+          }
+        }
+        for (int64_t i = 0; i < vectors; ++i) store(state.bias_sum + column + i * kWidth, sum[i]);
+      }
+    }
+
+    // This thread's share of one weight's gradient.
+    void weight_gradient(const WeightGrad& w, int64_t depth) {
+      const Panels<O>& right = *w.right;
+      const int64_t n = right.blocks.n;
+      const int64_t parts = round_up(group_count(w.m, kBlockRows), ranks);
+      TileBuffer<Scalar> sums;
+      for (int64_t part = rank; part < parts; part += ranks) {
+        const Range own = share(w.m, parts, part);
+        if (own.size() == 0) continue;
+        pack_transposed_block<O>(w.a + own.begin, w.a_stride, own.size(), depth, transposed);
+        for (int64_t j = 0; j < right.blocks.count(); ++j) {
+          const int64_t columns = right.columns(j), valid = right.blocks.size(j);
+          Scalar* const to = w.sum + own.begin * n + right.blocks.begin(j);
+          if (!first_chunk) {
+            for (int64_t row = 0; row < own.size(); ++row) {
+              for (int64_t i = 0; i < valid; i += kWidth) __builtin_prefetch(to + row * n + i, 1);
+            }
+          }
+          multiply<O>(right.vectors(j), own.size(),
+                      {pairs<O>(depth), transposed, 1, 0, right.at(j), sums.data, columns, nullptr, 0});
+          for_each_vector<kWidth>(own.size(), valid, [&](int64_t row, int64_t i, int64_t count) {
+            V sum = load<V>(sums.data + row * columns + i);
+            Scalar* const at = to + row * n + i;
+            if (!first_chunk) sum = sum + load_upto<V>(at, count);
+            store_upto(at, sum, count);
+          });
+        }
+      }
+    }
+
+    // ---- after the last step ----
+
+    void finish() {
+      meet_direction();
+      const int64_t hidden = args.hidden_size, width = pass.width();
+      for (int64_t b = rank; b < args.shape.batch; b += ranks) {
+        if (tensors.grad_h0) {
+          put(state.dh + b * pass.width_stride_, width, static_cast<S*>(tensors.grad_h0) + b * width);
+        }
+        if (tensors.grad_c0) {
+          put(state.dc + b * pass.hidden_stride_, hidden, static_cast<S*>(tensors.grad_c0) + b * hidden);
+        }
+      }
+      for (int g = rank; g < cell.gates; g += ranks) {
+        if (tensors.grad_bias_ih) {
+          put(state.bias_sum + cell.input_grad[g] * pass.hidden_stride_, hidden,
+              static_cast<S*>(tensors.grad_bias_ih) + g * hidden);
+        }
+        if (tensors.grad_bias_hh) {
+          put(state.bias_sum + cell.recurrent_grad[g] * pass.hidden_stride_, hidden,
+              static_cast<S*>(tensors.grad_bias_hh) + g * hidden);
+        }
+      }
+      put_weight(state.weight_ih_sum, cell.gates * hidden * args.input_size, tensors.grad_weight_ih);
+      put_weight(state.weight_hh_sum, cell.gates * hidden * width, tensors.grad_weight_hh);
+      put_weight(state.weight_hr_sum, width * hidden, tensors.grad_weight_hr);
+    }
+
+    static void put(const Scalar* from, int64_t n, S* to) {
+      for (int64_t i = 0; i < n; i += kWidth) store_upto(to + i, load_upto<V>(from + i, n - i), n - i);
+    }
+
+    void put_weight(const Scalar* sum, int64_t count, void* gradient) {
+      if (!gradient) return;
+      S* const to = static_cast<S*>(gradient);
+      const Range own = share(count, ranks, rank);
+      if (first_chunk) {  // no rows at all
+        std::memset(static_cast<void*>(to + own.begin), 0, size_t(own.size()) * sizeof(S));
+      } else if constexpr (sizeof(S) != sizeof(Scalar)) {
+        put(sum + own.begin, own.size(), to + own.begin);
+      }
+    }
+  };
+
+  const RecurrentArgs& args_;
+  const RecurrentPlan& plan_;
+  const CellOps<S, O>& cell_;
+  Arena arena_;
+  Steps steps_;
+  Meetings meetings_;
+  Barrier* everybody_;
+  Blocks units_, outputs_;  // of H and of R
+  int64_t chunk_rows_, depth_, hidden_stride_, width_stride_, d_stride_;
+  DirectionState direction_[2];
+  Element* transposed_;  // [thread]: a block of d^T
+};
+
+}  // namespace
+
+void recurrent_backward(const RecurrentArgs& args, const RecurrentPlan& plan) {
+  with_types(args.dtype, [&](auto storage, auto operand) {
+    Backward<decltype(storage), decltype(operand)>(args, plan).run();
+  });
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

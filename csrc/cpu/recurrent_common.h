@@ -1,0 +1,244 @@
+// What the forward and the backward pass share: where rows lie, how units are cut into blocks, packed weights.
+#pragma once
+
+#include <new>
+#include <utility>
+
+#include "engine.h"
+#include "recurrent_cells.h"
+#include "team.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+// Part `part` of `parts` of n things, as equal as can be.
+inline Range share(int64_t n, int64_t parts, int64_t part) {
+  return {group_begin(n, parts, part), group_begin(n, parts, part + 1)};
+}
+
+// Row blocks: tall enough to reuse a panel from L2, short enough for the tile of sums to stay in L1.
+constexpr int64_t kBlockRows = 8 * tile_rows(kPanelVectors);
+
+template <class Body>
+inline void for_each_row_block(Range rows, Body body) {
+  const int64_t blocks = group_count(rows.size(), kBlockRows);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const Range block = share(rows.size(), blocks, i);
+    body(Range{rows.begin + block.begin, rows.begin + block.end});
+  }
+}
+
+// Which rows each step has, and which of them each batch part owns.
+struct Steps {
+  int64_t steps, batch;
+  const int64_t* batch_sizes;
+  int64_t* offsets;     // [T + 1], packed only: rows before step t
+  int64_t* boundaries;  // [batch_parts + 1]: first row of each part
+
+  void take(Arena& arena, const SequenceShape& shape, int batch_parts) {
+    steps = shape.steps, batch = shape.batch, batch_sizes = shape.batch_sizes;
+    offsets = arena.take<int64_t>(batch_sizes ? steps + 1 : 0);
+    boundaries = arena.take<int64_t>(batch_parts + 1);
+  }
+
+  void fill(int batch_parts) {
+    if (!batch_sizes) {
+      for (int part = 0; part <= batch_parts; ++part) boundaries[part] = group_begin(batch, batch_parts, part);
+      return;
+    }
+    offsets[0] = 0;
+    for (int64_t t = 0; t < steps; ++t) offsets[t + 1] = offsets[t] + batch_sizes[t];
+    // Rows get shorter, so parts of equal work have unequal numbers of rows: row b is active while
+    // batch_sizes[t] > b, and `length` falls from T as b grows.
+    int64_t length = steps, work = 0, row = 0;
+    for (int part = 0; part <= batch_parts; ++part) {
+      while (row < batch && work < offsets[steps] * part / batch_parts) {
+        while (length > 0 && batch_sizes[length - 1] <= row) --length;
+        work += length, ++row;
+      }
+      boundaries[part] = part == batch_parts ? batch : row;
+    }
+  }
+
+  int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
+  int64_t offset(int64_t t) const { return batch_sizes ? offsets[t] : t * batch; }
+  // Rows of step t that `part` owns.
+  Range rows(int64_t t, int part) const {
+    const int64_t n = rows(t);
+    return {least(boundaries[part], n), least(boundaries[part + 1], n)};
+  }
+  // Address of row 0 of step t; rows are stride[1] apart.
+  template <class S, class Pointer>
+  S* at(const SequenceTensor<Pointer>& tensor, int64_t t) const {
+    return static_cast<S*>(tensor.data) + (batch_sizes ? offsets[t] * tensor.stride[1] : t * tensor.stride[0]);
+  }
+};
+
+// n columns in blocks of `width` (a multiple of the vector), the last one as wide as it needs to be.
+struct Blocks {
+  int64_t n, width;
+  int64_t count() const { return (n + width - 1) / width; }
+  int64_t begin(int64_t j) const { return j * width; }
+  int64_t size(int64_t j) const { return least(width, n - j * width); }
+};
+
+// How many vectors of hidden units a block has, if each takes `gates` panel vectors: wide panels run faster, but
+// all parts should get the same number of units.
+template <class Scalar>
+int64_t unit_vectors(int64_t hidden, int gates, int parts) {
+  constexpr int kWidth = Vec<Scalar>::kWidth;
+  constexpr double kEfficiency[] = {0, 0.8, 0.94, 1, 1};
+  const int64_t vectors = (hidden + kWidth - 1) / kWidth;
+  int64_t best = 1;
+  double best_time = 1e300;
+  for (int64_t n = 1; n * gates <= kPanelVectors && n <= vectors; ++n) {
+    const int64_t blocks = ((vectors + n - 1) / n + parts - 1) / parts;
+    const double time = double(blocks * n) / kEfficiency[n * gates];
+    if (time <= best_time) best_time = time, best = n;
+  }
+  return best;
+}
+
+// A matrix packed as the right side of products: `depth` of k in `segments` pieces (gates), `blocks` of columns.
+template <class O>
+struct Panels {
+  using Scalar = typename Operand<O>::Scalar;
+  static constexpr int kWidth = Vec<Scalar>::kWidth;
+  O* data;
+  Scalar* bias;  // a row for each block, or null
+  Blocks blocks;
+  int gates;       // column groups of a block, each blocks.width wide
+  int64_t depth;   // of one segment
+  int64_t segments;
+
+  int vectors(int64_t j) const { return gates * int((gates > 1 ? blocks.width : round_up(blocks.size(j), kWidth)) / kWidth); }
+  int64_t block_size() const { return segments * pairs<O>(depth) * Operand<O>::kPair * gates * blocks.width; }
+  int64_t columns(int64_t j) const { return int64_t(vectors(j)) * kWidth; }
+  O* at(int64_t j, int64_t segment = 0) const {
+    return data + j * block_size() + segment * pairs<O>(depth) * Operand<O>::kPair * columns(j);
+  }
+  const Scalar* bias_at(int64_t j) const { return bias ? bias + j * gates * blocks.width : nullptr; }
+
+  void take(Arena& arena, bool with_bias) {
+    data = arena.take<O>(blocks.count() * block_size());
+    bias = with_bias ? arena.take<Scalar>(blocks.count() * gates * blocks.width) : nullptr;
+  }
+
+  // Block j from the rows of `weight` [.., depth] that belong to gates [first_gate, first_gate + gates): the
+  // product is with the transposed weight.
+  template <class S>
+  void pack_transposed_rows(int64_t j, const S* weight, const S* bias_source, int first_gate) {
+    for (int g = 0; g < gates; ++g) {
+      const int64_t row = (first_gate + g) * blocks.n + blocks.begin(j);
+      const int64_t group = columns(j) / gates;
+      for (int64_t i = 0; i < group; i += kWidth) {
+        const int64_t column = g * group + i, count = most(0, least(kWidth, blocks.size(j) - i));
+        pack_transposed<O>(weight + (row + i) * depth, depth, count, depth,
+                           at(j) + column * Operand<O>::kPair, columns(j));
+        if (bias) {
+          Scalar* const to = bias + j * gates * blocks.width + column;
+          store(to, load_strided<Vec<Scalar>>(bias_source + row + i, 1, count));
+        }
+      }
+    }
+  }
+
+  // Block j of columns from the rows of `weight` [segments * depth, blocks.n] as they lie.
+  template <class S>
+  void pack_columns(int64_t j, const S* weight, int64_t first_segment) {
+    const S* rows[kDepth];
+    for (int64_t segment = 0; segment < segments; ++segment) {
+      for (int64_t k = 0; k < depth; k += kDepth) {
+        const int64_t n = least(kDepth, depth - k);
+        for (int64_t i = 0; i < n; ++i) {
+          rows[i] = weight + ((first_segment + segment) * depth + k + i) * blocks.n;
+        }
+        pack_rows<O>(rows, blocks.begin(j), 1, blocks.size(j), n, vectors(j),
+                     at(j, segment) + k * columns(j));
+      }
+    }
+  }
+};
+
+// One tile of sums, on the stack of the thread that makes it.
+template <class Scalar>
+struct alignas(64) TileBuffer {
+  Scalar data[kBlockRows * kPanelVectors * Vec<Scalar>::kWidth];
+};
+
+// n elements of a row from storage to operand type; pads an odd pair with zero.
+template <class O, class S>
+void stage_row(const S* from, int64_t stride, int64_t n, O* to) {
+  using V = Vec<typename Operand<O>::Scalar>;
+  for (int64_t i = 0; i < n; i += V::kWidth) {
+    store_upto(to + i, load_strided<V>(from ? from + i * stride : nullptr, stride, n - i), n - i);
+  }
+}
+
+// Operand rows are read in pairs where the operand type has them.
+template <class O>
+const typename Operand<O>::Element* elements(const O* p) {
+  return reinterpret_cast<const typename Operand<O>::Element*>(p);
+}
+template <class O>
+int64_t row_elements(int64_t stride) {
+  return stride / Operand<O>::kPair;
+}
+
+// Calls body(S{}, O{}) for the storage and operand types of a dtype.
+template <class Body>
+void with_types(DType dtype, Body body) {
+#if defined(__AVX512BF16__)
+  using Bfloat16Operand = bfloat16;
+#else
+  using Bfloat16Operand = float;
+#endif
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{}, float{});
+    case DType::kFloat64:
+      return body(double{}, double{});
+    case DType::kBFloat16:
+      return body(bfloat16{}, Bfloat16Operand{});
+    case DType::kFloat16:
+      return body(float16{}, float{});
+  }
+}
+
+// Which part of the team a thread is.
+struct Seat {
+  int direction_part, batch_part, unit_part;
+};
+inline Seat seat_of(const RecurrentPlan& plan, int thread) {
+  const int units = plan.unit_parts, batches = plan.batch_parts;
+  return {thread / (units * batches), thread / units % batches, thread % units};
+}
+
+// Barriers: `units` among the threads that share rows, `direction` among all that share a direction.
+struct Meetings {
+  Barrier* units;       // [direction_parts][batch_parts]
+  Barrier* directions;  // [direction_parts]
+  int batch_parts;
+  void take(Arena& arena, const RecurrentPlan& plan) {
+    batch_parts = plan.batch_parts;
+    units = arena.take<Barrier>(plan.direction_parts * plan.batch_parts);
+    directions = arena.take<Barrier>(plan.direction_parts);
+  }
+  void fill(const RecurrentPlan& plan) {
+    for (int i = 0; i < plan.direction_parts * plan.batch_parts; ++i) new (&units[i]) Barrier(plan.unit_parts);
+    for (int i = 0; i < plan.direction_parts; ++i) {
+      new (&directions[i]) Barrier(plan.batch_parts * plan.unit_parts);
+    }
+  }
+  Barrier& of_units(const Seat& seat) const { return units[seat.direction_part * batch_parts + seat.batch_part]; }
+  Barrier& of_direction(const Seat& seat) const { return directions[seat.direction_part]; }
+};
+
+}  // namespace fastseq::FASTSEQ_ISA

@@ -1,0 +1,374 @@
+// The forward pass of one recurrent layer, all its directions, in one parallel region.
+//
+// What it computes, for each direction and step t, over the rows b that are active at t:
+//   x = W x_t + b_ih          for a chunk of steps at a time, as one product with many rows
+//   u = U h_{t-1} + b_hh      tile by tile; the cell turns each tile into h_t while it is in L1
+//   (reset-before GRU: r and z first, then u_n = U_n (r * h);  projection: h_t = W_hr of the cell's output)
+//
+// Who holds what: a thread owns a range of rows (its batch part) and of unit blocks (its unit part). Weights are
+// packed once, each block by a thread that uses it. The state lives twice, h_{t-1} and h_t, as product operands
+// [B, R]; the cell state in c_n, in place. Threads that share rows meet once a step (twice with a second product).
+//
+// What it costs, a row and step: 2 G H (I + R) operations; the packed U is read once a step from L2 or L3 (rows
+// of a block share it), G H values of x written and read in L2, H values of output (and G H of saved) to memory.
+#include "recurrent_common.h"
+
+namespace fastseq::FASTSEQ_ISA {
+namespace {
+
+template <class S, class O>
+class Forward {
+  using Scalar = typename Operand<O>::Scalar;
+  static constexpr int kWidth = Vec<Scalar>::kWidth;
+
+  // A product and the cell function that follows it: all gates, or the first ones and then the rest.
+  struct Phase {
+    int first_gate, gates;
+    void (*run)(const StepTile<S, O>&);
+    Panels<O> input, recurrent;  // of the direction at hand
+  };
+
+  struct DirectionState {
+    Phase phase[2];
+    Panels<O> projection;
+    O* state[2];     // [B, R, padded]: h_{t-1} and h_t
+    O* middle;       // [B, H, padded]: r * h, or the output before its projection; or null
+    S* saved_step;   // [B, slots, H]: stands in for args.saved where a second phase needs it
+  };
+
+ public:
+  Forward(const RecurrentArgs& args, const RecurrentPlan& plan)
+      : args_(args), plan_(plan), cell_(cell_ops<S, O>(args.cell)) {
+    lay_out();
+    arena_.allocate();
+    lay_out();
+    steps_.fill(plan.batch_parts);
+    meetings_.fill(plan);
+  }
+
+  void run() {
+    run_team(plan_.direction_parts * plan_.batch_parts * plan_.unit_parts,
+             [](void* self, int thread) { static_cast<Forward*>(self)->run_thread(thread); }, this);
+  }
+
+ private:
+  int phases() const { return cell_.first_gates < cell_.gates ? 2 : 1; }
+  int64_t width() const { return args_.proj_size ? args_.proj_size : args_.hidden_size; }
+  int slots() const { return cell_.saved + (cell_.cell_state ? 1 : 0); }
+
+  void lay_out() {
+    const int64_t hidden = args_.hidden_size, batch = args_.shape.batch;
+    const int most_gates = phases() == 2 ? cell_.first_gates : cell_.gates;
+    units_ = {hidden, kWidth * unit_vectors<Scalar>(hidden, most_gates, plan_.unit_parts)};
+    projected_ = {args_.proj_size, kPanelVectors * kWidth};
+    chunk_rows_ = most(plan_.chunk_rows, batch);
+    input_stride_ = round_up(args_.input_size, kWidth);
+    state_stride_ = round_up(width(), kWidth) + kWidth;  // an odd number of lines: rows spread over the cache's sets
+    middle_stride_ = round_up(hidden, kWidth) + kWidth;
+    meetings_.take(arena_, plan_);
+    steps_.take(arena_, args_.shape, plan_.batch_parts);
+    for (int d = 0; d < args_.directions; ++d) {
+      DirectionState& state = direction_[d];
+      for (int p = 0; p < phases(); ++p) {
+        const int first = p == 0 ? 0 : cell_.first_gates;
+        const int gates = (p == 0 ? cell_.first_gates : cell_.gates) - first;
+        state.phase[p] = {first, gates, p == phases() - 1 ? cell_.step : cell_.first, {}, {}};
+        Phase& phase = state.phase[p];
+        phase.input = {nullptr, nullptr, units_, gates, args_.input_size, 1};
+        phase.input.take(arena_, args_.direction[d].bias_ih != nullptr);
+        phase.recurrent = {nullptr, nullptr, units_, gates, width(), 1};
+        phase.recurrent.take(arena_, args_.direction[d].bias_hh != nullptr);
+      }
+      state.projection = {nullptr, nullptr, projected_, 1, hidden, 1};
+      if (args_.proj_size) state.projection.take(arena_, false);
+      for (O*& buffer : state.state) buffer = arena_.take<O>(batch * state_stride_);
+      state.middle = args_.proj_size || phases() == 2 ? arena_.take<O>(batch * middle_stride_) : nullptr;
+      const bool stand_in = phases() == 2 && !args_.direction[d].saved;
+      state.saved_step = stand_in ? arena_.take<S>(batch * slots() * hidden) : nullptr;
+    }
+    const int64_t rows = plan_.direction_parts * plan_.batch_parts * chunk_rows_;
+    projected_input_ = arena_.take<Scalar>(rows * cell_.gates * units_.count() * units_.width);
+    staged_ = arena_.take<O>(rows * input_stride_);
+  }
+
+  void run_thread(int thread) {
+    const Seat seat = seat_of(plan_, thread);
+    for (int d = seat.direction_part; d < args_.directions; d += plan_.direction_parts) {
+      Worker(*this, d, seat).run();
+    }
+  }
+
+  // One thread's way through one direction.
+  struct Worker {
+    Forward& pass;
+    const RecurrentArgs& args;
+    const RecurrentDirection& tensors;
+    DirectionState& state;
+    const Steps& steps;
+    const int d;
+    const Seat seat;
+    const Range own_rows, own_units, own_projected;  // rows; blocks of units and of projected columns
+    Scalar* const projected_input;
+    O* const staged;
+    int now = 0;  // state[now] holds h_{t-1}
+
+    Worker(Forward& pass, int d, const Seat& seat)
+        : pass(pass), args(pass.args_), tensors(args.direction[d]), state(pass.direction_[d]), steps(pass.steps_),
+          d(d), seat(seat), own_rows{steps.boundaries[seat.batch_part], steps.boundaries[seat.batch_part + 1]},
+          own_units(share(pass.units_.count(), pass.plan_.unit_parts, seat.unit_part)),
+          own_projected(share(pass.projected_.count(), pass.plan_.unit_parts, seat.unit_part)),
+          projected_input(pass.projected_input_ + part() * pass.chunk_rows_ * pass.cell_.gates *
+                                                      pass.units_.count() * pass.units_.width),
+          staged(pass.staged_ + part() * pass.chunk_rows_ * pass.input_stride_) {}
+
+    int part() const { return seat.direction_part * pass.plan_.batch_parts + seat.batch_part; }
+    void meet() const { pass.meetings_.of_units(seat).wait(); }
+    int64_t time(int64_t step) const { return d == 0 ? step : args.shape.steps - 1 - step; }
+    int64_t rows_at(int64_t step) const { return steps.rows(time(step), seat.batch_part).size(); }
+
+    void run() {
+      pack_weights();
+      start_states();
+      pass.meetings_.of_direction(seat).wait();
+      for (int64_t begin = 0; begin < args.shape.steps;) {
+        int64_t end = begin, rows = 0;
+        do {
+          rows += rows_at(end++);
+        } while (end < args.shape.steps && rows + rows_at(end) <= pass.chunk_rows_);
+        project_input(begin, end, rows);
+        int64_t row = d == 0 ? 0 : rows;  // of the chunk; chunks lie in the order of time
+        for (int64_t step = begin; step < end; ++step) {
+          if (d == 1) row -= rows_at(step);
+          take_step(time(step), row, rows);
+          if (d == 0) row += rows_at(step);
+        }
+        begin = end;
+      }
+      if (args.shape.steps == 0) {
+        for (int64_t b = own_rows.begin; b < own_rows.end; ++b) finish_row(b, nullptr);
+      }
+    }
+
+    void pack_weights() {
+      const auto mine = [&](int64_t i) { return i % pass.plan_.batch_parts == seat.batch_part; };
+      for (int p = 0; p < pass.phases(); ++p) {
+        Phase& phase = state.phase[p];
+        for (int64_t j = own_units.begin; j < own_units.end; ++j) {
+          if (!mine(j)) continue;
+          phase.input.pack_transposed_rows(j, static_cast<const S*>(tensors.weight_ih),
+                                           static_cast<const S*>(tensors.bias_ih), phase.first_gate);
+          phase.recurrent.pack_transposed_rows(j, static_cast<const S*>(tensors.weight_hh),
+                                               static_cast<const S*>(tensors.bias_hh), phase.first_gate);
+        }
+      }
+      for (int64_t j = own_projected.begin; j < own_projected.end; ++j) {
+        if (mine(j)) {
+          state.projection.pack_transposed_rows(j, static_cast<const S*>(tensors.weight_hr),
+                                                static_cast<const S*>(nullptr), 0);
+        }
+      }
+    }
+
+    void start_states() {
+      // Rows are dealt out among the threads that share them; everybody meets before the first step.
+      const int64_t hidden = args.hidden_size, width = pass.width();
+      for (int64_t b = own_rows.begin + seat.unit_part; b < own_rows.end; b += pass.plan_.unit_parts) {
+        const S* const h0 = tensors.h0 ? static_cast<const S*>(tensors.h0) + b * width : nullptr;
+        for (O* buffer : state.state) {
+          O* const row = buffer + b * pass.state_stride_;
+          std::memset(static_cast<void*>(row), 0, size_t(pass.state_stride_) * sizeof(O));
+          stage_row(h0, 1, width, row);
+        }
+        if (state.middle) {
+          std::memset(static_cast<void*>(state.middle + b * pass.middle_stride_), 0,
+                      size_t(pass.middle_stride_) * sizeof(O));
+        }
+        if (pass.cell_.cell_state) {
+          S* const c = static_cast<S*>(tensors.c_n) + b * hidden;
+          if (tensors.c0) {
+            std::memcpy(static_cast<void*>(c), static_cast<const S*>(tensors.c0) + b * hidden,
+                        size_t(hidden) * sizeof(S));
+          } else {
+            std::memset(static_cast<void*>(c), 0, size_t(hidden) * sizeof(S));
+          }
+        }
+      }
+    }
+
+    // Operand rows of the chunk's inputs: in place where they lie evenly and have the right type.
+    std::pair<const O*, int64_t> input_rows(int64_t begin, int64_t end, int64_t rows) {
+      const int64_t first = d == 0 ? begin : time(end - 1), last = d == 0 ? end : time(begin) + 1;
+      const auto& input = args.input;
+      if constexpr (sizeof(S) == sizeof(O) && Operand<O>::kPair == 1) {
+        const int64_t between = steps.batch_sizes || steps.batch > 1 ? input.stride[1] : input.stride[0];
+        const bool all_rows = pass.plan_.batch_parts == 1;
+        const bool even = last - first == 1 || (all_rows && (steps.batch_sizes || steps.batch == 1 ||
+                                                             input.stride[0] == steps.batch * input.stride[1]));
+        if (input.stride[2] == 1 && even) {
+          const Range at = steps.rows(first, seat.batch_part);
+          return {steps.template at<const S>(input, first) + at.begin * input.stride[1], between};
+        }
+      }
+      const Range mine = share(rows, pass.plan_.unit_parts, seat.unit_part);
+      int64_t row = 0;
+      for (int64_t t = first; t < last && row < mine.end; ++t) {
+        const Range at = steps.rows(t, seat.batch_part);
+        const S* const from = steps.template at<const S>(input, t);
+        for (int64_t b = at.begin; b < at.end; ++b, ++row) {
+          if (row < mine.begin || row >= mine.end) continue;
+          O* const to = staged + row * pass.input_stride_;
+          if (Operand<O>::kPair == 2 && args.input_size % 2) {
+            std::memset(static_cast<void*>(to + args.input_size), 0, sizeof(O));
+          }
+          stage_row(from + b * input.stride[1], input.stride[2], args.input_size, to);
+        }
+      }
+      meet();
+      return {staged, pass.input_stride_};
+    }
+
+    // Sums of block j of phase p for the chunk: [row][gate][unit], blocks and phases one after another.
+    Scalar* projected_at(int p, int64_t j, int64_t rows) const {
+      const Phase& phase = state.phase[p];
+      return projected_input + rows * pass.units_.width * (phase.first_gate * pass.units_.count() + j * phase.gates);
+    }
+
+    void project_input(int64_t begin, int64_t end, int64_t rows) {
+      const auto [input, stride] = input_rows(begin, end, rows);
+      for (int p = 0; p < pass.phases(); ++p) {
+        const Panels<O>& panels = state.phase[p].input;
+        for (int64_t j = own_units.begin; j < own_units.end; ++j) {
+          Scalar* const to = projected_at(p, j, rows);
+          for_each_row_block({0, rows}, [&, input = input, stride = stride](Range r) {
+            multiply<O>(panels.vectors(j), r.size(),
+                        {pairs<O>(panels.depth), elements(input + r.begin * stride), row_elements<O>(stride), 1,
+                         panels.at(j), to + r.begin * panels.columns(j), panels.columns(j), panels.bias_at(j), 0});
+          });
+        }
+      }
+    }
+
+    void take_step(int64_t t, int64_t chunk_row, int64_t chunk_rows) {
+      const Range rows = steps.rows(t, seat.batch_part);
+      O* const h = state.state[now];
+      O* const h_next = state.state[1 - now];
+      const bool two = pass.phases() == 2;
+      run_phase(0, t, rows, chunk_row, chunk_rows, h, pass.state_stride_,
+                state.middle ? state.middle : h_next, state.middle ? pass.middle_stride_ : pass.state_stride_);
+      if (two) {
+        meet();
+        run_phase(1, t, rows, chunk_row, chunk_rows, state.middle, pass.middle_stride_, h_next, pass.state_stride_);
+      }
+      if (args.proj_size) {
+        meet();
+        project_output(t, rows, h_next);
+      }
+      finish_rows(t, rows);
+      meet();
+      now = 1 - now;
+    }
+
+    S* output_at(int64_t t) const { return steps.template at<S>(args.output, t) + d * pass.width(); }
+
+    void run_phase(int p, int64_t t, Range rows, int64_t chunk_row, int64_t chunk_rows, const O* from,
+                   int64_t from_stride, O* to, int64_t to_stride) {
+      const Phase& phase = state.phase[p];
+      const Panels<O>& panels = phase.recurrent;
+      const bool last = p == pass.phases() - 1;
+      const int64_t hidden = args.hidden_size, saved_stride = pass.slots() * hidden;
+      S* const saved = tensors.saved ? static_cast<S*>(tensors.saved) + steps.offset(t) * saved_stride
+                                     : state.saved_step;
+      S* const output = last && !args.proj_size ? output_at(t) : nullptr;
+      TileBuffer<Scalar> sums;
+      for (int64_t j = own_units.begin; j < own_units.end; ++j) {
+        const int64_t unit = pass.units_.begin(j), columns = panels.columns(j);
+        const Scalar* const x = projected_at(p, j, chunk_rows) + chunk_row * columns;
+        for_each_row_block(rows, [&](Range r) {
+          multiply<O>(panels.vectors(j), r.size(),
+                      {pairs<O>(panels.depth), elements(from + r.begin * from_stride), row_elements<O>(from_stride),
+                       1, panels.at(j), sums.data, columns, panels.bias_at(j), 0});
+          StepTile<S, O> tile;
+          tile.rows = r.size(), tile.units = pass.units_.size(j);
+          tile.block = columns / phase.gates, tile.hidden = hidden;
+          tile.x = x + (r.begin - rows.begin) * columns, tile.u = sums.data;
+          tile.h = state.state[now] + r.begin * pass.state_stride_ + unit;
+          tile.h_stride = pass.state_stride_;
+          tile.c = tensors.c_n ? static_cast<S*>(tensors.c_n) + r.begin * hidden + unit : nullptr;
+          tile.c_stride = hidden;
+          tile.saved = saved ? saved + r.begin * saved_stride + unit : nullptr, tile.saved_stride = saved_stride;
+          tile.operand = to + r.begin * to_stride + unit, tile.operand_stride = to_stride;
+          tile.output = output ? output + r.begin * args.output.stride[1] + unit : nullptr;
+          tile.output_stride = args.output.stride[1];
+          phase.run(tile);
+        });
+      }
+    }
+
+    void project_output(int64_t t, Range rows, O* h_next) {
+      const Panels<O>& panels = state.projection;
+      S* const output = output_at(t);
+      TileBuffer<Scalar> sums;
+      for (int64_t j = own_projected.begin; j < own_projected.end; ++j) {
+        const int64_t column = panels.blocks.begin(j), n = panels.blocks.size(j), columns = panels.columns(j);
+        for_each_row_block(rows, [&](Range r) {
+          multiply<O>(panels.vectors(j), r.size(),
+                      {pairs<O>(panels.depth), elements(state.middle + r.begin * pass.middle_stride_),
+                       row_elements<O>(pass.middle_stride_), 1, panels.at(j), sums.data, columns, nullptr, 0});
+          for_each_vector<kWidth>(r.size(), n, [&](int64_t row, int64_t i, int64_t valid) {
+            const auto h = load<Vec<Scalar>>(sums.data + row * columns + i);
+            store_upto(output + (r.begin + row) * args.output.stride[1] + column + i, h, valid);
+            store_upto(h_next + (r.begin + row) * pass.state_stride_ + column + i, rounded<S>(h), valid);
+          });
+        });
+      }
+    }
+
+    // The own columns of h_n, for the rows whose last step this is.
+    void finish_rows(int64_t t, Range rows) {
+      const bool forward = d == 0;
+      if (!forward && t > 0) return;
+      const int64_t left = forward && t + 1 < args.shape.steps ? steps.rows(t + 1) : 0;
+      for (int64_t b = most(rows.begin, left); b < rows.end; ++b) {
+        finish_row(b, output_at(t) + b * args.output.stride[1]);
+      }
+    }
+
+    // Null stands for a row without steps.
+    void finish_row(int64_t b, const S* last) {
+      if (!tensors.h_n) return;
+      const int64_t width = pass.width();
+      const Blocks& blocks = args.proj_size ? pass.projected_ : pass.units_;
+      const Range& own = args.proj_size ? own_projected : own_units;
+      const int64_t begin = least(own.begin * blocks.width, width), end = least(own.end * blocks.width, width);
+      S* const to = static_cast<S*>(tensors.h_n) + b * width;
+      if (!last && tensors.h0) last = static_cast<const S*>(tensors.h0) + b * width;
+      if (last) {
+        std::memcpy(static_cast<void*>(to + begin), last + begin, size_t(end - begin) * sizeof(S));
+      } else {
+        std::memset(static_cast<void*>(to + begin), 0, size_t(end - begin) * sizeof(S));
+      }
+    }
+  };
+
+  const RecurrentArgs& args_;
+  const RecurrentPlan& plan_;
+  const CellOps<S, O>& cell_;
+  Arena arena_;
+  Steps steps_;
+  Meetings meetings_;
+  Blocks units_, projected_;
+  int64_t chunk_rows_, input_stride_, state_stride_, middle_stride_;
+  DirectionState direction_[2];
+  Scalar* projected_input_;  // [direction and batch part][chunk row, gate, unit]
+  O* staged_;                // [direction and batch part][chunk row][input_stride_]
+};
+
+}  // namespace
+
+void recurrent_forward(const RecurrentArgs& args, const RecurrentPlan& plan) {
+  with_types(args.dtype, [&](auto storage, auto operand) {
+    Forward<decltype(storage), decltype(operand)>(args, plan).run();
+  });
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

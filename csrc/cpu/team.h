@@ -1,0 +1,64 @@
+// Threads, their barrier, and scratch memory: what the engines need of the operating system.
+//
+// Defined in team.cpp, which is compiled once for the baseline instruction set.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace fastseq {
+
+// How many threads a team may have here: `requested`, or one inside a parallel region and in a forked child,
+// where OpenMP's pool does not exist.
+int available_threads(int requested);
+
+// Calls body(context, thread) for thread = 0 .. threads - 1, at the same time. threads <= available_threads.
+void run_team(int threads, void (*body)(void* context, int thread), void* context);
+
+// All threads of a group leave wait() after the last has entered. Spins for a few microseconds, then sleeps: with
+// another program on the cores a thread that spins on would keep its partner off the core that it waits for.
+class Barrier {
+ public:
+  explicit Barrier(int threads = 1) : threads_(threads) {}
+  void wait() {
+    if (threads_ > 1) wait_for_all();
+  }
+
+ private:
+  void wait_for_all();
+
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  std::atomic<int> sleepers_{0};
+  int threads_;
+};
+
+// Scratch memory, aligned to 64 bytes, on large pages where that pays. Throws std::bad_alloc.
+void* scratch_allocate(size_t bytes);
+void scratch_free(void* memory);
+
+// Lays buffers out in one block: once with no memory to learn the size, once more to place them.
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena();
+
+  // After all buffers were taken once: allocates, and starts again from the beginning.
+  void allocate();
+
+  template <class T>
+  T* take(int64_t count) {
+    T* const at = reinterpret_cast<T*>(base_ + used_);
+    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return at;
+  }
+
+ private:
+  char* base_ = nullptr;
+  size_t used_ = 0;
+};
+
+}  // namespace fastseq

@@ -1,0 +1,85 @@
+// The contract between Python and the kernels: plain structs of addresses, sizes and strides.
+//
+// Python allocates every tensor named here, checks its shape, dtype and device, and keeps it alive for
+// the duration of the call. The engines never see torch; they read and write through these pointers only.
+//
+// Conventions
+//   T steps, B batch, I input_size, H hidden_size, R recurrent width (proj_size if there is one, else H),
+//   G gates of the cell, D directions (1 or 2).
+//   Strides count elements, not bytes, and may be zero or negative unless a line says otherwise.
+//   "or null" pointers may be 0; everything else must be valid unless its extent is empty.
+//   Unless a line says otherwise tensors are dense in the order given, and outputs alias nothing.
+#pragma once
+
+#include <cstdint>
+
+namespace fastseq {
+
+enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+constexpr int kDTypes = 4;
+
+// Gate order is torch's: LSTM i, f, g, o; GRU r, z, n. kGruResetBefore resets before the recurrent product.
+enum class CellKind : int { kRnnTanh = 0, kRnnRelu = 1, kLstm = 2, kGru = 3, kGruResetBefore = 4 };
+constexpr int kCells = 5;
+
+// What the sequence looks like. A padded sequence has `batch` rows at every step. A packed sequence
+// (batch_sizes not null) has batch_sizes[t] rows at step t, never increasing, all rows of a step before
+// those of the next, so that row b of step t is row sum(batch_sizes[:t]) + b; only stride [1] is used.
+struct SequenceShape {
+  int64_t steps;               // T >= 0
+  int64_t batch;               // B >= 0; of a packed sequence batch_sizes[0]
+  const int64_t* batch_sizes;  // [T] or null
+};
+
+// A [T, B, features] tensor: strides of step, row and feature.
+template <class Pointer>
+struct SequenceTensor {
+  Pointer data;
+  int64_t stride[3];
+};
+
+// One direction of a layer. The gradient members are read and written by the backward pass only.
+struct RecurrentDirection {
+  const void* weight_ih;  // [G*H, I]
+  const void* weight_hh;  // [G*H, R]
+  const void* bias_ih;    // [G*H] or null
+  const void* bias_hh;    // [G*H] or null
+  const void* weight_hr;  // [R, H] or null: the projection of an LSTM
+  const void* h0;         // [B, R] or null: zeros
+  const void* c0;         // [B, H] or null: zeros; LSTM only
+  void* h_n;              // [B, R] or null: the state after each row's last step
+  void* c_n;              // [B, H]; LSTM only
+  // What the backward pass needs beside the output, [rows, saved slots, H], rows as in the sequence;
+  // null in inference. LSTM: i, f, g, o, c. GRU: r, z, n, U_n h + b_n. Reset-before GRU: r, z, n. RNN: nothing.
+  void* saved;
+
+  const void* grad_h_n;    // [B, R] or null: zeros
+  const void* grad_c_n;    // [B, H] or null: zeros; LSTM only
+  void* grad_weight_ih;    // each like its tensor, or null: not wanted
+  void* grad_weight_hh;
+  void* grad_bias_ih;
+  void* grad_bias_hh;
+  void* grad_weight_hr;
+  void* grad_h0;
+  void* grad_c0;
+};
+
+struct RecurrentArgs {
+  CellKind cell;
+  DType dtype;      // of every tensor in here
+  int threads;      // at most so many
+  SequenceShape shape;
+  int64_t input_size;   // I >= 1
+  int64_t hidden_size;  // H >= 1
+  int64_t proj_size;    // 0: no projection
+  int directions;       // D; direction 1 runs from the last step to the first
+  RecurrentDirection direction[2];
+
+  SequenceTensor<const void*> input;  // [T, B, I]
+  // [T, B, D*R], feature stride 1; direction d owns the columns [d*R, (d+1)*R). The backward pass reads it.
+  SequenceTensor<void*> output;
+  SequenceTensor<const void*> grad_output;  // [T, B, D*R] or null: zeros
+  SequenceTensor<void*> grad_input;         // [T, B, I], feature stride 1, or null: not wanted
+};
+
+}  // namespace fastseq
