@@ -1,0 +1,38 @@
+"""Recurrent networks for PyTorch as fused kernels: RNN, LSTM and GRU, with the interface of torch.nn.
+
+>>> import fastseq, torch
+>>> lstm = fastseq.LSTM(input_size=8, hidden_size=16)
+>>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 8))
+>>> output.shape
+torch.Size([5, 3, 16])
+"""
+
+from importlib.metadata import version as _version
+
+import torch as _torch  # noqa: F401  before the compiled module, so that both share one pool of OpenMP threads
+
+try:
+    import fastseq._C  # noqa: F401
+except ModuleNotFoundError as _error:
+    raise ImportError(
+        f"given: the package fastseq in {__path__[0]} without its compiled module fastseq._C\n"
+        "accepted: an installed fastseq\n"
+        "try: pip install . in the source directory, then import from another directory (or: pip install -e .)"
+    ) from _error
+
+from . import functional
+from .config import show_config
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__version__ = _version("fastseq")
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "functional",
+    "show_config",
+]

@@ -1,0 +1,5 @@
+"""`python -m fastseq` prints what this installation can do."""
+
+from . import show_config
+
+print(show_config())

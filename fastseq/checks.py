@@ -1,0 +1,221 @@
+"""What an operator accepts. Shapes, dtypes and devices are checked here before any address reaches the kernels.
+
+Everything in this file works on fake tensors too, so that torch.compile reports the same errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+
+class Cell(NamedTuple):
+    """A recurrent cell as the kernels know it."""
+
+    code: int
+    gates: int  # G, the blocks of hidden_size rows in weight_ih and weight_hh
+    saved: int  # values per hidden unit and step that the backward pass needs beside the output
+    cell_state: bool  # whether there is a cell state c beside the hidden state h
+
+
+CELLS = {mode: Cell(**cell) for mode, cell in _C.CELLS.items()}
+DTYPES = {getattr(torch, name): code for name, code in _C.DTYPES.items()}
+WEIGHT_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+
+class Layer(NamedTuple):
+    """The sizes of one recurrent layer, or of one step of a cell."""
+
+    cell: Cell
+    directions: int  # D
+    steps: int  # T
+    batch: int  # B
+    rows: int  # T * B, or the rows of a packed sequence
+    input_size: int  # I
+    hidden_size: int  # H
+    width: int  # R: proj_size if there is a projection, else hidden_size
+    bias: bool
+    projected: bool
+
+
+def problem(given: str, accepted: str, remedy: str) -> str:
+    """The three lines of every error message."""
+    return f"given: {given}\naccepted: {accepted}\ntry: {remedy}"
+
+
+def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str, input: Tensor) -> None:
+    """Raises RuntimeError unless `tensor` has this shape and the dtype and device of `input`."""
+    if tensor.shape != shape:
+        raise RuntimeError(
+            problem(
+                f"{name} of shape {tuple(tensor.shape)}",
+                f"shape {tuple(shape)}, that is {meaning}",
+                f"check the sizes, and the order of the dimensions, of {name}",
+            )
+        )
+    if tensor.dtype != input.dtype:
+        raise RuntimeError(
+            problem(
+                f"{name} of dtype {tensor.dtype} beside an input of dtype {input.dtype}",
+                "one dtype for the input, the states and the weights",
+                f"{name}.to({input.dtype})",
+            )
+        )
+    if tensor.device != input.device:
+        raise RuntimeError(
+            problem(
+                f"{name} on device {tensor.device} beside an input on device {input.device}",
+                "one device for the input, the states and the weights",
+                f"{name}.to({str(input.device)!r}), or move the module",
+            )
+        )
+
+
+def check_layer(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    mode: str,
+    directions: int,
+    bias: bool,
+    one_step: bool = False,
+) -> Layer:
+    """Checks all that one layer is given and returns its sizes; `one_step` is a cell with input (B, I)."""
+    if mode not in CELLS or directions not in (1, 2):
+        raise RuntimeError(
+            problem(f"mode {mode!r}, directions {directions}", f"a mode of {list(CELLS)}, 1 or 2 directions", "one of these")
+        )
+    cell = CELLS[mode]
+    if input.dtype not in DTYPES:
+        raise RuntimeError(
+            problem(
+                f"input of dtype {input.dtype}",
+                ", ".join(str(dtype) for dtype in DTYPES),
+                "input.float(), with a module of the same dtype",
+            )
+        )
+    count, left_over = divmod(len(weights), directions)
+    projected = count == 3 + 2 * bias
+    if left_over or not (count == 2 + 2 * bias or (projected and cell.cell_state)):
+        raise RuntimeError(
+            problem(
+                f"weights with {len(weights)} tensors for {directions} direction(s), bias={bias}, {mode}",
+                "weight_ih, weight_hh, then bias_ih, bias_hh if there are biases, then weight_hr of a projected LSTM",
+                "pass the weights of each direction in this order, as in module.all_weights",
+            )
+        )
+
+    rank = 2 if one_step or batch_sizes is not None else 3
+    if input.dim() != rank:
+        raise RuntimeError(
+            problem(f"input with {input.dim()} dimensions", f"{rank} dimensions", "input.unsqueeze(...) or input.flatten(...)")
+        )
+    for name, weight in zip(WEIGHT_NAMES, weights[:2], strict=False):
+        if weight.dim() != 2:
+            raise RuntimeError(problem(f"{name} with {weight.dim()} dimensions", "2 dimensions", "a matrix"))
+    hidden, input_size = weights[1].shape[0] // cell.gates, weights[0].shape[1]
+    width = weights[count - 1].shape[0] if projected else hidden
+    if min(hidden, input_size, width) < 1:
+        raise RuntimeError(
+            problem(
+                f"weights for input_size {input_size}, hidden_size {hidden}, recurrent size {width}",
+                "sizes of at least 1",
+                "larger weights",
+            )
+        )
+    if input.shape[-1] != input_size:
+        raise RuntimeError(
+            problem(
+                f"input of shape {tuple(input.shape)}, with {input.shape[-1]} features",
+                f"{input_size} features in the last dimension, the input_size of the weights",
+                f"an input of shape (..., {input_size}), or input_size={input.shape[-1]}",
+            )
+        )
+    _check_weights(input, weights, count, cell.gates, hidden, width, bias)
+
+    if batch_sizes is not None:
+        steps, batch, rows = _check_batch_sizes(input, batch_sizes, h0)
+    elif one_step:
+        steps, batch, rows = 1, input.shape[0], input.shape[0]
+    else:
+        steps, batch, rows = input.shape[0], input.shape[1], input.shape[0] * input.shape[1]
+    lead = () if one_step else (directions,)
+    meaning = "(batch, size)" if one_step else "(directions, batch, size)"
+    if h0 is not None:
+        check_like("hx[0]" if cell.cell_state else "hx", h0, (*lead, batch, width), meaning, input)
+    if c0 is not None:
+        if not cell.cell_state:
+            raise RuntimeError(problem(f"c0 for {mode}", "a cell state with LSTM only", "c0=None"))
+        check_like("hx[1]", c0, (*lead, batch, hidden), meaning, input)
+    return Layer(cell, directions, steps, batch, rows, input_size, hidden, width, bias, projected)
+
+
+def _check_weights(
+    input: Tensor, weights: Sequence[Tensor], count: int, gates: int, hidden: int, width: int, bias: bool
+) -> None:
+    rows = gates * hidden
+    kinds = [
+        ("weight_ih", (rows, input.shape[-1]), "(gates * hidden_size, input_size)"),
+        ("weight_hh", (rows, width), "(gates * hidden_size, recurrent size)"),
+    ]
+    if bias:
+        kinds += [(name, (rows,), "(gates * hidden_size,)") for name in ("bias_ih", "bias_hh")]
+    if len(kinds) < count:
+        kinds.append(("weight_hr", (width, hidden), "(proj_size, hidden_size)"))
+    for i, weight in enumerate(weights):
+        name, shape, meaning = kinds[i % count]
+        check_like(name if i < count else name + "_reverse", weight, shape, meaning, input)
+
+
+def _check_batch_sizes(input: Tensor, batch_sizes: Tensor, h0: Tensor | None) -> tuple[int, int, int]:
+    """Steps, batch and rows of a packed sequence whose batch_sizes cannot lead the kernels out of bounds."""
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or h0 is None or h0.dim() != 3:
+        raise RuntimeError(
+            problem(
+                f"batch_sizes of dtype {batch_sizes.dtype} with {batch_sizes.dim()} dimension(s)",
+                "batch_sizes of dtype torch.int64 with 1 dimension, and an initial state",
+                "torch.nn.utils.rnn.pack_padded_sequence(...).batch_sizes",
+            )
+        )
+    steps, batch, rows = batch_sizes.shape[0], h0.shape[1], input.shape[0]
+    if steps > 0 and type(batch_sizes) is Tensor and batch_sizes.is_cpu:  # a fake tensor has no values
+        sizes = batch_sizes.detach()
+        decreasing = steps == 1 or not bool((sizes[1:] > sizes[:-1]).any())
+        if int(sizes[0]) != batch or int(sizes[-1]) < 0 or int(sizes.sum()) != rows or not decreasing:
+            raise RuntimeError(
+                problem(
+                    f"batch_sizes that start with {int(sizes[0])} and add up to {int(sizes.sum())}, "
+                    f"for {rows} rows of input and a state of batch {batch}",
+                    "batch_sizes that never increase, start with the batch size and add up to the rows of input",
+                    "torch.nn.utils.rnn.pack_padded_sequence, which returns both",
+                )
+            )
+    return steps, batch, rows
+
+
+def unsupported(op: str, arguments: Sequence[object]) -> NoReturn:
+    """Raises for tensors on a device (or of a layout) for which there is no kernel."""
+    tensors = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+    where = sorted({f"{t.device.type} ({t.layout})" for t in tensors})
+    if len({t.device for t in tensors}) > 1:
+        raise RuntimeError(
+            problem(
+                f"input, hx and weights on different devices: {', '.join(where)}",
+                "one device for the input, the states and the weights",
+                "module.to(input.device)",
+            )
+        )
+    raise NotImplementedError(
+        problem(
+            f"input and weights on {', '.join(where)}, where {op} has no kernel",
+            "dense tensors on the CPU",
+            "input.cpu() and module.cpu(), and .to_dense() for other layouts; fastseq.show_config() tells what is built",
+        )
+    )

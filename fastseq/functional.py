@@ -1,0 +1,446 @@
+"""Stateless recurrent networks: the weights are arguments.
+
+A stack's `weights` hold one sequence of tensors for each layer and direction, as `module.all_weights` does:
+
+    [weight_ih, weight_hh]                                    without biases
+    [weight_ih, weight_hh, bias_ih, bias_hh]                  with biases
+    [weight_ih, weight_hh, weight_hr]                         LSTM with projection, without biases
+    [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]       LSTM with projection and biases
+
+in the order layer 0, layer 0 reverse (if bidirectional), layer 1, ... Layers, sizes, biases and projection follow from
+them. Shapes below: T steps, B batch, I input_size, H hidden_size, R recurrent size (proj_size or H), L layers,
+D directions, G gates (LSTM 4, GRU 3, RNN 1). All tensors have one dtype: float32, float64, bfloat16 or float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .checks import CELLS, check_like, problem
+
+__all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
+
+
+def lstm(
+    input: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The LSTM of :class:`fastseq.LSTM`, with its weights as an argument.
+
+    Args:
+        input: (T, B, I), or (B, T, I) if `batch_first`, or (T, I) without a batch, or (rows, I) with `batch_sizes`.
+        weights: for each layer and direction weight_ih (4H, I), weight_hh (4H, R), and optionally bias_ih and
+            bias_hh (4H) and weight_hr (R, H); see the head of this module.
+        hx: h_0 (L*D, B, R) and c_0 (L*D, B, H), without B if the input has no batch; zeros if None.
+        batch_sizes: int64 (T) on the CPU, the rows of each step of a packed sequence; never increasing.
+        bidirectional: whether each layer also runs from the last step to the first.
+        batch_first: whether input and output are (B, T, ...).
+        dropout: probability of zeroing an element between two layers, if `training`.
+        training: whether dropout is applied.
+
+    Returns:
+        output (T, B, D*R), with the input's layout, and (h_n, c_n), with the shapes of `hx`.
+
+    Raises:
+        ValueError: input of the wrong rank, or of another dtype than the weights.
+        RuntimeError: wrong sizes, mixed dtypes or devices, no step at all, malformed batch_sizes.
+        NotImplementedError: a device or layout without a kernel.
+
+    Saved for the backward pass: input, weights, initial states, output; i, f, g, o, c of every step.
+
+    Example:
+        >>> module = fastseq.LSTM(4, 5, num_layers=2, bidirectional=True)
+        >>> output, (h_n, c_n) = fastseq.functional.lstm(
+        ...     torch.randn(7, 3, 4), module.all_weights, bidirectional=True)
+        >>> output.shape, h_n.shape, c_n.shape
+        (torch.Size([7, 3, 10]), torch.Size([4, 3, 5]), torch.Size([4, 3, 5]))
+    """
+    if hx is not None and len(hx) != 2:
+        raise RuntimeError(problem(f"hx with {len(hx)} tensors", "two states, (h_0, c_0)", "hx=(h_0, c_0), or None"))
+    states = () if hx is None else tuple(hx)
+    output, h_n, c_n = _stack(
+        "LSTM", input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training
+    )
+    return output, (h_n, c_n)
+
+
+def gru(
+    input: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    hx: Tensor | None = None,
+    *,
+    reset_after: bool = True,
+    batch_sizes: Tensor | None = None,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The GRU of :class:`fastseq.GRU`, with its weights as an argument.
+
+    Args:
+        input: (T, B, I), or (B, T, I) if `batch_first`, or (T, I) without a batch, or (rows, I) with `batch_sizes`.
+        weights: for each layer and direction weight_ih (3H, I), weight_hh (3H, H), and optionally bias_ih and
+            bias_hh (3H); see the head of this module.
+        hx: h_0 (L*D, B, H), without B if the input has no batch; zeros if None.
+        reset_after: whether the reset gate acts after the recurrent product (torch) or before it.
+        batch_sizes, bidirectional, batch_first, dropout, training: as for :func:`lstm`.
+
+    Returns:
+        output (T, B, D*H), with the input's layout, and h_n (L*D, B, H).
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: as :func:`lstm`.
+
+    Saved for the backward pass: input, weights, initial state, output; r, z, n of every step, and the recurrent part
+    of n if `reset_after`.
+
+    Example:
+        >>> module = fastseq.GRU(4, 5)
+        >>> output, h_n = fastseq.functional.gru(torch.randn(7, 3, 4), module.all_weights)
+        >>> output.shape, h_n.shape
+        (torch.Size([7, 3, 5]), torch.Size([1, 3, 5]))
+    """
+    mode = "GRU" if reset_after else "GRU_RESET_BEFORE"
+    states = () if hx is None else (hx,)
+    output, h_n, _ = _stack(
+        mode, input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training
+    )
+    return output, h_n
+
+
+def rnn(
+    input: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    hx: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    batch_sizes: Tensor | None = None,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The Elman network of :class:`fastseq.RNN`, with its weights as an argument.
+
+    Args:
+        input: (T, B, I), or (B, T, I) if `batch_first`, or (T, I) without a batch, or (rows, I) with `batch_sizes`.
+        weights: for each layer and direction weight_ih (H, I), weight_hh (H, H), and optionally bias_ih and
+            bias_hh (H); see the head of this module.
+        hx: h_0 (L*D, B, H), without B if the input has no batch; zeros if None.
+        nonlinearity: "tanh" or "relu".
+        batch_sizes, bidirectional, batch_first, dropout, training: as for :func:`lstm`.
+
+    Returns:
+        output (T, B, D*H), with the input's layout, and h_n (L*D, B, H).
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: as :func:`lstm`; ValueError for another nonlinearity.
+
+    Saved for the backward pass: input, weights, initial state, output.
+
+    Example:
+        >>> module = fastseq.RNN(4, 5, nonlinearity="relu")
+        >>> output, h_n = fastseq.functional.rnn(torch.randn(7, 3, 4), module.all_weights, nonlinearity="relu")
+        >>> output.shape, h_n.shape
+        (torch.Size([7, 3, 5]), torch.Size([1, 3, 5]))
+    """
+    if nonlinearity not in _RNN_MODES:
+        raise ValueError(_unknown_nonlinearity(nonlinearity))
+    mode, states = _RNN_MODES[nonlinearity], () if hx is None else (hx,)
+    output, h_n, _ = _stack(
+        mode, input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training
+    )
+    return output, h_n
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM; see :class:`fastseq.LSTMCell`.
+
+    Args:
+        input: (B, I), or (I) without a batch.
+        hx: h (B, H) and c (B, H), or (H) each without a batch; zeros if None.
+        w_ih, w_hh: (4H, I) and (4H, H).
+        b_ih, b_hh: (4H) each, or both None.
+
+    Returns:
+        The next h and c, with the shapes of `hx`.
+
+    Raises:
+        ValueError: input or a state of the wrong rank.
+        RuntimeError: wrong sizes, mixed dtypes or devices.
+        NotImplementedError: a device or layout without a kernel.
+
+    Saved for the backward pass: all arguments, the new h; i, f, g, o, c.
+
+    Example:
+        >>> cell = fastseq.LSTMCell(4, 5)
+        >>> h, c = fastseq.functional.lstm_cell(torch.randn(3, 4), None, cell.weight_ih, cell.weight_hh)
+        >>> h.shape, c.shape
+        (torch.Size([3, 5]), torch.Size([3, 5]))
+    """
+    if input.dim() not in (1, 2):
+        raise ValueError(_wrong_cell_rank("input", input))
+    h0 = c0 = None
+    if hx is not None:
+        if len(hx) != 2:
+            raise RuntimeError(problem(f"hx with {len(hx)} tensors", "two states, (h, c)", "hx=(h, c), or None"))
+        h0, c0 = hx
+        if h0.dim() not in (1, 2):
+            raise ValueError(_wrong_cell_rank("hx[0]", h0))
+        if c0.dim() not in (1, 2):
+            raise ValueError(_wrong_cell_rank("hx[1]", c0))
+    if input.dim() == 2:
+        h, c, *_ = autograd.recurrent_cell(input, h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
+        return h, c
+    if hx is not None:
+        h0, c0 = hx[0].unsqueeze(0), hx[1].unsqueeze(0)
+    h, c, *_ = autograd.recurrent_cell(input.unsqueeze(0), h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
+    return h.squeeze(0), c.squeeze(0)
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    reset_after: bool = True,
+) -> Tensor:
+    """One step of a GRU; see :class:`fastseq.GRUCell`.
+
+    Args:
+        input: (B, I), or (I) without a batch.
+        hx: h (B, H), or (H) without a batch; zeros if None.
+        w_ih, w_hh: (3H, I) and (3H, H).
+        b_ih, b_hh: (3H) each, or both None.
+        reset_after: whether the reset gate acts after the recurrent product (torch) or before it.
+
+    Returns:
+        The next h, with the shape of `hx`.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: as :func:`lstm_cell`.
+
+    Saved for the backward pass: all arguments, the new h; r, z, n, and the recurrent part of n if `reset_after`.
+
+    Example:
+        >>> cell = fastseq.GRUCell(4, 5)
+        >>> fastseq.functional.gru_cell(torch.randn(3, 4), None, cell.weight_ih, cell.weight_hh).shape
+        torch.Size([3, 5])
+    """
+    return _one_state_cell("GRU" if reset_after else "GRU_RESET_BEFORE", input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """One step of an Elman network; see :class:`fastseq.RNNCell`.
+
+    Args:
+        input: (B, I), or (I) without a batch.
+        hx: h (B, H), or (H) without a batch; zeros if None.
+        w_ih, w_hh: (H, I) and (H, H).
+        b_ih, b_hh: (H) each, or both None.
+        nonlinearity: "tanh" or "relu".
+
+    Returns:
+        The next h, with the shape of `hx`.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: as :func:`lstm_cell`; RuntimeError for another nonlinearity.
+
+    Saved for the backward pass: all arguments and the new h.
+
+    Example:
+        >>> cell = fastseq.RNNCell(4, 5)
+        >>> fastseq.functional.rnn_cell(torch.randn(3, 4), None, cell.weight_ih, cell.weight_hh).shape
+        torch.Size([3, 5])
+    """
+    if nonlinearity not in _RNN_MODES:
+        raise RuntimeError(_unknown_nonlinearity(nonlinearity))
+    return _one_state_cell(_RNN_MODES[nonlinearity], input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+_RNN_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+
+
+def _unknown_nonlinearity(nonlinearity: object) -> str:
+    return problem(f"nonlinearity={nonlinearity!r}", "'tanh' or 'relu'", "nonlinearity='tanh'")
+
+
+def _stack(
+    mode: str,
+    input: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    states: tuple[Tensor, ...],
+    batch_sizes: Tensor | None,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers: output, h_n and c_n, the last of no use if the cell has no cell state."""
+    directions = 2 if bidirectional else 1
+    layers, left_over = divmod(len(weights), directions)
+    if left_over or not layers:
+        raise RuntimeError(
+            problem(
+                f"weights with {len(weights)} groups of tensors, bidirectional={bidirectional}",
+                "one group for each layer and direction",
+                "module.all_weights",
+            )
+        )
+    first = weights[0]
+    unbatched = batch_sizes is None and input.dim() == 2
+    batch_first = batch_first and batch_sizes is None and not unbatched
+    _check_input(input, first[0].dtype, batch_sizes)
+    _check_state_ranks(states, 2 if unbatched else 3)
+    if unbatched:
+        input, states = input.unsqueeze(1), tuple(state.unsqueeze(1) for state in states)
+    elif batch_first:
+        input = input.transpose(0, 1)
+    if batch_sizes is None and input.shape[0] == 0:
+        raise RuntimeError(problem("input without any step", "at least one step", "leave empty sequences out"))
+
+    hidden = first[1].shape[0] // CELLS[mode].gates
+    width = first[-1].shape[0] if len(first) in (3, 5) else hidden
+    batch = input.shape[1] if batch_sizes is None else _packed_batch(batch_sizes)
+    for i, state in enumerate(states):
+        shape = (len(weights), batch, hidden if i else width)
+        check_like(_state_name(states, i), state, shape, "(layers * directions, batch, size)", input)
+    if batch_sizes is not None and not states:  # the operator reads the batch size from the state
+        states = (input.new_zeros((len(weights), batch, width)),)
+    h0 = states[0].split(directions) if states else [None] * layers
+    c0 = states[1].split(directions) if len(states) == 2 else [None] * layers
+
+    h_n, c_n = [], []
+    output = input
+    for layer in range(layers):
+        last = layer == layers - 1
+        tensors = [tensor for group in weights[layer * directions : (layer + 1) * directions] for tensor in group]
+        # Between layers the sequence stays time-major in memory, like torch's, so that dropout draws the same mask.
+        output, h, c = autograd.recurrent(
+            output,
+            batch_sizes,
+            h0[layer],
+            c0[layer],
+            tensors,
+            mode,
+            directions,
+            len(first) >= 4,
+            batch_first and last,
+        )
+        h_n.append(h)
+        c_n.append(c)
+        if dropout and training and not last:
+            output = torch.dropout(output, dropout, True)
+
+    h, c = (h_n[0], c_n[0]) if layers == 1 else (torch.cat(h_n), torch.cat(c_n))
+    if unbatched:
+        return output.squeeze(1), h.squeeze(1), c.squeeze(1) if c.dim() == 3 else c
+    return output.transpose(0, 1) if batch_first else output, h, c
+
+
+def _check_input(input: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None) -> None:
+    rank = input.dim()
+    if batch_sizes is None and rank not in (2, 3):
+        raise ValueError(
+            problem(f"input with {rank} dimensions", "3 dimensions, or 2 without a batch", "input.unsqueeze(...)")
+        )
+    if batch_sizes is not None and rank != 2:
+        raise RuntimeError(
+            problem(f"packed input with {rank} dimensions", "2 dimensions, (rows, features)", "pack_padded_sequence")
+        )
+    if input.dtype != dtype:
+        raise ValueError(
+            problem(
+                f"input of dtype {input.dtype} for weights of dtype {dtype}",
+                "one dtype for the input, the states and the weights",
+                f"input.to({dtype}), or module.to({input.dtype})",
+            )
+        )
+
+
+def _state_name(states: tuple[Tensor, ...], index: int) -> str:
+    return f"hx[{index}]" if len(states) == 2 else "hx"
+
+
+def _check_state_ranks(states: tuple[Tensor, ...], rank: int) -> None:
+    for i, state in enumerate(states):
+        if state.dim() != rank:
+            name, kind = _state_name(states, i), "an input without a batch" if rank == 2 else "a batched input"
+            raise RuntimeError(
+                problem(
+                    f"{name} with {state.dim()} dimensions",
+                    f"{rank} dimensions for {kind}",
+                    f"{name}.squeeze(1)" if rank == 2 else f"{name}.unsqueeze(1)",
+                )
+            )
+
+
+def _packed_batch(batch_sizes: Tensor) -> int:
+    if batch_sizes.dim() != 1:
+        raise TypeError(
+            problem(f"batch_sizes with {batch_sizes.dim()} dimensions", "1 dimension", "batch_sizes.flatten()")
+        )
+    if not batch_sizes.is_cpu:
+        raise RuntimeError(
+            problem(f"batch_sizes on device {batch_sizes.device}", "batch_sizes on the CPU", "batch_sizes.cpu()")
+        )
+    batch = int(batch_sizes[0])
+    if batch < 0:
+        raise RuntimeError(problem(f"batch_sizes that start with {batch}", "sizes of at least 0", "pack_padded_sequence"))
+    return batch
+
+
+def _one_state_cell(
+    mode: str,
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> Tensor:
+    if input.dim() not in (1, 2):
+        raise ValueError(_wrong_cell_rank("input", input))
+    if hx is not None and hx.dim() not in (1, 2):
+        raise ValueError(_wrong_cell_rank("hx", hx))
+    if input.dim() == 2:
+        return autograd.recurrent_cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, mode)[0]
+    h0 = None if hx is None else hx.unsqueeze(0)
+    return autograd.recurrent_cell(input.unsqueeze(0), h0, None, w_ih, w_hh, b_ih, b_hh, mode)[0].squeeze(0)
+
+
+def _wrong_cell_rank(name: str, tensor: Tensor) -> str:
+    return problem(
+        f"{name} with {tensor.dim()} dimensions", "2 dimensions, or 1 without a batch", f"{name}.reshape(...)"
+    )

@@ -1,0 +1,66 @@
+"""What RNN, LSTM and GRU share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNBase
+from torch.nn.utils.rnn import PackedSequence
+
+
+class RecurrentModule(RNNBase):
+    """torch.nn's parameters, names and initial values, without its flat buffer of weights.
+
+    RNNBase keeps a second list of its weights for cuDNN. Here the parameters are looked up by name at every call,
+    so that parametrized, tied, replaced and functional parameters are seen; all that serves that list is undone.
+    """
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+        if not isinstance(input, PackedSequence):
+            return self._run(input, hx, None)
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is not None:
+            hx = self.permute_hidden(hx, sorted_indices)
+        output, hidden = self._run(data, hx, batch_sizes)
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self.permute_hidden(hidden, unsorted_indices)
+
+    def _run(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
+        raise NotImplementedError
+
+    def _weights(self) -> list[list[Tensor]]:
+        parameters = self._parameters
+        try:
+            return [[parameters[name] for name in names] for names in self._all_weights]  # type: ignore[misc]
+        except KeyError:  # parametrized, or replaced by a plain tensor
+            return self.all_weights
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """The state, or both states, with the batch in another order."""
+        if permutation is None:
+            return hx
+        if isinstance(hx, Tensor):
+            return hx.index_select(1, permutation)
+        return tuple(state.index_select(1, permutation) for state in hx)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the weights need not lie in one buffer. It is here because torch.nn has it."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    __setattr__ = nn.Module.__setattr__
+    __setstate__ = nn.Module.__setstate__
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..checks import problem
+from .base import RecurrentModule
+
+
+class RNN(RecurrentModule):
+    r"""The Elman network over a sequence, in place of :class:`torch.nn.RNN`.
+
+    For each step t of each layer, with x_t the input of the layer::
+
+        h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)          or relu(...)
+
+    J. L. Elman, Finding structure in time, Cognitive Science 14(2), 1990.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: features of the hidden state, H.
+        num_layers: layers; each takes the output of the one before, L.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are b_ih and b_hh.
+        batch_first: whether input and output are (B, T, features). The state is (.., B, ..) either way.
+        dropout: probability of zeroing an element of a layer's output, but for the last layer's, in training.
+        bidirectional: whether a second half of each layer runs from the last step to the first; D is 2, else 1.
+        proj_size: there for torch.nn's order of arguments; must be 0, only LSTM has projections.
+        device, dtype: of the parameters: float32, float64, bfloat16 or float16.
+
+    Inputs:
+        input: (T, B, I); (B, T, I) if `batch_first`; (T, I) for one sequence without a batch; or a
+            :class:`~torch.nn.utils.rnn.PackedSequence`, sorted or not. Any strides; it is not copied.
+        hx: h_0 of shape (L*D, B, H), without B for an input without a batch. Zeros if None.
+
+    Returns:
+        output, h_n: the last layer's h_t for all t, (T, B, D*H), laid out and packed like the input, both directions
+        side by side; and the state after the last step, with the shape of hx.
+
+    Raises:
+        ValueError: an input of the wrong rank, or of another dtype than the parameters; another nonlinearity.
+        RuntimeError: wrong sizes of input or state, a state of another dtype, mixed devices, a sequence of no steps,
+            batch_sizes that do not fit; or a second derivative, which does not exist yet.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
+
+    Attributes:
+        weight_ih_l[k]: (H, I), for layers k > 0 (H, D*H).
+        weight_hh_l[k]: (H, H).
+        bias_ih_l[k], bias_hh_l[k]: (H).
+        Each also with the suffix _reverse if bidirectional. All start uniform in +-1/sqrt(H), as in torch.nn for the
+        same seed; state_dicts go both ways.
+
+    Saved for the backward pass, when any gradient is needed: the input, the weights, the initial state and the output
+    of each layer (no copies), and nothing else. None of these may be changed in place before the backward pass.
+
+    Example:
+        >>> rnn = fastseq.RNN(10, 20, nonlinearity="relu")
+        >>> output, h_n = rnn(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
+        >>> output.sum().backward()
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if proj_size:
+            raise ValueError(problem(f"proj_size={proj_size} for RNN", "proj_size with LSTM only", "proj_size=0"))
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(problem(f"nonlinearity={nonlinearity!r}", "'tanh' or 'relu'", "nonlinearity='tanh'"))
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        self.nonlinearity = nonlinearity
+
+    def _run(self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        return functional.rnn(
+            input,
+            self._weights(),
+            hx,
+            nonlinearity=self.nonlinearity,
+            batch_sizes=batch_sizes,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+        )

@@ -1,0 +1,427 @@
+"""The operators torch.ops.fastseq.*, which are the only callers of the kernels.
+
+    recurrent            one layer with all its directions, over a whole sequence
+    recurrent_cell       one step of one direction
+    recurrent_backward   the gradients of either
+
+Each operator checks its arguments, allocates its results and passes addresses, sizes and strides on. The fake
+implementations (torch.compile, torch.export, meta tensors) share the checks and the allocation with the real
+ones, and so return the same shapes and strides. None of the operators is differentiable: see fastseq.autograd.
+
+T steps, B batch, I input_size, H hidden_size, R recurrent size (proj_size or H), D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .checks import CELLS, DTYPES, Layer, check_like, check_layer, problem, unsupported
+
+_library = torch.library.Library("fastseq", "DEF")
+# weights: for each direction weight_ih, weight_hh, then bias_ih, bias_hh if `bias`, then weight_hr of a projected
+# LSTM. output is (T, B, D*R), lying in memory as (B, T, D*R) if batch_first; c_n and saved are empty if there are none.
+_library.define(
+    "recurrent(Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, str mode, "
+    "int directions, bool bias, bool batch_first, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)"
+)
+# Returns [h, c of an LSTM, saved if `save`].
+_library.define(
+    "recurrent_cell(Tensor input, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
+    "Tensor? bias_hh, str mode, bool save) -> Tensor[]"
+)
+# For a cell input is (B, I) and batch_sizes None. `wanted` says of [input, h0, c0, *weights] which gradients to return.
+_library.define(
+    "recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, "
+    "Tensor? h0, Tensor? c0, Tensor[] weights, Tensor output, Tensor saved, str mode, int directions, bool bias, "
+    "bool[] wanted) -> Tensor[]"
+)
+
+
+# ------------------------------------------------------------------------------------------------ addresses
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """Strides of step, row and feature; a packed sequence or a single step has none of its own for steps."""
+    if tensor is None:
+        return (0, 0, 0)
+    return tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
+
+
+def _per_direction(tensor: Tensor | None, directions: int) -> list[int]:
+    """The addresses of a dense tensor's directions, which come first in its shape."""
+    if tensor is None:
+        return [0] * directions
+    start, step = tensor.data_ptr(), tensor.nbytes // directions
+    return [start + d * step for d in range(directions)]
+
+
+def _weight_addresses(weights: Sequence[Tensor | None], layer: Layer) -> list[tuple[int, ...]]:
+    """For each direction the addresses of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; 0 where there is none."""
+    count = len(weights) // layer.directions
+    addresses = []
+    for start in range(0, len(weights), count):
+        a = [_address(weight) for weight in weights[start : start + count]]
+        biases = a[2:4] if layer.bias else [0, 0]
+        addresses.append((*a[:2], *biases, a[-1] if layer.projected else 0))
+    return addresses
+
+
+# ------------------------------------------------------------------------------------------------ one layer
+
+
+def _allocate_layer(
+    input: Tensor, layer: Layer, batch_first: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cell, steps, batch, hidden = layer.cell, layer.steps, layer.batch, layer.hidden_size
+    directions, features = layer.directions, layer.directions * layer.width
+    if input.dim() == 2:  # packed
+        output = input.new_empty((layer.rows, features))
+    elif batch_first:  # no transposed view: autograd forbids changing a view from a Function in place
+        output = input.new_empty_strided((steps, batch, features), (features, steps * features, 1))
+    else:
+        output = input.new_empty((steps, batch, features))
+    h_n = input.new_empty((directions, batch, layer.width))
+    c_n = input.new_empty((directions, batch, hidden) if cell.cell_state else (0,))
+    slots = cell.saved if save else 0
+    saved = input.new_empty((directions, layer.rows, slots, hidden) if slots else (0,))
+    return output, h_n, c_n, saved
+
+
+def _recurrent_fake(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    mode: str,
+    directions: int,
+    bias: bool,
+    batch_first: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
+    return _allocate_layer(input, layer, batch_first, save)
+
+
+def _recurrent(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    mode: str,
+    directions: int,
+    bias: bool,
+    batch_first: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
+    output, h_n, c_n, saved = _allocate_layer(input, layer, batch_first, save)
+    batch_sizes, h0, c0 = _dense(batch_sizes), _dense(h0), _dense(c0)
+    weights = [weight.contiguous() for weight in weights]
+    states = [
+        _per_direction(tensor, directions)
+        for tensor in (h0, c0, h_n, c_n if c_n.numel() else None, saved if saved.numel() else None)
+    ]
+    _C.recurrent_forward(
+        layer.cell.code,
+        DTYPES[input.dtype],
+        torch.get_num_threads(),
+        layer.steps,
+        layer.batch,
+        _address(batch_sizes),
+        layer.input_size,
+        layer.hidden_size,
+        layer.width if layer.projected else 0,
+        input.data_ptr(),
+        *_strides(input),
+        output.data_ptr(),
+        *_strides(output)[:2],
+        tuple(w + s for w, s in zip(_weight_addresses(weights, layer), zip(*states, strict=True), strict=True)),
+    )
+    return output, h_n, c_n, saved
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+
+def _check_cell(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    mode: str,
+) -> Layer:
+    if (bias_ih is None) != (bias_hh is None):
+        raise RuntimeError(
+            problem("one of bias_ih and bias_hh", "both or none", "torch.zeros_like(...) for the other")
+        )
+    biases = [] if bias_ih is None or bias_hh is None else [bias_ih, bias_hh]
+    weights = [weight_ih, weight_hh, *biases]
+    return check_layer(input, None, h0, c0, weights, mode, 1, bool(biases), one_step=True)
+
+
+def _recurrent_cell_fake(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    mode: str,
+    save: bool,
+) -> list[Tensor]:
+    layer = _check_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode)
+    results = [input.new_empty((layer.batch, layer.hidden_size)) for _ in range(1 + layer.cell.cell_state)]
+    if save:
+        slots = layer.cell.saved
+        results.append(input.new_empty((layer.batch, slots, layer.hidden_size) if slots else (0,)))
+    return results
+
+
+def _recurrent_cell(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    mode: str,
+    save: bool,
+) -> list[Tensor]:
+    # A small cell takes a few microseconds in all, so its checks are one expression; when it is false,
+    # check_layer finds out why.
+    code, gates, slots, cell_state = CELLS[mode]
+    batch, input_size = input.shape if input.dim() == 2 else (0, 0)
+    gate_rows, hidden = weight_hh.shape if weight_hh.dim() == 2 else (0, 0)
+    dtype, state, bias = input.dtype, (batch, hidden), (gate_rows,)
+    if not (
+        input_size > 0
+        and hidden > 0
+        and dtype in DTYPES
+        and gate_rows == gates * hidden
+        and weight_hh.dtype is dtype
+        and weight_ih.shape == (gate_rows, input_size)
+        and weight_ih.dtype is dtype
+        and (h0 is None or (h0.shape == state and h0.dtype is dtype))
+        and (c0 is None or (c0.shape == state and c0.dtype is dtype and cell_state))
+        and (
+            (bias_ih is None and bias_hh is None)
+            if bias_ih is None or bias_hh is None
+            else (bias_ih.shape == bias and bias_ih.dtype is dtype and bias_hh.shape == bias and bias_hh.dtype is dtype)
+        )
+    ):
+        _check_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode)
+    weight_ih, weight_hh = weight_ih.contiguous(), weight_hh.contiguous()
+    bias_ih, bias_hh, h0, c0 = _dense(bias_ih), _dense(bias_hh), _dense(h0), _dense(c0)
+
+    h = input.new_empty(state) if h0 is None else torch.empty_like(h0)
+    results = [h]
+    c_address = saved_address = 0
+    if cell_state:
+        results.append(c := torch.empty_like(h))
+        c_address = c.data_ptr()
+    if save:
+        results.append(saved := input.new_empty((batch, slots, hidden) if slots else (0,)))
+        saved_address = saved.data_ptr()
+    row, feature = input.stride()
+    _C.recurrent_forward(
+        code,
+        DTYPES[dtype],
+        torch.get_num_threads(),
+        1,
+        batch,
+        0,
+        input_size,
+        hidden,
+        0,
+        input.data_ptr(),
+        0,
+        row,
+        feature,
+        h.data_ptr(),
+        0,
+        hidden,
+        (
+            (
+                weight_ih.data_ptr(),
+                weight_hh.data_ptr(),
+                0 if bias_ih is None else bias_ih.data_ptr(),
+                0 if bias_hh is None else bias_hh.data_ptr(),
+                0,
+                0 if h0 is None else h0.data_ptr(),
+                0 if c0 is None else c0.data_ptr(),
+                0,
+                c_address,
+                saved_address,
+            ),
+        ),
+    )
+    return results
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def _check_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    saved: Tensor,
+    mode: str,
+    directions: int,
+    bias: bool,
+) -> Layer:
+    one_step = batch_sizes is None and input.dim() == 2
+    layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias, one_step)
+    lead = () if one_step else (directions,)
+    shape = (*input.shape[:-1], directions * layer.width)
+    check_like("output", output, shape, "that of the forward pass", input)
+    if output.stride(-1) != 1:
+        raise RuntimeError(problem(f"output with strides {output.stride()}", "a feature stride of 1", "the output as it was"))
+    slots, rows, hidden = layer.cell.saved, layer.rows, layer.hidden_size
+    check_like("saved", saved, (*lead, rows, slots, hidden) if slots else (0,), "that of the forward pass", input)
+    for name, grad, like in (
+        ("grad_output", grad_output, shape),
+        ("grad_h_n", grad_h_n, (*lead, layer.batch, layer.width)),
+        ("grad_c_n", grad_c_n, (*lead, layer.batch, hidden)),
+    ):
+        if grad is not None:
+            check_like(name, grad, like, "that of the forward pass", input)
+    return layer
+
+
+def _allocate_gradients(
+    input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    grads: list[Tensor | None] = []
+    for tensor, want in zip((input, h0, c0, *weights), wanted, strict=True):
+        if tensor is None or not want:
+            grads.append(None)
+        elif tensor is input and (grad := torch.empty_like(input)).stride(-1) == 1:
+            grads.append(grad)  # batch-first like the input, if that is
+        else:
+            grads.append(torch.empty_like(tensor, memory_format=torch.contiguous_format))
+    return grads
+
+
+def _recurrent_backward_fake(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    saved: Tensor,
+    mode: str,
+    directions: int,
+    bias: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    _check_backward(
+        grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weights, output, saved, mode, directions, bias
+    )
+    return [grad for grad in _allocate_gradients(input, h0, c0, weights, wanted) if grad is not None]
+
+
+def _recurrent_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    saved: Tensor,
+    mode: str,
+    directions: int,
+    bias: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    layer = _check_backward(
+        grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weights, output, saved, mode, directions, bias
+    )
+    grads = _allocate_gradients(input, h0, c0, weights, wanted)
+    grad_input, grad_h0, grad_c0, *grad_weights = grads
+    batch_sizes, h0, c0 = _dense(batch_sizes), _dense(h0), _dense(c0)
+    grad_h_n, grad_c_n = _dense(grad_h_n), _dense(grad_c_n)
+    weights = [weight.contiguous() for weight in weights]
+    rows = zip(
+        _weight_addresses(weights, layer),
+        *(_per_direction(t, directions) for t in (h0, c0, saved if saved.numel() else None, grad_h_n, grad_c_n)),
+        _weight_addresses(grad_weights, layer),
+        *(_per_direction(t, directions) for t in (grad_h0, grad_c0)),
+        strict=True,
+    )
+    _C.recurrent_backward(
+        layer.cell.code,
+        DTYPES[input.dtype],
+        torch.get_num_threads(),
+        layer.steps,
+        layer.batch,
+        _address(batch_sizes),
+        layer.input_size,
+        layer.hidden_size,
+        layer.width if layer.projected else 0,
+        input.data_ptr(),
+        *_strides(input),
+        output.data_ptr(),
+        *_strides(output)[:2],
+        _address(grad_output),
+        *_strides(grad_output),
+        _address(grad_input),
+        *_strides(grad_input)[:2],
+        tuple(
+            (*w, h, c, 0, 0, s, gh_n, gc_n, grad_ih, grad_hh, grad_b_ih, grad_b_hh, grad_hr, gh, gc)
+            for w, h, c, s, gh_n, gc_n, (grad_ih, grad_hh, grad_b_ih, grad_b_hh, grad_hr), gh, gc in rows
+        ),
+    )
+    return [grad for grad in grads if grad is not None]
+
+
+# --------------------------------------------------------------------------------------------- registration
+
+
+def _register(name: str, cpu, fake) -> None:
+    _library.impl(name, cpu, "CPU")
+    # Every other device and layout ends here, unless an engine registers for it.
+    _library.impl(name, lambda *arguments: unsupported(f"fastseq.{name}", arguments), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastseq::{name}", fake, lib=_library)
+
+
+_register("recurrent", _recurrent, _recurrent_fake)
+_register("recurrent_cell", _recurrent_cell, _recurrent_cell_fake)
+_register("recurrent_backward", _recurrent_backward, _recurrent_backward_fake)
+
+# An overload is called without looking it up by its arguments.
+recurrent = torch.ops.fastseq.recurrent.default
+recurrent_cell = torch.ops.fastseq.recurrent_cell.default
+recurrent_backward = torch.ops.fastseq.recurrent_backward.default
