@@ -1,0 +1,165 @@
+"""Time fastseq against torch.nn, both in turn in one process, and write down the ratios.
+
+    python benchmarks/run.py                      # everything, under 25 minutes
+    python benchmarks/run.py --quick              # a look, under two minutes
+    python benchmarks/run.py --case "LSTM training T100"  --cells LSTM
+    python benchmarks/run.py --list
+
+DIR/results.json is written anew after every case, so that a run can be stopped at any time (Ctrl-C) and
+keeps what it has measured; the figures are drawn at the end, next to it. README's table is made from it by
+report.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import figures
+import grid
+import paired
+import summary
+import torch
+from environment import cpu_model, environment
+from tqdm import tqdm
+
+import fastseq
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PEAK_SECONDS = 0.05  # one reading of the machine's FMA peak
+
+
+def parse_arguments():
+    first, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=first, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="fewer cases, fewer samples of each")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to write (default: benchmarks/results/<name of the CPU>)",
+    )
+    add("--cells", nargs="+", choices=grid.CELLS, metavar="CELL", help="of RNN, LSTM, GRU (default: all)")
+    add("--case", metavar="PATTERN", help="only cases whose name contains this regular expression")
+    add("--list", action="store_true", help="print the names of the cases and stop")
+    add("--threads", type=int, metavar="N", help="for both libraries (default: torch's choice)")
+    add("--budget", type=float, metavar="SECONDS", help="time for a case (default: 3, with --quick 0.3)")
+    arguments = parser.parse_args()
+    for name in ("threads", "budget"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            parser.error(f"argument --{name}: given {value}, accepted is a number above 0")
+    return parser, arguments
+
+
+def choose_cases(parser, arguments):
+    chosen = grid.cases(arguments.quick)
+    if arguments.cells:
+        chosen = [case for case in chosen if case.cell in arguments.cells]
+    if arguments.case:
+        try:
+            pattern = re.compile(arguments.case, re.IGNORECASE)
+        except re.error as error:
+            parser.error(f"argument --case: {arguments.case!r} is no regular expression: {error}")
+        chosen = [case for case in chosen if pattern.search(case.name)]
+    if not chosen:
+        parser.error("no case is left\ntry --list for the names, and a wider --case or --cells")
+    return chosen
+
+
+def default_folder(quick):
+    name = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
+    return RESULTS / f"{name}-{torch.get_num_threads()}-threads{'-quick' if quick else ''}"
+
+
+def difference(theirs, ours):
+    """Largest difference of any pair of tensors, relative to the largest value in torch's."""
+    pairs = [(a.double(), b.double()) for a, b in zip(theirs, ours, strict=True)]
+    return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-6)).item() for a, b in pairs)
+
+
+def measure_case(case, budget, least_pairs):
+    theirs, ours = case.functions()
+    results = theirs(), ours()
+    # The two GRUs of the reset_before group are different networks.
+    apart = None if case.group == "reset_before" else difference(*results)
+    code, threads = fastseq._C.DTYPES[case.dtype], torch.get_num_threads()
+
+    def peak():
+        return fastseq._C.fma_peak(code, threads, PEAK_SECONDS)
+
+    pairs = paired.measure(theirs, ours, peak, budget, least_pairs)
+    seconds = {"torch": statistics.median(pairs.a), "fastseq": statistics.median(pairs.b)}
+    gflops = {name: case.flops / value / 1e9 for name, value in seconds.items()}
+    middle = statistics.median(pairs.peaks)
+    return {
+        "name": case.name,
+        "group": case.group,
+        "cell": case.cell,
+        "mode": case.mode,
+        "dtype": case.dtype,
+        "shape": case.shape.name,
+        "ratio": statistics.median(pairs.ratios),
+        "ratio_quartiles": statistics.quantiles(pairs.ratios, n=4),
+        "seconds": seconds,
+        "gflops": gflops,
+        "share": {name: value / middle for name, value in gflops.items()},
+        "peaks": pairs.peaks,
+        "difference": apart,
+        "others": pairs.others,
+        "samples": {"torch": pairs.a, "fastseq": pairs.b},
+    }
+
+
+def save(results, path):
+    """Write by renaming, so that a stopped run leaves the whole file of the case before."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(path)
+
+
+def main():
+    parser, arguments = parse_arguments()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    chosen = choose_cases(parser, arguments)
+    if arguments.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+
+    folder = arguments.out or default_folder(arguments.quick)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    results = {"environment": environment(), "quick": arguments.quick, "complete": False, "cases": []}
+    budget = arguments.budget or (0.3 if arguments.quick else 3.0)
+    started = time.perf_counter()
+    try:
+        with tqdm(chosen, unit="case", dynamic_ncols=True) as bar:
+            for case in bar:
+                bar.set_description(case.name)
+                results["cases"].append(measure_case(case, budget, least_pairs=3 if arguments.quick else 5))
+                results["environment"]["load_at_end"] = os.getloadavg()
+                results["environment"]["minutes"] = (time.perf_counter() - started) / 60
+                results["complete"] = len(results["cases"]) == len(chosen)
+                save(results, path)
+                last, mean = results["cases"][-1]["ratio"], summary.geometric_mean(results["cases"])
+                bar.set_postfix_str(f"last {last:.2f}x, mean {mean:.2f}x", refresh=False)
+    except KeyboardInterrupt:
+        print(f"\nstopped after {len(results['cases'])} of {len(chosen)} cases", file=sys.stderr)
+    print("\n" + summary.text(results["cases"]) + "\n")
+    if results["cases"]:
+        print("\n".join(f"wrote {written}" for written in [path, *figures.draw(results, folder)]))
+    return 0 if results["complete"] else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
