@@ -5,6 +5,7 @@
 #include <cstring>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/engine.h"
@@ -17,6 +18,7 @@ using fastseq::DType;
 using fastseq::RecurrentArgs;
 using fastseq::RecurrentDirection;
 using fastseq::RecurrentPlan;
+using fastseq::SequenceTensor;
 
 namespace {
 
@@ -27,70 +29,94 @@ struct Named {
 constexpr Named kCellNames[] = {{"RNN_TANH", 0}, {"RNN_RELU", 1}, {"LSTM", 2}, {"GRU", 3}, {"GRU_RESET_BEFORE", 4}};
 constexpr Named kDTypeNames[] = {{"float32", 0}, {"float64", 1}, {"bfloat16", 2}, {"float16", 3}};
 
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
+// Reads integers off a tuple, in order. pybind11's own conversion of forty arguments takes longer than a small
+// step of a network does.
+class Integers {
+ public:
+  explicit Integers(py::handle tuple) : tuple_(tuple.ptr()), size_(PyTuple_GET_SIZE(tuple_)) {}
+  int64_t next() {
+    if (at_ == size_) throw py::type_error("too few integers; the signatures are in _C.pyi");
+    const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple_, at_++));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  template <class T>
+  T* pointer() {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(next()));
+  }
+  // The tuple that comes next.
+  Integers nested() {
+    if (at_ == size_ || !PyTuple_Check(PyTuple_GET_ITEM(tuple_, at_))) throw py::type_error("expected a tuple");
+    return Integers(PyTuple_GET_ITEM(tuple_, at_++));
+  }
+  py::ssize_t left() const { return size_ - at_; }
 
-// The members of RecurrentDirection in the order of the contract: all pointers.
+ private:
+  PyObject* tuple_;
+  py::ssize_t size_, at_ = 0;
+};
+
+// The members of RecurrentDirection are pointers, and come in the order of the contract.
 constexpr int kForwardPointers = 10, kPointers = 19;
-static_assert(sizeof(RecurrentDirection) == kPointers * sizeof(void*));
+static_assert(sizeof(RecurrentDirection) == kPointers * sizeof(void*), "one address for each member");
 
-void read_directions(RecurrentArgs& args, const py::tuple& directions, int pointers) {
-  args.directions = int(directions.size());
-  if (args.directions < 1 || args.directions > 2) throw py::value_error("directions: one or two tuples");
+void read_directions(Integers& from, int pointers, RecurrentArgs& args) {
+  Integers directions = from.nested();
+  args.directions = int(directions.left());
+  if (args.directions < 1 || args.directions > 2) throw py::value_error("directions: one or two");
   for (int d = 0; d < args.directions; ++d) {
-    const auto from = py::reinterpret_borrow<py::tuple>(directions[d]);
-    if (int(from.size()) != pointers) throw py::value_error("directions: wrong number of addresses");
-    uintptr_t addresses[kPointers] = {};
-    for (int i = 0; i < pointers; ++i) addresses[i] = from[i].cast<uintptr_t>();
-    static_assert(std::is_trivially_copyable<RecurrentDirection>::value);
+    Integers direction = directions.nested();
+    void* addresses[kPointers] = {};
+    for (int i = 0; i < pointers; ++i) addresses[i] = direction.pointer<void>();
     std::memcpy(&args.direction[d], addresses, sizeof addresses);
   }
+  if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
 }
 
-RecurrentArgs arguments(int cell, int dtype, int threads, int64_t steps, int64_t batch, int64_t batch_sizes,
-                        int64_t input_size, int64_t hidden_size, int64_t proj_size) {
+template <class Pointer>
+void read_sequence(Integers& from, int strides, SequenceTensor<Pointer>& tensor) {
+  tensor.data = from.pointer<std::remove_pointer_t<Pointer>>();
+  tensor.stride[2] = 1;
+  for (int i = 0; i < strides; ++i) tensor.stride[i] = from.next();
+}
+
+RecurrentArgs read_problem(Integers& from) {
+  RecurrentArgs args = {};
+  const int64_t cell = from.next(), dtype = from.next();
   if (cell < 0 || cell >= fastseq::kCells) throw py::value_error("cell: unknown code");
   if (dtype < 0 || dtype >= fastseq::kDTypes) throw py::value_error("dtype: unknown code");
-  RecurrentArgs args = {};
-  args.cell = CellKind(cell), args.dtype = DType(dtype), args.threads = threads;
-  args.shape = {steps, batch, pointer<const int64_t>(batch_sizes)};
-  args.input_size = input_size, args.hidden_size = hidden_size, args.proj_size = proj_size;
+  args.cell = CellKind(cell), args.dtype = DType(dtype), args.threads = int(from.next());
+  args.shape.steps = from.next(), args.shape.batch = from.next();
+  args.shape.batch_sizes = from.pointer<const int64_t>();
+  args.input_size = from.next(), args.hidden_size = from.next(), args.proj_size = from.next();
   return args;
 }
 
-void recurrent_forward(int cell, int dtype, int threads, int64_t steps, int64_t batch, int64_t batch_sizes,
-                       int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t input, int64_t input_t,
-                       int64_t input_b, int64_t input_i, int64_t output, int64_t output_t, int64_t output_b,
-                       const py::tuple& directions) {
-  RecurrentArgs args = arguments(cell, dtype, threads, steps, batch, batch_sizes, input_size, hidden_size, proj_size);
-  args.input = {pointer<const void>(input), {input_t, input_b, input_i}};
-  args.output = {pointer<void>(output), {output_t, output_b, 1}};
-  read_directions(args, directions, kForwardPointers);
+void recurrent_forward(const py::args& arguments) {
+  Integers from(arguments);
+  RecurrentArgs args = read_problem(from);
+  read_sequence(from, 3, args.input);
+  read_sequence(from, 2, args.output);
+  read_directions(from, kForwardPointers, args);
   py::gil_scoped_release release;
   fastseq::recurrent_forward(args);
 }
 
-void recurrent_backward(int cell, int dtype, int threads, int64_t steps, int64_t batch, int64_t batch_sizes,
-                        int64_t input_size, int64_t hidden_size, int64_t proj_size, int64_t input, int64_t input_t,
-                        int64_t input_b, int64_t input_i, int64_t output, int64_t output_t, int64_t output_b,
-                        int64_t grad_output, int64_t grad_output_t, int64_t grad_output_b, int64_t grad_output_i,
-                        int64_t grad_input, int64_t grad_input_t, int64_t grad_input_b, const py::tuple& directions) {
-  RecurrentArgs args = arguments(cell, dtype, threads, steps, batch, batch_sizes, input_size, hidden_size, proj_size);
-  args.input = {pointer<const void>(input), {input_t, input_b, input_i}};
-  args.output = {pointer<void>(output), {output_t, output_b, 1}};
-  args.grad_output = {pointer<const void>(grad_output), {grad_output_t, grad_output_b, grad_output_i}};
-  args.grad_input = {pointer<void>(grad_input), {grad_input_t, grad_input_b, 1}};
-  read_directions(args, directions, kPointers);
+void recurrent_backward(const py::args& arguments) {
+  Integers from(arguments);
+  RecurrentArgs args = read_problem(from);
+  read_sequence(from, 3, args.input);
+  read_sequence(from, 2, args.output);
+  read_sequence(from, 3, args.grad_output);
+  read_sequence(from, 2, args.grad_input);
+  read_directions(from, kPointers, args);
   py::gil_scoped_release release;
   fastseq::recurrent_backward(args);
 }
 
 py::dict recurrent_plan(int cell, int dtype, int threads, int64_t steps, int64_t batch, int64_t input_size,
                         int64_t hidden_size, int64_t proj_size, int directions, bool backward) {
-  const RecurrentArgs args = arguments(cell, dtype, threads, steps, batch, 0, input_size, hidden_size, proj_size);
-  const RecurrentPlan plan = fastseq::recurrent_plan({args.cell, args.dtype, threads, steps, batch, input_size,
+  const RecurrentPlan plan = fastseq::recurrent_plan({CellKind(cell), DType(dtype), threads, steps, batch, input_size,
                                                       hidden_size, proj_size, directions, backward});
   py::dict d;
   d["direction_parts"] = plan.direction_parts;

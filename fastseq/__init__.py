@@ -17,7 +17,7 @@ except ModuleNotFoundError as _error:
     raise ImportError(
         f"given: the package fastseq in {__path__[0]} without its compiled module fastseq._C\n"
         "accepted: an installed fastseq\n"
-        "try: pip install . in the source directory, then import from another directory (or: pip install -e .)"
+        "try: pip install . in the source directory, then import it from another directory"
     ) from _error
 
 from . import functional

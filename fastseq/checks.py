@@ -1,4 +1,4 @@
-"""What an operator accepts. Shapes, dtypes and devices are checked here before any address reaches the kernels.
+"""What an operator accepts: shapes, dtypes and devices, checked before any address reaches the kernels.
 
 Everything in this file works on fake tensors too, so that torch.compile reports the same errors.
 """
@@ -90,7 +90,11 @@ def check_layer(
     """Checks all that one layer is given and returns its sizes; `one_step` is a cell with input (B, I)."""
     if mode not in CELLS or directions not in (1, 2):
         raise RuntimeError(
-            problem(f"mode {mode!r}, directions {directions}", f"a mode of {list(CELLS)}, 1 or 2 directions", "one of these")
+            problem(
+                f"mode {mode!r}, directions {directions}",
+                f"a mode of {list(CELLS)}, 1 or 2 directions",
+                "one of these",
+            )
         )
     cell = CELLS[mode]
     if input.dtype not in DTYPES:
@@ -107,7 +111,7 @@ def check_layer(
         raise RuntimeError(
             problem(
                 f"weights with {len(weights)} tensors for {directions} direction(s), bias={bias}, {mode}",
-                "weight_ih, weight_hh, then bias_ih, bias_hh if there are biases, then weight_hr of a projected LSTM",
+                "weight_ih, weight_hh, then bias_ih, bias_hh if any, then weight_hr of a projected LSTM",
                 "pass the weights of each direction in this order, as in module.all_weights",
             )
         )
@@ -115,7 +119,11 @@ def check_layer(
     rank = 2 if one_step or batch_sizes is not None else 3
     if input.dim() != rank:
         raise RuntimeError(
-            problem(f"input with {input.dim()} dimensions", f"{rank} dimensions", "input.unsqueeze(...) or input.flatten(...)")
+            problem(
+                f"input with {input.dim()} dimensions",
+                f"{rank} dimensions",
+                "input.unsqueeze(...) or input.flatten(...)",
+            )
         )
     for name, weight in zip(WEIGHT_NAMES, weights[:2], strict=False):
         if weight.dim() != 2:
@@ -193,7 +201,7 @@ def _check_batch_sizes(input: Tensor, batch_sizes: Tensor, h0: Tensor | None) ->
                 problem(
                     f"batch_sizes that start with {int(sizes[0])} and add up to {int(sizes.sum())}, "
                     f"for {rows} rows of input and a state of batch {batch}",
-                    "batch_sizes that never increase, start with the batch size and add up to the rows of input",
+                    "batch_sizes that never increase, start with the batch and add up to the rows",
                     "torch.nn.utils.rnn.pack_padded_sequence, which returns both",
                 )
             )
@@ -202,7 +210,9 @@ def _check_batch_sizes(input: Tensor, batch_sizes: Tensor, h0: Tensor | None) ->
 
 def unsupported(op: str, arguments: Sequence[object]) -> NoReturn:
     """Raises for tensors on a device (or of a layout) for which there is no kernel."""
-    tensors = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+    tensors = [
+        t for a in arguments for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)
+    ]
     where = sorted({f"{t.device.type} ({t.layout})" for t in tensors})
     if len({t.device for t in tensors}) > 1:
         raise RuntimeError(
@@ -216,6 +226,6 @@ def unsupported(op: str, arguments: Sequence[object]) -> NoReturn:
         problem(
             f"input and weights on {', '.join(where)}, where {op} has no kernel",
             "dense tensors on the CPU",
-            "input.cpu() and module.cpu(), and .to_dense() for other layouts; fastseq.show_config() tells what is built",
+            "input.cpu() and module.cpu(), or .to_dense(); fastseq.show_config() says what is built",
         )
     )

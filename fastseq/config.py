@@ -30,7 +30,7 @@ def show_config() -> str:
         "fastseq": version("fastseq"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
-        "isa": f"{cpu['isa']} in use; this CPU can {', '.join(cpu['isas'])}; built {', '.join(cpu['compiled_isas'])}",
+        "isa": f"{cpu['isa']} in use, of {', '.join(cpu['isas'])}; built: {', '.join(cpu['compiled_isas'])}",
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads changes it)",
         "cuda": cuda_line,
     }

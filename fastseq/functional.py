@@ -7,9 +7,10 @@ A stack's `weights` hold one sequence of tensors for each layer and direction, a
     [weight_ih, weight_hh, weight_hr]                         LSTM with projection, without biases
     [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]       LSTM with projection and biases
 
-in the order layer 0, layer 0 reverse (if bidirectional), layer 1, ... Layers, sizes, biases and projection follow from
-them. Shapes below: T steps, B batch, I input_size, H hidden_size, R recurrent size (proj_size or H), L layers,
-D directions, G gates (LSTM 4, GRU 3, RNN 1). All tensors have one dtype: float32, float64, bfloat16 or float16.
+in the order layer 0, layer 0 reverse (if bidirectional), layer 1, ... Layers, sizes, biases and projection
+follow from them. Shapes below: T steps, B batch, I input_size, H hidden_size, R recurrent size (proj_size or
+H), L layers, D directions, G gates (LSTM 4, GRU 3, RNN 1). All tensors have one dtype: float32, float64,
+bfloat16 or float16.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def lstm(
     """The LSTM of :class:`fastseq.LSTM`, with its weights as an argument.
 
     Args:
-        input: (T, B, I), or (B, T, I) if `batch_first`, or (T, I) without a batch, or (rows, I) with `batch_sizes`.
+        input: (T, B, I), or (B, T, I) if `batch_first`, or (T, I) without a batch, or (rows, I) with
+            `batch_sizes`.
         weights: for each layer and direction weight_ih (4H, I), weight_hh (4H, R), and optionally bias_ih and
             bias_hh (4H) and weight_hr (R, H); see the head of this module.
         hx: h_0 (L*D, B, R) and c_0 (L*D, B, H), without B if the input has no batch; zeros if None.
@@ -67,7 +69,9 @@ def lstm(
         (torch.Size([7, 3, 10]), torch.Size([4, 3, 5]), torch.Size([4, 3, 5]))
     """
     if hx is not None and len(hx) != 2:
-        raise RuntimeError(problem(f"hx with {len(hx)} tensors", "two states, (h_0, c_0)", "hx=(h_0, c_0), or None"))
+        raise RuntimeError(
+            problem(f"hx with {len(hx)} tensors", "two states, (h_0, c_0)", "hx=(h_0, c_0), or None")
+        )
     states = () if hx is None else tuple(hx)
     output, h_n, c_n = _stack(
         "LSTM", input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training
@@ -90,7 +94,8 @@ def gru(
     """The GRU of :class:`fastseq.GRU`, with its weights as an argument.
 
     Args:
-        input: (T, B, I), or (B, T, I) if `batch_first`, or (T, I) without a batch, or (rows, I) with `batch_sizes`.
+        input: (T, B, I), or (B, T, I) if `batch_first`, or (T, I) without a batch, or (rows, I) with
+            `batch_sizes`.
         weights: for each layer and direction weight_ih (3H, I), weight_hh (3H, H), and optionally bias_ih and
             bias_hh (3H); see the head of this module.
         hx: h_0 (L*D, B, H), without B if the input has no batch; zeros if None.
@@ -103,8 +108,8 @@ def gru(
     Raises:
         ValueError, RuntimeError, NotImplementedError: as :func:`lstm`.
 
-    Saved for the backward pass: input, weights, initial state, output; r, z, n of every step, and the recurrent part
-    of n if `reset_after`.
+    Saved for the backward pass: input, weights, initial state, output; r, z, n of every step, and the
+    recurrent part of n if `reset_after`.
 
     Example:
         >>> module = fastseq.GRU(4, 5)
@@ -135,7 +140,8 @@ def rnn(
     """The Elman network of :class:`fastseq.RNN`, with its weights as an argument.
 
     Args:
-        input: (T, B, I), or (B, T, I) if `batch_first`, or (T, I) without a batch, or (rows, I) with `batch_sizes`.
+        input: (T, B, I), or (B, T, I) if `batch_first`, or (T, I) without a batch, or (rows, I) with
+            `batch_sizes`.
         weights: for each layer and direction weight_ih (H, I), weight_hh (H, H), and optionally bias_ih and
             bias_hh (H); see the head of this module.
         hx: h_0 (L*D, B, H), without B if the input has no batch; zeros if None.
@@ -152,7 +158,8 @@ def rnn(
 
     Example:
         >>> module = fastseq.RNN(4, 5, nonlinearity="relu")
-        >>> output, h_n = fastseq.functional.rnn(torch.randn(7, 3, 4), module.all_weights, nonlinearity="relu")
+        >>> output, h_n = fastseq.functional.rnn(
+        ...     torch.randn(7, 3, 4), module.all_weights, nonlinearity="relu")
         >>> output.shape, h_n.shape
         (torch.Size([7, 3, 5]), torch.Size([1, 3, 5]))
     """
@@ -197,24 +204,23 @@ def lstm_cell(
         >>> h.shape, c.shape
         (torch.Size([3, 5]), torch.Size([3, 5]))
     """
-    if input.dim() not in (1, 2):
-        raise ValueError(_wrong_cell_rank("input", input))
     h0 = c0 = None
     if hx is not None:
         if len(hx) != 2:
-            raise RuntimeError(problem(f"hx with {len(hx)} tensors", "two states, (h, c)", "hx=(h, c), or None"))
+            raise RuntimeError(
+                problem(f"hx with {len(hx)} tensors", "two states, (h, c)", "hx=(h, c), or None")
+            )
         h0, c0 = hx
-        if h0.dim() not in (1, 2):
-            raise ValueError(_wrong_cell_rank("hx[0]", h0))
-        if c0.dim() not in (1, 2):
-            raise ValueError(_wrong_cell_rank("hx[1]", c0))
+        if h0.dim() != 2 or c0.dim() != 2:
+            _check_cell_ranks(("hx[0]", h0), ("hx[1]", c0))
     if input.dim() == 2:
-        h, c, *_ = autograd.recurrent_cell(input, h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
-        return h, c
-    if hx is not None:
-        h0, c0 = hx[0].unsqueeze(0), hx[1].unsqueeze(0)
-    h, c, *_ = autograd.recurrent_cell(input.unsqueeze(0), h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
-    return h.squeeze(0), c.squeeze(0)
+        result = autograd.recurrent_cell(input, h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
+        return result[0], result[1]
+    _check_cell_ranks(("input", input))
+    if h0 is not None and c0 is not None:
+        h0, c0 = h0.unsqueeze(0), c0.unsqueeze(0)
+    result = autograd.recurrent_cell(input.unsqueeze(0), h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
+    return result[0].squeeze(0), result[1].squeeze(0)
 
 
 def gru_cell(
@@ -242,7 +248,8 @@ def gru_cell(
     Raises:
         ValueError, RuntimeError, NotImplementedError: as :func:`lstm_cell`.
 
-    Saved for the backward pass: all arguments, the new h; r, z, n, and the recurrent part of n if `reset_after`.
+    Saved for the backward pass: all arguments, the new h; r, z, n, and the recurrent part of n if
+    `reset_after`.
 
     Example:
         >>> cell = fastseq.GRUCell(4, 5)
@@ -275,7 +282,8 @@ def rnn_cell(
         The next h, with the shape of `hx`.
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: as :func:`lstm_cell`; RuntimeError for another nonlinearity.
+        ValueError, RuntimeError, NotImplementedError: as :func:`lstm_cell`; RuntimeError for another
+            nonlinearity.
 
     Saved for the backward pass: all arguments and the new h.
 
@@ -328,7 +336,9 @@ def _stack(
     elif batch_first:
         input = input.transpose(0, 1)
     if batch_sizes is None and input.shape[0] == 0:
-        raise RuntimeError(problem("input without any step", "at least one step", "leave empty sequences out"))
+        raise RuntimeError(
+            problem("input without any step", "at least one step", "leave empty sequences out")
+        )
 
     hidden = first[1].shape[0] // CELLS[mode].gates
     width = first[-1].shape[0] if len(first) in (3, 5) else hidden
@@ -345,8 +355,10 @@ def _stack(
     output = input
     for layer in range(layers):
         last = layer == layers - 1
-        tensors = [tensor for group in weights[layer * directions : (layer + 1) * directions] for tensor in group]
-        # Between layers the sequence stays time-major in memory, like torch's, so that dropout draws the same mask.
+        tensors = [
+            tensor for group in weights[layer * directions : (layer + 1) * directions] for tensor in group
+        ]
+        # Time-major in memory between layers, like torch's, so that dropout draws the same mask.
         output, h, c = autograd.recurrent(
             output,
             batch_sizes,
@@ -373,11 +385,17 @@ def _check_input(input: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None) 
     rank = input.dim()
     if batch_sizes is None and rank not in (2, 3):
         raise ValueError(
-            problem(f"input with {rank} dimensions", "3 dimensions, or 2 without a batch", "input.unsqueeze(...)")
+            problem(
+                f"input with {rank} dimensions", "3 dimensions, or 2 without a batch", "input.unsqueeze(...)"
+            )
         )
     if batch_sizes is not None and rank != 2:
         raise RuntimeError(
-            problem(f"packed input with {rank} dimensions", "2 dimensions, (rows, features)", "pack_padded_sequence")
+            problem(
+                f"packed input with {rank} dimensions",
+                "2 dimensions, (rows, features)",
+                "pack_padded_sequence",
+            )
         )
     if input.dtype != dtype:
         raise ValueError(
@@ -396,7 +414,10 @@ def _state_name(states: tuple[Tensor, ...], index: int) -> str:
 def _check_state_ranks(states: tuple[Tensor, ...], rank: int) -> None:
     for i, state in enumerate(states):
         if state.dim() != rank:
-            name, kind = _state_name(states, i), "an input without a batch" if rank == 2 else "a batched input"
+            name, kind = (
+                _state_name(states, i),
+                "an input without a batch" if rank == 2 else "a batched input",
+            )
             raise RuntimeError(
                 problem(
                     f"{name} with {state.dim()} dimensions",
@@ -409,15 +430,21 @@ def _check_state_ranks(states: tuple[Tensor, ...], rank: int) -> None:
 def _packed_batch(batch_sizes: Tensor) -> int:
     if batch_sizes.dim() != 1:
         raise TypeError(
-            problem(f"batch_sizes with {batch_sizes.dim()} dimensions", "1 dimension", "batch_sizes.flatten()")
+            problem(
+                f"batch_sizes with {batch_sizes.dim()} dimensions", "1 dimension", "batch_sizes.flatten()"
+            )
         )
     if not batch_sizes.is_cpu:
         raise RuntimeError(
-            problem(f"batch_sizes on device {batch_sizes.device}", "batch_sizes on the CPU", "batch_sizes.cpu()")
+            problem(
+                f"batch_sizes on device {batch_sizes.device}", "batch_sizes on the CPU", "batch_sizes.cpu()"
+            )
         )
     batch = int(batch_sizes[0])
     if batch < 0:
-        raise RuntimeError(problem(f"batch_sizes that start with {batch}", "sizes of at least 0", "pack_padded_sequence"))
+        raise RuntimeError(
+            problem(f"batch_sizes that start with {batch}", "sizes of at least 0", "pack_padded_sequence")
+        )
     return batch
 
 
@@ -430,17 +457,22 @@ def _one_state_cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> Tensor:
-    if input.dim() not in (1, 2):
-        raise ValueError(_wrong_cell_rank("input", input))
-    if hx is not None and hx.dim() not in (1, 2):
-        raise ValueError(_wrong_cell_rank("hx", hx))
+    if hx is not None and hx.dim() != 2:
+        _check_cell_ranks(("hx", hx))
     if input.dim() == 2:
         return autograd.recurrent_cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, mode)[0]
+    _check_cell_ranks(("input", input))
     h0 = None if hx is None else hx.unsqueeze(0)
     return autograd.recurrent_cell(input.unsqueeze(0), h0, None, w_ih, w_hh, b_ih, b_hh, mode)[0].squeeze(0)
 
 
-def _wrong_cell_rank(name: str, tensor: Tensor) -> str:
-    return problem(
-        f"{name} with {tensor.dim()} dimensions", "2 dimensions, or 1 without a batch", f"{name}.reshape(...)"
-    )
+def _check_cell_ranks(*tensors: tuple[str, Tensor]) -> None:
+    for name, tensor in tensors:
+        if tensor.dim() not in (1, 2):
+            raise ValueError(
+                problem(
+                    f"{name} with {tensor.dim()} dimensions",
+                    "2 dimensions, or 1 without a batch",
+                    f"{name}.reshape(...)",
+                )
+            )

@@ -6,7 +6,8 @@
 
 Each operator checks its arguments, allocates its results and passes addresses, sizes and strides on. The fake
 implementations (torch.compile, torch.export, meta tensors) share the checks and the allocation with the real
-ones, and so return the same shapes and strides. None of the operators is differentiable: see fastseq.autograd.
+ones, and so return the same shapes and strides. None of the operators is differentiable: see
+fastseq.autograd. The arguments' types are those of the schemas.
 
 T steps, B batch, I input_size, H hidden_size, R recurrent size (proj_size or H), D directions.
 """
@@ -17,27 +18,31 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import _C
-from .checks import CELLS, DTYPES, Layer, check_like, check_layer, problem, unsupported
+from .checks import CELLS, DTYPES, Layer, check_layer, check_like, problem, unsupported
 
 _library = torch.library.Library("fastseq", "DEF")
-# weights: for each direction weight_ih, weight_hh, then bias_ih, bias_hh if `bias`, then weight_hr of a projected
-# LSTM. output is (T, B, D*R), lying in memory as (B, T, D*R) if batch_first; c_n and saved are empty if there are none.
+# weights: for each direction weight_ih, weight_hh, then bias_ih, bias_hh if `bias`, then weight_hr of a
+# projected LSTM. output is (T, B, D*R), in memory (B, T, D*R) if batch_first. c_n and saved are empty if
+# there are none.
 _library.define(
     "recurrent(Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, str mode, "
-    "int directions, bool bias, bool batch_first, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)"
+    "int directions, bool bias, bool batch_first, bool save) "
+    "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)"
 )
 # Returns [h, c of an LSTM, saved if `save`].
 _library.define(
-    "recurrent_cell(Tensor input, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
-    "Tensor? bias_hh, str mode, bool save) -> Tensor[]"
+    "recurrent_cell(Tensor input, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, "
+    "Tensor? bias_ih, Tensor? bias_hh, str mode, bool save) -> Tensor[]"
 )
-# For a cell input is (B, I) and batch_sizes None. `wanted` says of [input, h0, c0, *weights] which gradients to return.
+# For a cell input is (B, I) and batch_sizes None. `wanted` says for which of [input, h0, c0, *weights] to
+# return a gradient.
 _library.define(
-    "recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, "
-    "Tensor? h0, Tensor? c0, Tensor[] weights, Tensor output, Tensor saved, str mode, int directions, bool bias, "
-    "bool[] wanted) -> Tensor[]"
+    "recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
+    "Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor output, Tensor saved, str mode, "
+    "int directions, bool bias, bool[] wanted) -> Tensor[]"
 )
 
 
@@ -68,7 +73,7 @@ def _per_direction(tensor: Tensor | None, directions: int) -> list[int]:
 
 
 def _weight_addresses(weights: Sequence[Tensor | None], layer: Layer) -> list[tuple[int, ...]]:
-    """For each direction the addresses of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; 0 where there is none."""
+    """For each direction the addresses of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, or 0."""
     count = len(weights) // layer.directions
     addresses = []
     for start in range(0, len(weights), count):
@@ -100,32 +105,14 @@ def _allocate_layer(
 
 
 def _recurrent_fake(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    mode: str,
-    directions: int,
-    bias: bool,
-    batch_first: bool,
-    save: bool,
+    input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, save
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
     return _allocate_layer(input, layer, batch_first, save)
 
 
 def _recurrent(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    mode: str,
-    directions: int,
-    bias: bool,
-    batch_first: bool,
-    save: bool,
+    input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, save
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
     output, h_n, c_n, saved = _allocate_layer(input, layer, batch_first, save)
@@ -149,7 +136,9 @@ def _recurrent(
         *_strides(input),
         output.data_ptr(),
         *_strides(output)[:2],
-        tuple(w + s for w, s in zip(_weight_addresses(weights, layer), zip(*states, strict=True), strict=True)),
+        tuple(
+            w + s for w, s in zip(_weight_addresses(weights, layer), zip(*states, strict=True), strict=True)
+        ),
     )
     return output, h_n, c_n, saved
 
@@ -157,16 +146,7 @@ def _recurrent(
 # ------------------------------------------------------------------------------------------------ one step
 
 
-def _check_cell(
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    mode: str,
-) -> Layer:
+def _check_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode) -> Layer:
     if (bias_ih is None) != (bias_hh is None):
         raise RuntimeError(
             problem("one of bias_ih and bias_hh", "both or none", "torch.zeros_like(...) for the other")
@@ -176,75 +156,41 @@ def _check_cell(
     return check_layer(input, None, h0, c0, weights, mode, 1, bool(biases), one_step=True)
 
 
-def _recurrent_cell_fake(
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    mode: str,
-    save: bool,
-) -> list[Tensor]:
+def _recurrent_cell_fake(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> list[Tensor]:
     layer = _check_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode)
-    results = [input.new_empty((layer.batch, layer.hidden_size)) for _ in range(1 + layer.cell.cell_state)]
+    return _allocate_step(input, layer.batch, layer.hidden_size, mode, save)
+
+
+def _recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> list[Tensor]:
+    _check_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode)
+    weight_ih, weight_hh = weight_ih.contiguous(), weight_hh.contiguous()
+    bias_ih, bias_hh, h0, c0 = _dense(bias_ih), _dense(bias_hh), _dense(h0), _dense(c0)
+    return _step(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save)
+
+
+def _allocate_step(input: Tensor, batch: int, hidden: int, mode: str, save: bool) -> list[Tensor]:
+    cell = CELLS[mode]
+    results = [input.new_empty((batch, hidden))]
+    if cell.cell_state:
+        results.append(torch.empty_like(results[0]))
     if save:
-        slots = layer.cell.saved
-        results.append(input.new_empty((layer.batch, slots, layer.hidden_size) if slots else (0,)))
+        results.append(input.new_empty((batch, cell.saved, hidden) if cell.saved else (0,)))
     return results
 
 
-def _recurrent_cell(
-    input: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    mode: str,
-    save: bool,
-) -> list[Tensor]:
-    # A small cell takes a few microseconds in all, so its checks are one expression; when it is false,
-    # check_layer finds out why.
-    code, gates, slots, cell_state = CELLS[mode]
-    batch, input_size = input.shape if input.dim() == 2 else (0, 0)
-    gate_rows, hidden = weight_hh.shape if weight_hh.dim() == 2 else (0, 0)
-    dtype, state, bias = input.dtype, (batch, hidden), (gate_rows,)
-    if not (
-        input_size > 0
-        and hidden > 0
-        and dtype in DTYPES
-        and gate_rows == gates * hidden
-        and weight_hh.dtype is dtype
-        and weight_ih.shape == (gate_rows, input_size)
-        and weight_ih.dtype is dtype
-        and (h0 is None or (h0.shape == state and h0.dtype is dtype))
-        and (c0 is None or (c0.shape == state and c0.dtype is dtype and cell_state))
-        and (
-            (bias_ih is None and bias_hh is None)
-            if bias_ih is None or bias_hh is None
-            else (bias_ih.shape == bias and bias_ih.dtype is dtype and bias_hh.shape == bias and bias_hh.dtype is dtype)
-        )
-    ):
-        _check_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode)
-    weight_ih, weight_hh = weight_ih.contiguous(), weight_hh.contiguous()
-    bias_ih, bias_hh, h0, c0 = _dense(bias_ih), _dense(bias_hh), _dense(h0), _dense(c0)
-
-    h = input.new_empty(state) if h0 is None else torch.empty_like(h0)
-    results = [h]
-    c_address = saved_address = 0
-    if cell_state:
-        results.append(c := torch.empty_like(h))
-        c_address = c.data_ptr()
-    if save:
-        results.append(saved := input.new_empty((batch, slots, hidden) if slots else (0,)))
-        saved_address = saved.data_ptr()
+def _step(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> list[Tensor]:
+    """One step with arguments that are checked and, but for the input, dense."""
+    code, _, slots, cell_state = CELLS[mode]
+    batch, input_size = input.shape
+    hidden = weight_hh.shape[1]
+    if save or h0 is None:
+        results = _allocate_step(input, batch, hidden, mode, save)
+    else:
+        results = [torch.empty_like(h0), torch.empty_like(h0)] if cell_state else [torch.empty_like(h0)]
     row, feature = input.stride()
     _C.recurrent_forward(
         code,
-        DTYPES[dtype],
+        DTYPES[input.dtype],
         torch.get_num_threads(),
         1,
         batch,
@@ -256,7 +202,7 @@ def _recurrent_cell(
         0,
         row,
         feature,
-        h.data_ptr(),
+        results[0].data_ptr(),
         0,
         hidden,
         (
@@ -269,31 +215,122 @@ def _recurrent_cell(
                 0 if h0 is None else h0.data_ptr(),
                 0 if c0 is None else c0.data_ptr(),
                 0,
-                c_address,
-                saved_address,
+                results[1].data_ptr() if cell_state else 0,
+                results[-1].data_ptr() if save and slots else 0,
             ),
         ),
     )
     return results
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> list[Tensor]:
+    """torch.ops.fastseq.recurrent_cell, but without the dispatcher where that could only find the CPU kernel.
+
+    Dispatching takes longer than a small step does. So where nobody listens, dense CPU tensors that fit go
+    straight to the kernel; whatever is unusual or wrong is left to the operator.
+    """
+    if not (
+        is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ) and _fits(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode):
+        return _step(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save)
+    return torch.ops.fastseq.recurrent_cell.default(
+        input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save
+    )
+
+
+def _fits(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode) -> bool:
+    """Whether neither the dispatcher nor check_layer need look. Written out, because every call pays for it.
+
+    A negated view (tensor.is_neg(), the imaginary part of a conjugate) skips every other number: it is dense
+    only if it has one element. Hence hidden > 1, and the question for the input, which need not be dense.
+    """
+    if input.dim() != 2 or weight_hh.dim() != 2 or (bias_ih is None) != (bias_hh is None):
+        return False
+    batch, input_size = input.shape
+    rows, hidden = weight_hh.shape
+    dtype, plain, state, bias = input.dtype, _PLAIN, (batch, hidden), (rows,)
+    _, gates, _, cell_state = CELLS[mode]
+    return (
+        input.is_cpu
+        and dtype in DTYPES
+        and type(input) in plain
+        and input.layout is torch.strided
+        and not input.is_neg()
+        and input_size > 0
+        and hidden > 1
+        and rows == gates * hidden
+        and weight_hh.dtype is dtype
+        and weight_hh.is_cpu
+        and weight_hh.is_contiguous()
+        and type(weight_hh) in plain
+        and weight_ih.shape == (rows, input_size)
+        and weight_ih.dtype is dtype
+        and weight_ih.is_cpu
+        and weight_ih.is_contiguous()
+        and type(weight_ih) in plain
+        and (
+            bias_ih is None
+            or bias_hh is None
+            or (
+                bias_ih.shape == bias
+                and bias_ih.dtype is dtype
+                and bias_ih.is_cpu
+                and bias_ih.is_contiguous()
+                and type(bias_ih) in plain
+                and bias_hh.shape == bias
+                and bias_hh.dtype is dtype
+                and bias_hh.is_cpu
+                and bias_hh.is_contiguous()
+                and type(bias_hh) in plain
+            )
+        )
+        and (
+            h0 is None
+            or (
+                h0.shape == state
+                and h0.dtype is dtype
+                and h0.is_cpu
+                and h0.is_contiguous()
+                and type(h0) in plain
+            )
+        )
+        and (
+            c0 is None
+            or (
+                c0.shape == state
+                and c0.dtype is dtype
+                and c0.is_cpu
+                and c0.is_contiguous()
+                and type(c0) in plain
+                and cell_state
+            )
+        )
+    )
+
+
 # ------------------------------------------------------------------------------------------------ gradients
 
 
 def _check_backward(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    output: Tensor,
-    saved: Tensor,
-    mode: str,
-    directions: int,
-    bias: bool,
+    grad_output,
+    grad_h_n,
+    grad_c_n,
+    input,
+    batch_sizes,
+    h0,
+    c0,
+    weights,
+    output,
+    saved,
+    mode,
+    directions,
+    bias,
 ) -> Layer:
     one_step = batch_sizes is None and input.dim() == 2
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias, one_step)
@@ -301,9 +338,13 @@ def _check_backward(
     shape = (*input.shape[:-1], directions * layer.width)
     check_like("output", output, shape, "that of the forward pass", input)
     if output.stride(-1) != 1:
-        raise RuntimeError(problem(f"output with strides {output.stride()}", "a feature stride of 1", "the output as it was"))
+        raise RuntimeError(
+            problem(f"output with strides {output.stride()}", "a feature stride of 1", "the output as it was")
+        )
     slots, rows, hidden = layer.cell.saved, layer.rows, layer.hidden_size
-    check_like("saved", saved, (*lead, rows, slots, hidden) if slots else (0,), "that of the forward pass", input)
+    check_like(
+        "saved", saved, (*lead, rows, slots, hidden) if slots else (0,), "that of the forward pass", input
+    )
     for name, grad, like in (
         ("grad_output", grad_output, shape),
         ("grad_h_n", grad_h_n, (*lead, layer.batch, layer.width)),
@@ -329,45 +370,69 @@ def _allocate_gradients(
 
 
 def _recurrent_backward_fake(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    output: Tensor,
-    saved: Tensor,
-    mode: str,
-    directions: int,
-    bias: bool,
-    wanted: Sequence[bool],
+    grad_output,
+    grad_h_n,
+    grad_c_n,
+    input,
+    batch_sizes,
+    h0,
+    c0,
+    weights,
+    output,
+    saved,
+    mode,
+    directions,
+    bias,
+    wanted,
 ) -> list[Tensor]:
     _check_backward(
-        grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weights, output, saved, mode, directions, bias
+        grad_output,
+        grad_h_n,
+        grad_c_n,
+        input,
+        batch_sizes,
+        h0,
+        c0,
+        weights,
+        output,
+        saved,
+        mode,
+        directions,
+        bias,
     )
     return [grad for grad in _allocate_gradients(input, h0, c0, weights, wanted) if grad is not None]
 
 
 def _recurrent_backward(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    output: Tensor,
-    saved: Tensor,
-    mode: str,
-    directions: int,
-    bias: bool,
-    wanted: Sequence[bool],
+    grad_output,
+    grad_h_n,
+    grad_c_n,
+    input,
+    batch_sizes,
+    h0,
+    c0,
+    weights,
+    output,
+    saved,
+    mode,
+    directions,
+    bias,
+    wanted,
 ) -> list[Tensor]:
     layer = _check_backward(
-        grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weights, output, saved, mode, directions, bias
+        grad_output,
+        grad_h_n,
+        grad_c_n,
+        input,
+        batch_sizes,
+        h0,
+        c0,
+        weights,
+        output,
+        saved,
+        mode,
+        directions,
+        bias,
     )
     grads = _allocate_gradients(input, h0, c0, weights, wanted)
     grad_input, grad_h0, grad_c0, *grad_weights = grads
@@ -376,7 +441,10 @@ def _recurrent_backward(
     weights = [weight.contiguous() for weight in weights]
     rows = zip(
         _weight_addresses(weights, layer),
-        *(_per_direction(t, directions) for t in (h0, c0, saved if saved.numel() else None, grad_h_n, grad_c_n)),
+        *(
+            _per_direction(t, directions)
+            for t in (h0, c0, saved if saved.numel() else None, grad_h_n, grad_c_n)
+        ),
         _weight_addresses(grad_weights, layer),
         *(_per_direction(t, directions) for t in (grad_h0, grad_c0)),
         strict=True,
@@ -413,7 +481,9 @@ def _recurrent_backward(
 def _register(name: str, cpu, fake) -> None:
     _library.impl(name, cpu, "CPU")
     # Every other device and layout ends here, unless an engine registers for it.
-    _library.impl(name, lambda *arguments: unsupported(f"fastseq.{name}", arguments), "CompositeExplicitAutograd")
+    _library.impl(
+        name, lambda *arguments: unsupported(f"fastseq.{name}", arguments), "CompositeExplicitAutograd"
+    )
     torch.library.register_fake(f"fastseq::{name}", fake, lib=_library)
 
 
@@ -423,5 +493,4 @@ _register("recurrent_backward", _recurrent_backward, _recurrent_backward_fake)
 
 # An overload is called without looking it up by its arguments.
 recurrent = torch.ops.fastseq.recurrent.default
-recurrent_cell = torch.ops.fastseq.recurrent_cell.default
 recurrent_backward = torch.ops.fastseq.recurrent_backward.default

@@ -130,7 +130,7 @@ inline int64_t group_begin(int64_t rows, int64_t count, int64_t i) {
 inline int64_t group_count(int64_t rows, int64_t most) { return (rows + most - 1) / most; }
 
 // A slice of a panel of so many k stays in half of a small L2 cache while all row groups pass over it.
-constexpr int64_t kDepth = 512;
+constexpr int64_t kDepth = FASTSEQ_DEPTH;
 
 // c (rows x panel) = init + a * panel. k_stride 0 says that a was packed by pack_transposed_block.
 template <class O>
@@ -213,6 +213,12 @@ inline V load_strided(const S* row, int64_t stride, int64_t n) {
   return load<V>(buffer);
 }
 
+// Lanes of two rows of widened bfloat16 as pairs. Their bits are in the upper half: the even row's move down.
+inline void store_pair(void* to, Vec<float> even, Vec<float> odd) {
+  const Word32 pair = (Word32)even.v >> 16 | (Word32)odd.v;
+  std::memcpy(to, &pair, sizeof pair);
+}
+
 // A panel of `vectors` vectors from rows as they lie: panel[k][n] = rows[k][n], zero for n >= count.
 template <class O, class S>
 void pack_rows(const S* const* rows, int64_t offset, int64_t stride, int64_t count, int64_t depth, int vectors,
@@ -228,30 +234,31 @@ void pack_rows(const S* const* rows, int64_t offset, int64_t stride, int64_t cou
       if constexpr (kPair == 1) {
         store(panel, vector(k));
       } else {
-        // Widened bfloat16 has its bits in the upper half: the even row moves down, the odd one stays.
-        const Word32 even = (Word32)vector(k).v >> 16, odd = (Word32)vector(k + 1).v;
-        const Word32 both = even | odd;
-        std::memcpy(panel, &both, sizeof both);
+        store_pair(panel, vector(k), vector(k + 1));
       }
     }
   }
 }
 
 // a of a product with a transposed left side: rows [0, count) of a^T = columns of `depth` rows that lie
-// row_stride apart. Laid out as multiply() cuts them: for each group of rows, [k][row of the group].
+// row_stride apart. Laid out as multiply() cuts them: for each group of rows, [k][row of the group]. Moves whole
+// vectors: reads and writes up to kPackSlack elements past the end, and what it writes there is filled in later.
+constexpr int64_t kPackSlack = kVectorBytes / 4;
 template <class O>
 void pack_transposed_block(const O* matrix, int64_t row_stride, int64_t count, int64_t depth,
                            typename Operand<O>::Element* packed) {
+  using V = Vec<typename Operand<O>::Scalar>;
   const int64_t groups = group_count(count, tile_rows(kPanelVectors));
   for (int64_t i = 0; i < groups; ++i) {
     const int64_t begin = group_begin(count, groups, i), size = group_begin(count, groups, i + 1) - begin;
     for (int64_t k = 0; k < depth; k += Operand<O>::kPair, packed += size) {
       const O* row = matrix + k * row_stride + begin;
-      if constexpr (Operand<O>::kPair == 1) {
-        for (int64_t m = 0; m < size; ++m) packed[m] = row[m];
-      } else {
-        for (int64_t m = 0; m < size; ++m) {
-          packed[m] = row[m].bits | (k + 1 < depth ? uint32_t(row[row_stride + m].bits) << 16 : 0);
+      for (int64_t m = 0; m < size; m += V::kWidth) {
+        if constexpr (Operand<O>::kPair == 1) {
+          store(packed + m, load<V>(row + m));
+        } else {
+          const V odd = k + 1 < depth ? load<V>(row + row_stride + m) : V(0);
+          store_pair(packed + m, load<V>(row + m), odd);
         }
       }
     }

@@ -122,8 +122,8 @@ class Backward {
       s.weight_hr_sum = sum_of(t.grad_weight_hr, width() * hidden);
       const bool beside = i > 0 && plan_.direction_parts > 1 && args_.grad_input.data;
       s.input_sum = beside ? arena_.take<Scalar>(rows * inputs) : nullptr;
-      s.d = arena_.take<O>(chunk_rows_ * d_stride_);
-      s.d_output = arena_.take<O>(args_.proj_size ? chunk_rows_ * width_stride_ : 0);
+      s.d = arena_.take<O>(chunk_rows_ * d_stride_ + kPackSlack);
+      s.d_output = arena_.take<O>(args_.proj_size ? chunk_rows_ * width_stride_ + kPackSlack : 0);
       s.operand = args_.proj_size || two_products() ? arena_.take<O>(chunk_rows_ * hidden_stride_) : nullptr;
       s.h_rows = arena_.take<const S*>(chunk_rows_);
       s.c_rows = arena_.take<const S*>(chunk_rows_);
@@ -136,7 +136,8 @@ class Backward {
       s.operand_right = {nullptr, nullptr, {operand_used ? hidden : 0, kPanelColumns}, 1, depth_, 1};
       s.operand_right.take(arena_, false);
     }
-    transposed_ = arena_.take<Element>(team_size() * pairs<O>(depth_) * kBlockRows);
+    transposed_stride_ = pairs<O>(depth_) * kBlockRows + kPackSlack;
+    transposed_ = arena_.take<Element>(team_size() * transposed_stride_);
   }
 
   void run_thread(int thread) {
@@ -158,7 +159,7 @@ class Backward {
       for (int64_t b = 0; b < steps_.rows(t); ++b) {
         S* const row = to + b * args_.grad_input.stride[1];
         const Scalar* const add = second + (steps_.offset(t) + b) * args_.input_size;
-        for_each_vector<kWidth>(1, args_.input_size, [&](int64_t, int64_t i, int64_t n) {
+        for_each_vector<kWidth>(1, args_.input_size, [&](int64_t, int64_t i, int64_t n) FS_BODY {
           store_upto(row + i, load_upto<V>(row + i, n) + load_upto<V>(add + i, n), n);
         });
       }
@@ -186,7 +187,7 @@ class Backward {
           ranks(pass.plan_.batch_parts * pass.plan_.unit_parts),
           own_units(share(pass.units_.count(), pass.plan_.unit_parts, seat.unit_part)),
           own_outputs(share(pass.outputs_.count(), pass.plan_.unit_parts, seat.unit_part)),
-          transposed(pass.transposed_ + thread * pairs<O>(pass.depth_) * kBlockRows) {}
+          transposed(pass.transposed_ + thread * pass.transposed_stride_) {}
 
     void meet() const { pass.meetings_.of_units(seat).wait(); }
     void meet_direction() const { pass.meetings_.of_direction(seat).wait(); }
@@ -309,21 +310,25 @@ class Backward {
     void product(const Panels<O>& panels, Range own, Range rows, const O* from, int64_t from_stride, int first_gate,
                  Scalar* to, int64_t to_stride, bool add) {
       for (int64_t j = own.begin; j < own.end; ++j) {
-        for_each_row_block(rows, [&](Range r) {
-          Scalar* const sums = to + r.begin * to_stride + panels.blocks.begin(j);
-          multiply_segments(panels, j, r, from, from_stride, first_gate, sums, to_stride, add);
-        });
+        multiply_segments(panels, j, rows, from, from_stride, first_gate,
+                          to + rows.begin * to_stride + panels.blocks.begin(j), to_stride, add);
       }
     }
 
     void multiply_segments(const Panels<O>& panels, int64_t j, Range r, const O* from, int64_t from_stride,
                            int first_gate, Scalar* sums, int64_t sums_stride, bool add) {
-      for (int64_t g = 0; g < panels.segments; ++g) {
-        const int64_t column = grad_block(panels, first_gate + int(g)) * pass.hidden_stride_;
+      for (int64_t g = 0, end; g < panels.segments; g = end) {
+        // Segments that follow one another without padding are one product.
+        const int64_t block = grad_block(panels, first_gate + int(g));
+        end = g + 1;
+        while (pass.hidden_stride_ == panels.depth && end < panels.segments &&
+               grad_block(panels, first_gate + int(end)) == block + end - g) {
+          ++end;
+        }
+        const O* const a = from + r.begin * from_stride + block * pass.hidden_stride_;
         multiply<O>(panels.vectors(j), r.size(),
-                    {pairs<O>(panels.depth), elements(from + r.begin * from_stride + column),
-                     row_elements<O>(from_stride), 1, panels.at(j, g), sums, sums_stride,
-                     add || g > 0 ? sums : nullptr, sums_stride});
+                    {pairs<O>(panels.depth) * (end - g), elements(a), row_elements<O>(from_stride), 1,
+                     panels.at(j, g), sums, sums_stride, add || g > 0 ? sums : nullptr, sums_stride});
       }
     }
 
@@ -345,7 +350,7 @@ class Backward {
       for (int64_t j = own_outputs.begin; j < own_outputs.end; ++j) {
         const int64_t column = pass.outputs_.begin(j);
         for (int64_t b = rows.begin; b < rows.end; ++b) {
-          for_each_vector<kWidth>(1, pass.outputs_.size(j), [&](int64_t, int64_t i, int64_t n) {
+          for_each_vector<kWidth>(1, pass.outputs_.size(j), [&](int64_t, int64_t i, int64_t n) FS_BODY {
             V sum = load<V>(state.dh + b * pass.width_stride_ + column + i);
             if (grad_output) {
               const S* const row = grad_output + b * args.grad_output.stride[1] + (column + i) * stride;
@@ -424,12 +429,12 @@ class Backward {
             const Scalar* const from = sums.data + (row - r.begin) * columns;
             if (state.input_sum) {
               Scalar* const to = state.input_sum + (steps.offset(t) + b) * args.input_size + column;
-              for_each_vector<kWidth>(1, n, [&](int64_t, int64_t i, int64_t valid) {
+              for_each_vector<kWidth>(1, n, [&](int64_t, int64_t i, int64_t valid) FS_BODY {
                 store_upto(to + i, load<V>(from + i), valid);
               });
             } else {
               S* const to = steps.template at<S>(args.grad_input, t) + b * args.grad_input.stride[1] + column;
-              for_each_vector<kWidth>(1, n, [&](int64_t, int64_t i, int64_t valid) {
+              for_each_vector<kWidth>(1, n, [&](int64_t, int64_t i, int64_t valid) FS_BODY {
                 V sum = load<V>(from + i);
                 if (d == 1) sum = sum + load_upto<V>(to + i, valid);
                 store_upto(to + i, sum, valid);
@@ -521,7 +526,7 @@ class Backward {
           }
           multiply<O>(right.vectors(j), own.size(),
                       {pairs<O>(depth), transposed, 1, 0, right.at(j), sums.data, columns, nullptr, 0});
-          for_each_vector<kWidth>(own.size(), valid, [&](int64_t row, int64_t i, int64_t count) {
+          for_each_vector<kWidth>(own.size(), valid, [&](int64_t row, int64_t i, int64_t count) FS_BODY {
             V sum = load<V>(sums.data + row * columns + i);
             Scalar* const at = to + row * n + i;
             if (!first_chunk) sum = sum + load_upto<V>(at, count);
@@ -586,6 +591,7 @@ class Backward {
   int64_t chunk_rows_, depth_, hidden_stride_, width_stride_, d_stride_;
   DirectionState direction_[2];
   Element* transposed_;  // [thread]: a block of d^T
+  int64_t transposed_stride_;
 };
 
 }  // namespace

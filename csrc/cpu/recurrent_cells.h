@@ -70,11 +70,15 @@ struct CellOps {
   void (*step_grad)(const StepGradTile<S, O>&);
 };
 
-// Calls body(row, offset of the vector, valid lanes) over a tile.
+// Calls body(row, offset of the vector, valid lanes) over a tile. Bodies are inlined twice, for whole vectors and
+// for the tail, so that constants stay in registers and whole vectors have no branches; FS_BODY marks them.
+#define FS_BODY __attribute__((always_inline))
 template <int kWidth, class Body>
 inline void for_each_vector(int64_t rows, int64_t units, Body body) {
+  const int64_t whole = units / kWidth * kWidth;
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 0; i < units; i += kWidth) body(row, i, units - i < kWidth ? units - i : kWidth);
+    for (int64_t i = 0; i < whole; i += kWidth) body(row, i, kWidth);
+    if (whole < units) body(row, whole, units - whole);
   }
 }
 
@@ -100,7 +104,7 @@ struct CellTile {
 
   static void first(const StepTile<S, O>& t) {
     if constexpr (kFirst) {
-      for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) {
+      for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
         V x[kMaxGates], u[kMaxGates], saved[kSlots], operand;
         load_gates<0, C::kFirstGates>(t, row, i, x, u);
         const V h = load_upto<V>(t.h + row * t.h_stride + i, n);
@@ -114,7 +118,7 @@ struct CellTile {
   }
 
   static void step(const StepTile<S, O>& t) {
-    for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) {
+    for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
       constexpr int kBegin = kFirst ? C::kFirstGates : 0;
       V x[kMaxGates], u[kMaxGates], saved[kSlots], c(0), h_next, c_next(0);
       load_gates<kBegin, C::kGates>(t, row, i, x, u);
@@ -137,7 +141,7 @@ struct CellTile {
 
   static void first_grad(const StepGradTile<S, O>& t) {
     if constexpr (kFirst) {
-      for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) {
+      for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
         V saved[kSlots], d[C::kGrads], operand;
         load_saved(t, row, i, n, saved);
         const V h = load_strided<V>(at(t.h[row], t.unit + i), 1, n);
@@ -152,7 +156,7 @@ struct CellTile {
   }
 
   static void step_grad(const StepGradTile<S, O>& t) {
-    for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) {
+    for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
       V saved[kSlots], d[C::kGrads], c(0), c_next(0), h_next(0), dc(0), dh_direct, dc_prev;
       load_saved(t, row, i, n, saved);
       const V h = C::kDirect ? load_strided<V>(at(t.h[row], t.unit + i), 1, n) : V(0);

@@ -23,8 +23,8 @@ inline Range share(int64_t n, int64_t parts, int64_t part) {
   return {group_begin(n, parts, part), group_begin(n, parts, part + 1)};
 }
 
-// Row blocks: tall enough to reuse a panel from L2, short enough for the tile of sums to stay in L1.
-constexpr int64_t kBlockRows = 8 * tile_rows(kPanelVectors);
+// Row blocks: tall enough to reuse a panel that comes from L3, short enough for the tile of sums to stay in L1.
+constexpr int64_t kBlockRows = 16 * tile_rows(kPanelVectors);
 
 template <class Body>
 inline void for_each_row_block(Range rows, Body body) {

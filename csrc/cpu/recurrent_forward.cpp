@@ -314,7 +314,7 @@ class Forward {
           multiply<O>(panels.vectors(j), r.size(),
                       {pairs<O>(panels.depth), elements(state.middle + r.begin * pass.middle_stride_),
                        row_elements<O>(pass.middle_stride_), 1, panels.at(j), sums.data, columns, nullptr, 0});
-          for_each_vector<kWidth>(r.size(), n, [&](int64_t row, int64_t i, int64_t valid) {
+          for_each_vector<kWidth>(r.size(), n, [&](int64_t row, int64_t i, int64_t valid) FS_BODY {
             const auto h = load<Vec<Scalar>>(sums.data + row * columns + i);
             store_upto(output + (r.begin + row) * args.output.stride[1] + column + i, h, valid);
             store_upto(h_next + (r.begin + row) * pass.state_stride_ + column + i, rounded<S>(h), valid);

@@ -1,7 +1,7 @@
 """Backpropagation through time, as autograd Functions around the operators of fastseq.ops.
 
-The Functions stand outside of the operators, and are skipped when no gradient is needed. Saved for the backward
-pass are the input, the weights, the initial states, the output, and the gates of every step that
+The Functions stand outside of the operators, and are skipped when no gradient is needed. Saved for the
+backward pass are the input, the weights, the initial states, the output, and the gates of every step that
 csrc/fastseq.h lists under `saved`; so none of these may be changed in place before the backward pass.
 """
 
@@ -30,10 +30,12 @@ def recurrent(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: output (T, B, D*R), h_n (D, B, R), c_n (D, B, H), the last empty if the cell has none."""
-    if _needs_gradient(input, h0, c0, *weights):
+    if _recording() and _needs_gradient(input, h0, c0, *weights):
         result = _Recurrent.apply(input, batch_sizes, h0, c0, mode, directions, bias, batch_first, *weights)
     else:
-        result = ops.recurrent(input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, False)
+        result = ops.recurrent(
+            input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, False
+        )
     return result[0], result[1], result[2]
 
 
@@ -48,20 +50,20 @@ def recurrent_cell(
     mode: str,
 ) -> Sequence[Tensor]:
     """One step: the new hidden state and, of an LSTM, the new cell state come first in the result."""
-    if _needs_gradient(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh):
+    if _recording() and _needs_gradient(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh):
         return _RecurrentCell.apply(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode)
     return ops.recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, False)
 
 
+def _recording() -> bool:
+    # In forward mode the Function says that it has no jvp, where the operator would drop the tangents.
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def _needs_gradient(*tensors: Tensor | None) -> bool:
-    if forward_ad._current_level >= 0:  # the Function has no jvp and says so; the operator would drop the tangents
+    if forward_ad._current_level >= 0:
         return True
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
+    return any(tensor.requires_grad for tensor in tensors if tensor is not None)
 
 
 def _gradients(
@@ -80,7 +82,9 @@ def _gradients(
     return [next(remaining) if want else None for want in wanted]
 
 
-def _backward_op(mode: str, directions: int, bias: bool, wanted: Sequence[bool], *tensors: Any) -> tuple[Tensor, ...]:
+def _backward_op(
+    mode: str, directions: int, bias: bool, wanted: Sequence[bool], *tensors: Any
+) -> tuple[Tensor, ...]:
     grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, output, saved, *weights = tensors
     if mode != "LSTM":  # torch.compile hands a gradient even to what is not differentiable
         grad_c_n = None
@@ -104,7 +108,17 @@ def _backward_op(mode: str, directions: int, bias: bool, wanted: Sequence[bool],
     )
 
 
-class _Recurrent(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    """Function.apply binds its arguments by inspect.signature, 50 us a call, which only torch.func needs."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+class _Recurrent(_Function):
     @staticmethod
     def forward(
         input: Tensor,
@@ -129,16 +143,20 @@ class _Recurrent(torch.autograd.Function):
         ctx.mark_non_differentiable(*((saved,) if mode == "LSTM" else (c_n, saved)))
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, _: None) -> Any:
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, _: None
+    ) -> Any:
         saved_tensors = ctx.saved_tensors  # input, batch_sizes, h0, c0, output, saved, *weights
         needs = ctx.needs_input_grad
         wanted = [needs[0], needs[2], needs[3], *needs[8:]]
-        grads = _gradients((grad_output, grad_h_n, grad_c_n), saved_tensors[:6], saved_tensors[6:], ctx.constants, wanted)
+        grads = _gradients(
+            (grad_output, grad_h_n, grad_c_n), saved_tensors[:6], saved_tensors[6:], ctx.constants, wanted
+        )
         grad_input, grad_h0, grad_c0, *grad_weights = grads
         return grad_input, None, grad_h0, grad_c0, None, None, None, None, *grad_weights
 
 
-class _RecurrentCell(torch.autograd.Function):
+class _RecurrentCell(_Function):
     @staticmethod
     def forward(
         input: Tensor,
@@ -172,8 +190,8 @@ class _RecurrentCell(torch.autograd.Function):
         return (*grads, *[None] * (8 - len(grads)))
 
 
-class _RecurrentBackward(torch.autograd.Function):
-    """The backward pass as a step of the graph, so that a second derivative is an error and not silently zero."""
+class _RecurrentBackward(_Function):
+    """The backward pass as a part of the graph: a second derivative is an error, not silently zero."""
 
     forward = staticmethod(_backward_op)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
@@ -13,8 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 class RecurrentModule(RNNBase):
     """torch.nn's parameters, names and initial values, without its flat buffer of weights.
 
-    RNNBase keeps a second list of its weights for cuDNN. Here the parameters are looked up by name at every call,
-    so that parametrized, tied, replaced and functional parameters are seen; all that serves that list is undone.
+    RNNBase keeps a second list of its weights for cuDNN. Here the parameters are looked up by name at every
+    call, so that parametrized, tied, replaced and functional parameters are seen; all that serves that list
+    is undone.
     """
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:

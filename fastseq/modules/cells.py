@@ -90,8 +90,8 @@ class GRUCell(Cell):
         n = tanh(W_in x + b_in + W_hn (r * h) + b_hn)     reset_after=False, as in the paper
         h' = (1 - z) * n + z * h
 
-    K. Cho et al., Learning phrase representations using RNN encoder-decoder for statistical machine translation,
-    EMNLP 2014.
+    K. Cho et al., Learning phrase representations using RNN encoder-decoder for statistical machine
+    translation, EMNLP 2014.
 
     Args:
         input_size: features of the input, I.
@@ -115,8 +115,8 @@ class GRUCell(Cell):
     Attributes:
         weight_ih (3H, I), weight_hh (3H, H), bias_ih and bias_hh (3H): rows in the order r, z, n.
 
-    Saved for the backward pass, when any gradient is needed: all of the above, h', r, z, n and, with reset_after,
-    W_hn h + b_hn.
+    Saved for the backward pass, when any gradient is needed: all of the above, h', r, z, n and, with
+    reset_after, W_hn h + b_hn.
 
     Example:
         >>> cell = fastseq.GRUCell(10, 20)
@@ -172,8 +172,8 @@ class RNNCell(Cell):
 
     Raises:
         ValueError: input or state that has neither 1 nor 2 dimensions.
-        RuntimeError: wrong sizes, mixed dtypes or devices, another nonlinearity; or a second derivative, which does
-            not exist yet.
+        RuntimeError: wrong sizes, mixed dtypes or devices, another nonlinearity; or a second derivative,
+            which does not exist yet.
         NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:

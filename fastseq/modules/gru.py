@@ -21,8 +21,8 @@ class GRU(RecurrentModule):
         n = tanh(W_in x_t + b_in + W_hn (r * h_{t-1}) + b_hn)      reset_after=False, as in the paper
         h_t = (1 - z) * n + z * h_{t-1}
 
-    K. Cho et al., Learning phrase representations using RNN encoder-decoder for statistical machine translation,
-    EMNLP 2014.
+    K. Cho et al., Learning phrase representations using RNN encoder-decoder for statistical machine
+    translation, EMNLP 2014.
 
     Args:
         input_size: features of the input, I.
@@ -31,11 +31,11 @@ class GRU(RecurrentModule):
         bias: whether there are b_ih and b_hh.
         batch_first: whether input and output are (B, T, features). The state is (.., B, ..) either way.
         dropout: probability of zeroing an element of a layer's output, but for the last layer's, in training.
-        bidirectional: whether a second half of each layer runs from the last step to the first; D is 2, else 1.
+        bidirectional: whether a second half of each layer runs from the last step to the first: D is 2 or 1.
         proj_size: there for torch.nn's order of arguments; must be 0, only LSTM has projections.
         device, dtype: of the parameters: float32, float64, bfloat16 or float16.
-        reset_after: whether the reset gate acts after the recurrent product or before it. The parameters are the
-            same; a model trained with one is not valid with the other.
+        reset_after: whether the reset gate acts after the recurrent product or before it. The parameters are
+            the same; a model trained with one is not valid with the other.
 
     Inputs:
         input: (T, B, I); (B, T, I) if `batch_first`; (T, I) for one sequence without a batch; or a
@@ -43,26 +43,26 @@ class GRU(RecurrentModule):
         hx: h_0 of shape (L*D, B, H), without B for an input without a batch. Zeros if None.
 
     Returns:
-        output, h_n: the last layer's h_t for all t, (T, B, D*H), laid out and packed like the input, both directions
-        side by side; and the state after the last step, with the shape of hx.
+        output, h_n: the last layer's h_t for all t, (T, B, D*H), laid out and packed like the input, both
+        directions side by side; and the state after the last step, with the shape of hx.
 
     Raises:
         ValueError: an input of the wrong rank, or of another dtype than the parameters.
-        RuntimeError: wrong sizes of input or state, a state of another dtype, mixed devices, a sequence of no steps,
-            batch_sizes that do not fit; or a second derivative, which does not exist yet.
+        RuntimeError: wrong sizes of input or state, a state of another dtype, mixed devices, a sequence of no
+            steps, batch_sizes that do not fit; or a second derivative, which does not exist yet.
         NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
         weight_ih_l[k]: (3H, I), for layers k > 0 (3H, D*H); rows in the order r, z, n.
         weight_hh_l[k]: (3H, H).
         bias_ih_l[k], bias_hh_l[k]: (3H).
-        Each also with the suffix _reverse if bidirectional. All start uniform in +-1/sqrt(H), as in torch.nn for the
-        same seed; state_dicts go both ways.
+        Each also with the suffix _reverse if bidirectional. All start uniform in +-1/sqrt(H), as in torch.nn
+        for the same seed; state_dicts go both ways.
 
-    Saved for the backward pass, when any gradient is needed: the input, the weights, the initial state and the output
-    of each layer (no copies), and r, z, n of every step, with reset_after also W_hn h + b_hn: 4 (or 3) * T * B * H
-    elements per direction. None of these may be changed in place before the backward pass. In inference nothing is
-    saved.
+    Saved for the backward pass, when any gradient is needed: the input, the weights, the initial state and
+    the output of each layer (no copies), and r, z, n of every step, with reset_after also W_hn h + b_hn: 4
+    (or 3) * T * B * H elements per direction. None of these may be changed in place before the backward pass.
+    In inference nothing is saved.
 
     Example:
         >>> gru = fastseq.GRU(10, 20, batch_first=True, bidirectional=True)
@@ -88,7 +88,9 @@ class GRU(RecurrentModule):
         reset_after: bool = True,
     ) -> None:
         if proj_size:
-            raise ValueError(problem(f"proj_size={proj_size} for GRU", "proj_size with LSTM only", "proj_size=0"))
+            raise ValueError(
+                problem(f"proj_size={proj_size} for GRU", "proj_size with LSTM only", "proj_size=0")
+            )
         super().__init__(
             "GRU",
             input_size,

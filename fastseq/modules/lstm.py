@@ -21,9 +21,9 @@ class LSTM(RecurrentModule):
         c_t = f * c_{t-1} + i * g
         h_t = o * tanh(c_t)                  or W_hr (o * tanh(c_t)) if proj_size > 0
 
-    S. Hochreiter and J. Schmidhuber, Long short-term memory, Neural Computation 9(8), 1997; the forget gate is from
-    F. Gers, J. Schmidhuber and F. Cummins, Learning to forget, 2000; the projection from H. Sak, A. Senior and
-    F. Beaufays, Long short-term memory recurrent neural network architectures, 2014.
+    S. Hochreiter and J. Schmidhuber, Long short-term memory, Neural Computation 9(8), 1997; the forget gate
+    is from F. Gers, J. Schmidhuber and F. Cummins, Learning to forget, 2000; the projection from H. Sak, A.
+    Senior and F. Beaufays, Long short-term memory recurrent neural network architectures, 2014.
 
     Args:
         input_size: features of the input, I.
@@ -32,24 +32,25 @@ class LSTM(RecurrentModule):
         bias: whether there are b_ih and b_hh.
         batch_first: whether input and output are (B, T, features). The states are (.., B, ..) either way.
         dropout: probability of zeroing an element of a layer's output, but for the last layer's, in training.
-        bidirectional: whether a second half of each layer runs from the last step to the first; D is 2, else 1.
-        proj_size: features of the hidden state if it is projected, smaller than hidden_size; 0 for no projection.
-            R is proj_size, or hidden_size if that is 0.
+        bidirectional: whether a second half of each layer runs from the last step to the first: D is 2 or 1.
+        proj_size: features of the hidden state if it is projected, smaller than hidden_size; 0 for no
+            projection. R is proj_size, or hidden_size if that is 0.
         device, dtype: of the parameters: float32, float64, bfloat16 or float16.
 
     Inputs:
         input: (T, B, I); (B, T, I) if `batch_first`; (T, I) for one sequence without a batch; or a
             :class:`~torch.nn.utils.rnn.PackedSequence`, sorted or not. Any strides; it is not copied.
-        hx: (h_0, c_0) of shapes (L*D, B, R) and (L*D, B, H), without B for an input without a batch. Zeros if None.
+        hx: (h_0, c_0) of shapes (L*D, B, R) and (L*D, B, H), without B for an input without a batch. Zeros if
+            None.
 
     Returns:
-        output, (h_n, c_n): the last layer's h_t for all t, (T, B, D*R), laid out and packed like the input, both
-        directions side by side; and the states after the last step, with the shapes of hx.
+        output, (h_n, c_n): the last layer's h_t for all t, (T, B, D*R), laid out and packed like the input,
+        both directions side by side; and the states after the last step, with the shapes of hx.
 
     Raises:
         ValueError: an input of the wrong rank, or of another dtype than the parameters.
-        RuntimeError: wrong sizes of input or states, states of another dtype, mixed devices, a sequence of no steps,
-            batch_sizes that do not fit; or a second derivative, which does not exist yet.
+        RuntimeError: wrong sizes of input or states, states of another dtype, mixed devices, a sequence of no
+            steps, batch_sizes that do not fit; or a second derivative, which does not exist yet.
         NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
@@ -57,12 +58,12 @@ class LSTM(RecurrentModule):
         weight_hh_l[k]: (4H, R).
         bias_ih_l[k], bias_hh_l[k]: (4H).
         weight_hr_l[k]: (R, H), if proj_size > 0.
-        Each also with the suffix _reverse if bidirectional. All start uniform in +-1/sqrt(H), as in torch.nn for the
-        same seed; state_dicts go both ways.
+        Each also with the suffix _reverse if bidirectional. All start uniform in +-1/sqrt(H), as in torch.nn
+        for the same seed; state_dicts go both ways.
 
-    Saved for the backward pass, when any gradient is needed: the input, the weights, the initial states and the
-    output of each layer (no copies), and i, f, g, o, c of every step, 5 * T * B * H elements per direction. None
-    of these may be changed in place before the backward pass. In inference nothing is saved.
+    Saved for the backward pass, when any gradient is needed: the input, the weights, the initial states and
+    the output of each layer (no copies), and i, f, g, o, c of every step, 5 * T * B * H elements per
+    direction. None of these may be changed in place before the backward pass. In inference nothing is saved.
 
     Example:
         >>> lstm = fastseq.LSTM(10, 20, num_layers=2)

@@ -27,7 +27,7 @@ class RNN(RecurrentModule):
         bias: whether there are b_ih and b_hh.
         batch_first: whether input and output are (B, T, features). The state is (.., B, ..) either way.
         dropout: probability of zeroing an element of a layer's output, but for the last layer's, in training.
-        bidirectional: whether a second half of each layer runs from the last step to the first; D is 2, else 1.
+        bidirectional: whether a second half of each layer runs from the last step to the first: D is 2 or 1.
         proj_size: there for torch.nn's order of arguments; must be 0, only LSTM has projections.
         device, dtype: of the parameters: float32, float64, bfloat16 or float16.
 
@@ -37,24 +37,25 @@ class RNN(RecurrentModule):
         hx: h_0 of shape (L*D, B, H), without B for an input without a batch. Zeros if None.
 
     Returns:
-        output, h_n: the last layer's h_t for all t, (T, B, D*H), laid out and packed like the input, both directions
-        side by side; and the state after the last step, with the shape of hx.
+        output, h_n: the last layer's h_t for all t, (T, B, D*H), laid out and packed like the input, both
+        directions side by side; and the state after the last step, with the shape of hx.
 
     Raises:
         ValueError: an input of the wrong rank, or of another dtype than the parameters; another nonlinearity.
-        RuntimeError: wrong sizes of input or state, a state of another dtype, mixed devices, a sequence of no steps,
-            batch_sizes that do not fit; or a second derivative, which does not exist yet.
+        RuntimeError: wrong sizes of input or state, a state of another dtype, mixed devices, a sequence of no
+            steps, batch_sizes that do not fit; or a second derivative, which does not exist yet.
         NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
         weight_ih_l[k]: (H, I), for layers k > 0 (H, D*H).
         weight_hh_l[k]: (H, H).
         bias_ih_l[k], bias_hh_l[k]: (H).
-        Each also with the suffix _reverse if bidirectional. All start uniform in +-1/sqrt(H), as in torch.nn for the
-        same seed; state_dicts go both ways.
+        Each also with the suffix _reverse if bidirectional. All start uniform in +-1/sqrt(H), as in torch.nn
+        for the same seed; state_dicts go both ways.
 
-    Saved for the backward pass, when any gradient is needed: the input, the weights, the initial state and the output
-    of each layer (no copies), and nothing else. None of these may be changed in place before the backward pass.
+    Saved for the backward pass, when any gradient is needed: the input, the weights, the initial state and
+    the output of each layer (no copies), and nothing else. None of these may be changed in place before the
+    backward pass.
 
     Example:
         >>> rnn = fastseq.RNN(10, 20, nonlinearity="relu")
@@ -79,9 +80,13 @@ class RNN(RecurrentModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         if proj_size:
-            raise ValueError(problem(f"proj_size={proj_size} for RNN", "proj_size with LSTM only", "proj_size=0"))
+            raise ValueError(
+                problem(f"proj_size={proj_size} for RNN", "proj_size with LSTM only", "proj_size=0")
+            )
         if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(problem(f"nonlinearity={nonlinearity!r}", "'tanh' or 'relu'", "nonlinearity='tanh'"))
+            raise ValueError(
+                problem(f"nonlinearity={nonlinearity!r}", "'tanh' or 'relu'", "nonlinearity='tanh'")
+            )
         super().__init__(
             f"RNN_{nonlinearity.upper()}",
             input_size,

@@ -1,0 +1,257 @@
+"""What torch.nn rejects is rejected with the same exception type, in three lines that name the argument.
+
+torch.nn is asked in the same test what it thinks of each bad input; so nothing here can go out of date.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from harness import Case, call_module, make_data, make_module, run_module
+from reference import MODES
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fastseq
+
+MODULES = ("RNN", "LSTM", "GRU")
+CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+X = torch.randn(4, 2, 3)  # [T, B, I]
+H = torch.randn(1, 2, 5)  # [L, B, H]
+
+
+def hx(module, h, c=None):
+    """The state that the module wants, with h in all its places, or with c in the second."""
+    return (h, h if c is None else c) if "LSTM" in type(module).__name__ else h
+
+
+def packed(x):
+    return pack_padded_sequence(x, torch.tensor([4, 2]))
+
+
+def with_weight(module, name, weight):
+    setattr(module, name, nn.Parameter(weight))
+    return module
+
+
+# name of the argument -> what is wrong with it -> the call that is to fail
+BAD_CALLS = {
+    "input": {
+        "rank 1": lambda m: m(X[0, 0]),
+        "rank 4": lambda m: m(X[None]),
+        "wrong features": lambda m: m(X[..., :2]),
+        "wrong features, unbatched": lambda m: m(X[:, 0, :2]),
+        "wrong features, packed": lambda m: m(packed(X[..., :2])),
+        "float64": lambda m: m(X.double()),
+        "bfloat16": lambda m: m(X.bfloat16()),
+        "integers": lambda m: m(X.long()),
+        "booleans": lambda m: m(X > 0),
+        "complex": lambda m: m(X.to(torch.complex64)),
+        "no steps": lambda m: m(X[:0]),
+        "no steps and no rows": lambda m: m(X[:0, :0]),
+        "other device": lambda m: m(X.to("meta")),
+        "other device than the module": lambda m: m.to("meta")(X),
+    },
+    "hx": {
+        "rank 2 for batched input": lambda m: m(X, hx(m, H[0])),
+        "rank 3 for unbatched input": lambda m: m(X[:, 0], hx(m, H)),
+        "rank 1 for unbatched input": lambda m: m(X[:, 0], hx(m, H[0, 0])),
+        "wrong batch": lambda m: m(X, hx(m, H[:, :1])),
+        "wrong batch, packed": lambda m: m(packed(X), hx(m, H[:, :1])),
+        "wrong features": lambda m: m(X, hx(m, H[..., :4])),
+        "too many layers": lambda m: m(X, hx(m, H.repeat(2, 1, 1))),
+        "wrong cell state": lambda m: m(X, hx(m, H, H[..., :4])),
+        "cell state of rank 2": lambda m: m(X, hx(m, H, H[0])),
+        "float64": lambda m: m(X, hx(m, H.double())),
+        "float64 cell state": lambda m: m(X, hx(m, H, H.double())),
+        "integers": lambda m: m(X, hx(m, H.long())),
+        "other device": lambda m: m(X, hx(m, H.to("meta"))),
+    },
+    "weight_hh": {
+        "float64": lambda m: with_weight(m, "weight_hh_l0", m.weight_hh_l0.double())(X),
+        "too narrow": lambda m: with_weight(m, "weight_hh_l0", m.weight_hh_l0[:, :4])(X),
+    },
+}
+BAD_CELL_CALLS = {
+    "input": {
+        "rank 0": lambda m: m(X[0, 0, 0]),
+        "rank 3": lambda m: m(X),
+        "wrong features": lambda m: m(X[0, :, :2]),
+        "wrong features, unbatched": lambda m: m(X[0, 0, :2]),
+        "float64": lambda m: m(X[0].double()),
+        "integers": lambda m: m(X[0].long()),
+        "other device": lambda m: m(X[0].to("meta")),
+        "other device than the module": lambda m: m.to("meta")(X[0]),
+    },
+    "hx": {
+        "rank 3": lambda m: m(X[0], hx(m, H)),
+        "rank 1 for batched input": lambda m: m(X[0], hx(m, H[0, 0])),
+        "rank 2 for unbatched input": lambda m: m(X[0, 0], hx(m, H[0])),
+        "wrong batch": lambda m: m(X[0], hx(m, H[0, :1])),
+        "wrong features": lambda m: m(X[0], hx(m, H[0, :, :4])),
+        "wrong cell state": lambda m: m(X[0], hx(m, H[0], H[0, :, :4])),
+        "float64": lambda m: m(X[0], hx(m, H[0].double())),
+        "float64 cell state": lambda m: m(X[0], hx(m, H[0], H[0].double())),
+    },
+}
+NAMES = {"input": ("input",), "hx": ("hx", "h_0", "c_0"), "weight_hh": ("weight_hh",)}
+BAD_CONSTRUCTIONS = {
+    "input_size": [((0, 5), {}), ((-1, 5), {}), ((3.0, 5), {})],
+    "hidden_size": [((3, 0), {}), ((3, -1), {}), ((3, "5"), {}), ((3,), {})],
+    "num_layers": [((3, 5, 0), {}), ((3, 5, -1), {}), ((3, 5, 1.5), {})],
+    "bias": [((3, 5), {"bias": 1})],
+    "batch_first": [((3, 5), {"batch_first": "yes"})],
+    "dropout": [((3, 5), {"dropout": 1.5}), ((3, 5), {"dropout": -0.1}), ((3, 5), {"dropout": True})],
+    "proj_size": [((3, 5), {"proj_size": -1}), ((3, 5), {"proj_size": 5})],
+    "nonlinearity": [((3, 5), {"nonlinearity": "sigmoid"})],
+    "unknown": [((3, 5), {"foo": 1})],
+    "dtype": [((3, 5), {"dtype": torch.int64})],
+}
+
+
+def flat(table):
+    return [
+        pytest.param(name, bad, id=f"{name}-{what}")
+        for name, cases in table.items()
+        for what, bad in cases.items()
+    ]
+
+
+def error_of(call, *arguments):
+    try:
+        call(*arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def assert_rejected_like_torch(class_name, call, name):
+    theirs = error_of(call, getattr(nn, class_name)(3, 5))
+    ours = error_of(call, getattr(fastseq, class_name)(3, 5))
+    if theirs is None and ours is None:
+        return  # such as two states where one is read
+    # torch.nn takes two dtypes in an LSTMCell, and its oneDNN LSTM a weight of the wrong shape
+    accepted = type(theirs) if theirs else RuntimeError
+    assert isinstance(ours, accepted), f"torch.nn: {theirs!r}, fastseq: {ours!r}"
+    lines = str(ours).splitlines()
+    assert len([line for line in lines if line]) == len(lines) == 3, f"not three lines: {ours}"
+    assert max(len(line) for line in lines) <= 160, "the lines are short"
+    assert any(word in str(ours) for word in NAMES[name]), f"does not name {name}: {ours}"
+
+
+@pytest.mark.parametrize("class_name", MODULES)
+@pytest.mark.parametrize(("name", "call"), flat(BAD_CALLS))
+def test_bad_call_of_a_module(class_name, name, call):
+    assert_rejected_like_torch(class_name, call, name)
+
+
+@pytest.mark.parametrize("class_name", CELLS)
+@pytest.mark.parametrize(("name", "call"), flat(BAD_CELL_CALLS))
+def test_bad_call_of_a_cell(class_name, name, call):
+    assert_rejected_like_torch(class_name, call, name)
+
+
+@pytest.mark.parametrize("class_name", MODULES + CELLS)
+@pytest.mark.parametrize("name", BAD_CONSTRUCTIONS)
+def test_bad_construction(class_name, name):
+    for arguments, keywords in BAD_CONSTRUCTIONS[name]:
+        theirs = error_of(partial(getattr(nn, class_name), *arguments, **keywords))
+        ours = error_of(partial(getattr(fastseq, class_name), *arguments, **keywords))
+        if theirs is None:
+            continue  # torch.nn's cells take sizes of 0; whether fastseq does is its own affair
+        assert isinstance(ours, type(theirs)), f"torch.nn: {theirs!r}, fastseq: {ours!r}"
+
+
+@pytest.mark.parametrize("class_name", MODULES)
+def test_packed_input_of_another_dtype(class_name):
+    """torch.nn's own exception differs here from module to module; fastseq's is the one of padded input."""
+    error = error_of(getattr(fastseq, class_name)(3, 5), packed(X.double()))
+    assert isinstance(error, ValueError)
+    assert "input" in str(error)
+    assert len(str(error).splitlines()) == 3
+
+
+@pytest.mark.parametrize("class_name", MODULES)
+def test_weight_of_the_wrong_shape_is_never_read(class_name):
+    """Also where torch.nn's kernels read on beyond the end."""
+    for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+        module = getattr(fastseq, class_name)(3, 5)
+        with_weight(module, name, getattr(module, name)[:-1])
+        error = error_of(module, X)
+        assert isinstance(error, RuntimeError)
+        assert "weight_" in str(error) or "bias_" in str(error)
+
+
+BAD_BATCH_SIZES = [[2, 3, 1], [2, 2, 1], [2, 2, 3], [4, 3], [2, 2, -1, 3], [7, -1], [6, 0, 0, 1], []]
+
+
+@pytest.mark.parametrize("sizes", BAD_BATCH_SIZES, ids=str)
+@pytest.mark.parametrize("class_name", MODULES)
+def test_batch_sizes_that_would_lead_out_of_bounds(class_name, sizes):
+    """A PackedSequence made by hand, of 6 rows, whose batch_sizes increase, do not add up or are negative."""
+    bad = PackedSequence(torch.randn(6, 3), torch.tensor(sizes, dtype=torch.int64))
+    error = error_of(getattr(fastseq, class_name)(3, 5), bad)
+    assert isinstance(error, (RuntimeError, ValueError, IndexError))
+
+
+@pytest.mark.parametrize("layout", ["sparse", "mkldnn"])
+@pytest.mark.parametrize("class_name", MODULES)
+def test_tensor_for_which_there_is_no_kernel(class_name, layout):
+    x = X.to_sparse() if layout == "sparse" else X.to_mkldnn()
+    error = error_of(getattr(fastseq, class_name)(3, 5), x)
+    assert isinstance(error, RuntimeError)  # NotImplementedError is one
+    assert len(str(error).splitlines()) == 3
+    assert "input" in str(error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["input", "h0", "c0", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", sorted(set(MODES) - {"GRU_RESET_BEFORE"}))
+def test_nan_and_infinity_pass_through_as_in_torch(mode, dtype, place, value):
+    """NaN, infinity and finite numbers stand where they stand in torch's results."""
+    if place == "c0" and mode != "LSTM":
+        pytest.skip("no cell state")
+    case = Case(mode, dtype, batch=9, hidden_size=19)
+    ours, torchs, data = make_module(case), make_module(case, nn), make_data(case)
+    with torch.no_grad():
+        if place in data:
+            data[place][-1 if place == "input" else 0, 1, 0] = value
+        else:
+            for module in (ours, torchs):
+                getattr(module, place)[(2, 0) if "weight" in place else 2] = value
+    expected = call_module(case, torchs, data)
+    for name, x in call_module(case, ours, data).items():
+        y = expected[name]
+        assert torch.equal(x.isnan(), y.isnan()), f"{name}: NaN in other places"
+        assert torch.equal(x.isinf(), y.isinf()), f"{name}: infinity in other places"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_in_the_incoming_gradient_reaches_every_weight_and_no_other_row(mode):
+    case = Case(mode, batch=4)
+    module, data = make_module(case), make_data(case)
+    output = call_module(case, module, data)["output"]
+    incoming = torch.zeros_like(output)
+    incoming[-1, 1] = float("nan")
+    gradients = torch.autograd.grad(output, [data["input"], module.weight_hh_l0], incoming)
+    rows = gradients[0].isnan().any(-1).any(0).tolist()
+    assert gradients[1].isnan().any()
+    assert rows == [False, True, False, False] or mode == "RNN_RELU"
+    assert not any(rows[b] for b in (0, 2, 3))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_large_pre_activations_saturate_without_nan(mode):
+    case = Case(mode)
+    module, data = make_module(case), make_data(case)
+    with torch.no_grad():
+        for scale in (1e2, 1e4, 1e30):
+            data["input"].copy_(make_data(case)["input"] * scale)
+            output = call_module(case, module, data)["output"]
+            assert not output.isnan().any()
+            assert mode == "RNN_RELU" or output.abs().max() <= data["h0"].abs().max().clamp(min=1)
+    results = run_module(case, module, make_data(case) | {"input": data["input"]})
+    assert mode == "RNN_RELU" or all(
+        x.isfinite().all() for name, x in results.items() if "weight" not in name
+    )
