@@ -98,6 +98,8 @@ void recurrent_forward(const py::args& arguments) {
   read_sequence(from, 3, args.input);
   read_sequence(from, 2, args.output);
   read_directions(from, kForwardPointers, args);
+  // Only a layer asks for the last state apart from the output.
+  args.one_step = args.shape.steps == 1 && args.directions == 1 && !args.direction[0].h_n;
   py::gil_scoped_release release;
   fastseq::recurrent_forward(args);
 }

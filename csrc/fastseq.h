@@ -73,6 +73,7 @@ struct RecurrentArgs {
   int64_t hidden_size;  // H >= 1
   int64_t proj_size;    // 0: no projection
   int directions;       // D; direction 1 runs from the last step to the first
+  bool one_step;        // a cell's call: T = 1, one direction, no projection
   RecurrentDirection direction[2];
 
   SequenceTensor<const void*> input;  // [T, B, I]

@@ -7,8 +7,9 @@
 // keeps its whole tile of c in registers (kRows x vectors accumulators) while k runs, broadcasting a and
 // streaming the panel.
 //
-// Every element of c is one chain of fused multiply-adds in the order of k, starting from init, whatever the
-// tile, the batch, the partition or the blocking of k: its bits depend on its own row and column only.
+// Every element of c is made in the same way whatever the tile, the batch or the partition: a chain of fused
+// multiply-adds over each kDepth of k, from zero, and the chains added to init in order. So its bits depend on its own
+// row and column only, and rounding errors grow with kDepth and K / kDepth, not with K.
 //
 // bfloat16 operands (where the CPU multiplies them) go in pairs of k: a and panel hold [k / 2][..][2], an odd
 // K is padded with zeros, and k below counts pairs.
@@ -87,9 +88,7 @@ void micro_kernel(const TileArgs<O>& t) {
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) {
-      acc[m][n] = t.init ? load<V>(t.init + m * t.init_stride + n * V::kWidth) : V(0);
-    }
+    for (int n = 0; n < kVectors; ++n) acc[m][n] = V(0);
   }
   const typename Operand<O>::Element* a = t.a;
   const O* b = t.panel;
@@ -109,7 +108,10 @@ void micro_kernel(const TileArgs<O>& t) {
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) store(t.c + m * t.c_stride + n * V::kWidth, acc[m][n]);
+    for (int n = 0; n < kVectors; ++n) {
+      if (t.init) acc[m][n] = load<V>(t.init + m * t.init_stride + n * V::kWidth) + acc[m][n];
+      store(t.c + m * t.c_stride + n * V::kWidth, acc[m][n]);
+    }
   }
 }
 
@@ -129,10 +131,10 @@ inline int64_t group_begin(int64_t rows, int64_t count, int64_t i) {
 }
 inline int64_t group_count(int64_t rows, int64_t most) { return (rows + most - 1) / most; }
 
-// A slice of a panel of so many k stays in half of a small L2 cache while all row groups pass over it.
-constexpr int64_t kDepth = FASTSEQ_DEPTH;
+// A slice of a panel of so many k stays in a quarter of a small L2 cache while all row groups pass over it.
+constexpr int64_t kDepth = 256;
 
-// c (rows x panel) = init + a * panel. k_stride 0 says that a was packed by pack_transposed_block.
+// c (rows x panel) = init + a * panel. k_stride 0 says that a was packed by pack_transposed_pairs.
 template <class O>
 void multiply(int vectors, int64_t rows, TileArgs<O> t) {
   const bool packed = t.k_stride == 0;
@@ -240,26 +242,22 @@ void pack_rows(const S* const* rows, int64_t offset, int64_t stride, int64_t cou
   }
 }
 
-// a of a product with a transposed left side: rows [0, count) of a^T = columns of `depth` rows that lie
-// row_stride apart. Laid out as multiply() cuts them: for each group of rows, [k][row of the group]. Moves whole
-// vectors: reads and writes up to kPackSlack elements past the end, and what it writes there is filled in later.
+// a of a product with a transposed left side, where operands go in pairs: rows [0, count) of a^T are columns of
+// `depth` rows that lie row_stride apart. (Single operands are read in place, with row stride 1.) Laid out as
+// multiply() cuts them: for each group of rows, [k][row of the group]. Moves whole vectors: reads and writes up to
+// kPackSlack elements past the end, and what it writes there is filled in later.
 constexpr int64_t kPackSlack = kVectorBytes / 4;
-template <class O>
-void pack_transposed_block(const O* matrix, int64_t row_stride, int64_t count, int64_t depth,
-                           typename Operand<O>::Element* packed) {
-  using V = Vec<typename Operand<O>::Scalar>;
+inline void pack_transposed_pairs(const bfloat16* matrix, int64_t row_stride, int64_t count, int64_t depth,
+                                  uint32_t* packed) {
+  using V = Vec<float>;
   const int64_t groups = group_count(count, tile_rows(kPanelVectors));
   for (int64_t i = 0; i < groups; ++i) {
     const int64_t begin = group_begin(count, groups, i), size = group_begin(count, groups, i + 1) - begin;
-    for (int64_t k = 0; k < depth; k += Operand<O>::kPair, packed += size) {
-      const O* row = matrix + k * row_stride + begin;
+    for (int64_t k = 0; k < depth; k += 2, packed += size) {
+      const bfloat16* row = matrix + k * row_stride + begin;
       for (int64_t m = 0; m < size; m += V::kWidth) {
-        if constexpr (Operand<O>::kPair == 1) {
-          store(packed + m, load<V>(row + m));
-        } else {
-          const V odd = k + 1 < depth ? load<V>(row + row_stride + m) : V(0);
-          store_pair(packed + m, load<V>(row + m), odd);
-        }
+        const V odd = k + 1 < depth ? load<V>(row + row_stride + m) : V(0);
+        store_pair(packed + m, load<V>(row + m), odd);
       }
     }
   }

@@ -25,6 +25,7 @@ class Backward {
   using V = Vec<Scalar>;
   static constexpr int kWidth = V::kWidth;
   static constexpr int64_t kPanelColumns = kPanelVectors * kWidth;
+  static constexpr int64_t kChunkDepth = 512;  // rows of a chunk that are packed, and multiplied, at a time
 
   // The gradient of a weight, [gate rows, n]: a^T b over all rows of all chunks. a: columns of the chunk's d.
   struct WeightGrad {
@@ -41,7 +42,7 @@ class Backward {
     Scalar* dh;   // [B, R, padded]
     Scalar* dc;   // [B, H, padded]
     Scalar* dm;   // [B, H, padded]: gradient of the unprojected output
-    Scalar* bias_sum;  // [grads, H padded]
+    double* bias_sum;  // [grads, H padded]; many rows go into each
     Scalar *weight_ih_sum, *weight_hh_sum, *weight_hr_sum;  // where the sums cannot live in the gradients themselves
     Scalar* input_sum;                                      // [rows, I]: dx of the direction that runs beside another
     // Of a chunk; rows are those of its steps in the order of time.
@@ -59,8 +60,8 @@ class Backward {
     arena_.allocate();
     lay_out();
     steps_.fill(plan.batch_parts);
-    meetings_.fill(plan);
-    new (everybody_) Barrier(team_size());
+    meetings_.fill();
+    advise_large_pages(args.grad_input.data, size_t(steps_.all_rows() * args.input_size) * sizeof(S));
   }
 
   void run() {
@@ -95,12 +96,11 @@ class Backward {
                    ? Blocks{width(), kWidth * unit_vectors<Scalar>(width(), 1, plan_.unit_parts)}
                    : units_;
     chunk_rows_ = least(rows, most(plan_.chunk_rows, batch));
-    depth_ = least(chunk_rows_, kDepth);
+    depth_ = least(chunk_rows_, kChunkDepth);
     hidden_stride_ = round_up(hidden, kWidth);
     width_stride_ = round_up(width(), kWidth);
     d_stride_ = cell_.grads * hidden_stride_ + kWidth;
     meetings_.take(arena_, plan_);
-    everybody_ = arena_.take<Barrier>(1);
     steps_.take(arena_, args_.shape, plan_.batch_parts);
     for (int i = 0; i < args_.directions; ++i) {
       const RecurrentDirection& t = args_.direction[i];
@@ -116,7 +116,7 @@ class Backward {
       s.dh = arena_.take<Scalar>(batch * width_stride_);
       s.dc = arena_.take<Scalar>(cell_.cell_state ? batch * hidden_stride_ : 0);
       s.dm = arena_.take<Scalar>(args_.proj_size ? batch * hidden_stride_ : 0);
-      s.bias_sum = arena_.take<Scalar>(cell_.grads * hidden_stride_);
+      s.bias_sum = arena_.take<double>(cell_.grads * hidden_stride_);
       s.weight_ih_sum = sum_of(t.grad_weight_ih, gate_rows * inputs);
       s.weight_hh_sum = sum_of(t.grad_weight_hh, gate_rows * width());
       s.weight_hr_sum = sum_of(t.grad_weight_hr, width() * hidden);
@@ -136,7 +136,7 @@ class Backward {
       s.operand_right = {nullptr, nullptr, {operand_used ? hidden : 0, kPanelColumns}, 1, depth_, 1};
       s.operand_right.take(arena_, false);
     }
-    transposed_stride_ = pairs<O>(depth_) * kBlockRows + kPackSlack;
+    transposed_stride_ = Operand<O>::kPair == 2 ? pairs<O>(depth_) * kBlockRows + kPackSlack : 0;
     transposed_ = arena_.take<Element>(team_size() * transposed_stride_);
   }
 
@@ -146,7 +146,7 @@ class Backward {
       Worker(*this, d, seat, thread).run();
     }
     if (direction_[args_.directions - 1].input_sum) {
-      everybody_->wait();
+      meetings_.of_all(thread);
       add_second_direction(thread);
     }
   }
@@ -176,6 +176,7 @@ class Backward {
     const int d;
     const Seat seat;
     const int rank, ranks;  // among the threads of this direction
+    bool backwards = false;  // of the order of blocks
     const Range own_units, own_outputs;  // blocks
     Element* const transposed;
     bool first_chunk = true;
@@ -183,14 +184,14 @@ class Backward {
     Worker(Backward& pass, int d, const Seat& seat, int thread)
         : pass(pass), args(pass.args_), tensors(args.direction[d]), state(pass.direction_[d]), cell(pass.cell_),
           steps(pass.steps_), d(d), seat(seat),
-          rank(seat.batch_part * pass.plan_.unit_parts + seat.unit_part),
+          rank(seat.rank),
           ranks(pass.plan_.batch_parts * pass.plan_.unit_parts),
           own_units(share(pass.units_.count(), pass.plan_.unit_parts, seat.unit_part)),
           own_outputs(share(pass.outputs_.count(), pass.plan_.unit_parts, seat.unit_part)),
           transposed(pass.transposed_ + thread * pass.transposed_stride_) {}
 
-    void meet() const { pass.meetings_.of_units(seat).wait(); }
-    void meet_direction() const { pass.meetings_.of_direction(seat).wait(); }
+    void meet() const { pass.meetings_.of_units(seat); }
+    void meet_direction() const { pass.meetings_.of_direction(seat); }
     int64_t time(int64_t step) const { return d == 0 ? step : args.shape.steps - 1 - step; }
 
     void run() {
@@ -255,7 +256,7 @@ class Backward {
       }
       if (rank == 0) {
         std::memset(static_cast<void*>(state.bias_sum), 0,
-                    size_t(cell.grads * pass.hidden_stride_) * sizeof(Scalar));
+                    size_t(cell.grads * pass.hidden_stride_) * sizeof(double));
       }
     }
 
@@ -304,15 +305,16 @@ class Backward {
       }
       product(state.recurrent_first, own_outputs, rows, gradients, pass.d_stride_, 0, state.dh, pass.width_stride_,
               cell.direct);
+      backwards = !backwards;
     }
 
     // to = (to +) sum over the panels' segments of d[segment] * U, for own columns.
     void product(const Panels<O>& panels, Range own, Range rows, const O* from, int64_t from_stride, int first_gate,
                  Scalar* to, int64_t to_stride, bool add) {
-      for (int64_t j = own.begin; j < own.end; ++j) {
+      for_each_block(own, backwards, [&](int64_t j) {
         multiply_segments(panels, j, rows, from, from_stride, first_gate,
                           to + rows.begin * to_stride + panels.blocks.begin(j), to_stride, add);
-      }
+      });
     }
 
     void multiply_segments(const Panels<O>& panels, int64_t j, Range r, const O* from, int64_t from_stride,
@@ -484,25 +486,29 @@ class Backward {
 
     void deal_operand(int64_t k, int64_t depth) {
       Panels<O>& right = state.operand_right;
-      const O* rows[kDepth];
+      const O* rows[kChunkDepth];
       for (int64_t i = 0; i < depth && right.blocks.n; ++i) rows[i] = state.operand + (k + i) * pass.hidden_stride_;
       for (int64_t j = rank; j < right.blocks.count(); j += ranks) {
         pack_rows<O>(rows, right.blocks.begin(j), 1, right.blocks.size(j), depth, right.vectors(j), right.at(j));
       }
     }
 
+    // Sums of a few rows in registers, those of all rows in double.
     void sum_biases(int64_t k, int64_t depth) {
+      constexpr int64_t kFewRows = 32;
       const int64_t columns = cell.grads * pass.hidden_stride_;
+      Scalar few[kPanelColumns];
       for (int64_t column = rank * kPanelColumns; column < columns; column += ranks * kPanelColumns) {
-        const int64_t vectors = least(kPanelColumns, columns - column) / kWidth;
-        V sum[kPanelVectors];
-        for (int64_t i = 0; i < vectors; ++i) sum[i] = load<V>(state.bias_sum + column + i * kWidth);
-        for (int64_t row = k; row < k + depth; ++row) {
-          for (int64_t i = 0; i < vectors; ++i) {
-            sum[i] = sum[i] + load<V>(state.d + row * pass.d_stride_ + column + i * kWidth);
+        const int64_t n = least(kPanelColumns, columns - column);
+        for (int64_t begin = k; begin < k + depth; begin += kFewRows) {
+          V sum[kPanelVectors] = {V(0), V(0), V(0), V(0)};
+          for (int64_t row = begin; row < least(begin + kFewRows, k + depth); ++row) {
+            const O* const d = state.d + row * pass.d_stride_ + column;
+            for (int64_t i = 0; i * kWidth < n; ++i) sum[i] = sum[i] + load<V>(d + i * kWidth);
           }
+          for (int64_t i = 0; i < kPanelVectors; ++i) store(few + i * kWidth, sum[i]);
+          for (int64_t i = 0; i < n; ++i) state.bias_sum[column + i] += few[i];
         }
-        for (int64_t i = 0; i < vectors; ++i) store(state.bias_sum + column + i * kWidth, sum[i]);
       }
     }
 
@@ -515,7 +521,11 @@ class Backward {
       for (int64_t part = rank; part < parts; part += ranks) {
         const Range own = share(w.m, parts, part);
         if (own.size() == 0) continue;
-        pack_transposed_block<O>(w.a + own.begin, w.a_stride, own.size(), depth, transposed);
+        TileArgs<O> tile{pairs<O>(depth), elements(w.a + own.begin), 1, w.a_stride, nullptr, sums.data, 0, nullptr, 0};
+        if constexpr (Operand<O>::kPair == 2) {
+          pack_transposed_pairs(w.a + own.begin, w.a_stride, own.size(), depth, transposed);
+          tile.a = transposed, tile.k_stride = 0;
+        }
         for (int64_t j = 0; j < right.blocks.count(); ++j) {
           const int64_t columns = right.columns(j), valid = right.blocks.size(j);
           Scalar* const to = w.sum + own.begin * n + right.blocks.begin(j);
@@ -524,8 +534,8 @@ class Backward {
               for (int64_t i = 0; i < valid; i += kWidth) __builtin_prefetch(to + row * n + i, 1);
             }
           }
-          multiply<O>(right.vectors(j), own.size(),
-                      {pairs<O>(depth), transposed, 1, 0, right.at(j), sums.data, columns, nullptr, 0});
+          tile.panel = right.at(j), tile.c_stride = columns;
+          multiply<O>(right.vectors(j), own.size(), tile);
           for_each_vector<kWidth>(own.size(), valid, [&](int64_t row, int64_t i, int64_t count) FS_BODY {
             V sum = load<V>(sums.data + row * columns + i);
             Scalar* const at = to + row * n + i;
@@ -550,14 +560,8 @@ class Backward {
         }
       }
       for (int g = rank; g < cell.gates; g += ranks) {
-        if (tensors.grad_bias_ih) {
-          put(state.bias_sum + cell.input_grad[g] * pass.hidden_stride_, hidden,
-              static_cast<S*>(tensors.grad_bias_ih) + g * hidden);
-        }
-        if (tensors.grad_bias_hh) {
-          put(state.bias_sum + cell.recurrent_grad[g] * pass.hidden_stride_, hidden,
-              static_cast<S*>(tensors.grad_bias_hh) + g * hidden);
-        }
+        put_bias(cell.input_grad[g], tensors.grad_bias_ih, g * hidden);
+        put_bias(cell.recurrent_grad[g], tensors.grad_bias_hh, g * hidden);
       }
       put_weight(state.weight_ih_sum, cell.gates * hidden * args.input_size, tensors.grad_weight_ih);
       put_weight(state.weight_hh_sum, cell.gates * hidden * width, tensors.grad_weight_hh);
@@ -566,6 +570,12 @@ class Backward {
 
     static void put(const Scalar* from, int64_t n, S* to) {
       for (int64_t i = 0; i < n; i += kWidth) store_upto(to + i, load_upto<V>(from + i, n - i), n - i);
+    }
+
+    void put_bias(int block, void* gradient, int64_t at) {
+      if (!gradient) return;
+      const double* const sum = state.bias_sum + block * pass.hidden_stride_;
+      for (int64_t i = 0; i < args.hidden_size; ++i) narrow(Scalar(sum[i]), static_cast<S*>(gradient)[at + i]);
     }
 
     void put_weight(const Scalar* sum, int64_t count, void* gradient) {
@@ -586,11 +596,10 @@ class Backward {
   Arena arena_;
   Steps steps_;
   Meetings meetings_;
-  Barrier* everybody_;
   Blocks units_, outputs_;  // of H and of R
   int64_t chunk_rows_, depth_, hidden_stride_, width_stride_, d_stride_;
   DirectionState direction_[2];
-  Element* transposed_;  // [thread]: a block of d^T
+  Element* transposed_;  // [thread]: a block of d^T, where operands go in pairs
   int64_t transposed_stride_;
 };
 

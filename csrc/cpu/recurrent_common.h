@@ -68,6 +68,7 @@ struct Steps {
   }
 
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
+  int64_t all_rows() const { return offset(steps); }
   int64_t offset(int64_t t) const { return batch_sizes ? offsets[t] : t * batch; }
   // Rows of step t that `part` owns.
   Range rows(int64_t t, int part) const {
@@ -88,6 +89,12 @@ struct Blocks {
   int64_t begin(int64_t j) const { return j * width; }
   int64_t size(int64_t j) const { return least(width, n - j * width); }
 };
+
+// Blocks are visited back and forth, so that a step begins with the weights that the one before left in the cache.
+template <class Body>
+inline void for_each_block(Range blocks, bool backwards, Body body) {
+  for (int64_t i = 0; i < blocks.size(); ++i) body(backwards ? blocks.end - 1 - i : blocks.begin + i);
+}
 
 // How many vectors of hidden units a block has, if each takes `gates` panel vectors: wide panels run faster, but
 // all parts should get the same number of units.
@@ -212,33 +219,47 @@ void with_types(DType dtype, Body body) {
   }
 }
 
-// Which part of the team a thread is.
+// Which part of the team a thread is, and its rank among the threads of its direction.
 struct Seat {
-  int direction_part, batch_part, unit_part;
+  int direction_part, batch_part, unit_part, rank;
 };
 inline Seat seat_of(const RecurrentPlan& plan, int thread) {
   const int units = plan.unit_parts, batches = plan.batch_parts;
-  return {thread / (units * batches), thread / units % batches, thread % units};
+  return {thread / (units * batches), thread / units % batches, thread % units, thread % (units * batches)};
 }
 
-// Barriers: `units` among the threads that share rows, `direction` among all that share a direction.
-struct Meetings {
-  Barrier* units;       // [direction_parts][batch_parts]
-  Barrier* directions;  // [direction_parts]
-  int batch_parts;
+// Where threads meet: those that share rows, those that share a direction, and all.
+class Meetings {
+ public:
   void take(Arena& arena, const RecurrentPlan& plan) {
-    batch_parts = plan.batch_parts;
-    units = arena.take<Barrier>(plan.direction_parts * plan.batch_parts);
-    directions = arena.take<Barrier>(plan.direction_parts);
+    plan_ = &plan;
+    barriers_ = arena.take<Barrier>(groups() + plan.direction_parts + 1);
+    flags_ = arena.take<Barrier::Flag>(3 * threads());
   }
-  void fill(const RecurrentPlan& plan) {
-    for (int i = 0; i < plan.direction_parts * plan.batch_parts; ++i) new (&units[i]) Barrier(plan.unit_parts);
-    for (int i = 0; i < plan.direction_parts; ++i) {
-      new (&directions[i]) Barrier(plan.batch_parts * plan.unit_parts);
-    }
+  void fill() {
+    Barrier::Flag* flag = flags_;
+    for (int i = 0; i < 3 * threads(); ++i) new (flags_ + i) Barrier::Flag;
+    const auto start = [&](Barrier* barrier, int threads) {
+      new (barrier) Barrier(threads, flag);
+      flag += threads;
+    };
+    for (int i = 0; i < groups(); ++i) start(barriers_ + i, plan_->unit_parts);
+    for (int i = 0; i < plan_->direction_parts; ++i) start(barriers_ + groups() + i, threads() / plan_->direction_parts);
+    start(barriers_ + groups() + plan_->direction_parts, threads());
   }
-  Barrier& of_units(const Seat& seat) const { return units[seat.direction_part * batch_parts + seat.batch_part]; }
-  Barrier& of_direction(const Seat& seat) const { return directions[seat.direction_part]; }
+  void of_units(const Seat& seat) const {
+    barriers_[seat.direction_part * plan_->batch_parts + seat.batch_part].wait(seat.unit_part);
+  }
+  void of_direction(const Seat& seat) const { barriers_[groups() + seat.direction_part].wait(seat.rank); }
+  void of_all(int thread) const { barriers_[groups() + plan_->direction_parts].wait(thread); }
+
+ private:
+  int groups() const { return plan_->direction_parts * plan_->batch_parts; }
+  int threads() const { return groups() * plan_->unit_parts; }
+
+  const RecurrentPlan* plan_;
+  Barrier* barriers_;
+  Barrier::Flag* flags_;
 };
 
 }  // namespace fastseq::FASTSEQ_ISA

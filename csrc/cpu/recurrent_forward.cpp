@@ -9,8 +9,11 @@
 // packed once, each block by a thread that uses it. The state lives twice, h_{t-1} and h_t, as product operands
 // [B, R]; the cell state in c_n, in place. Threads that share rows meet once a step (twice with a second product).
 //
+// A cell's call is one step, and uses the weights where they lie.
+//
 // What it costs, a row and step: 2 G H (I + R) operations; the packed U is read once a step from L2 or L3 (rows
 // of a block share it), G H values of x written and read in L2, H values of output (and G H of saved) to memory.
+#include "in_place.h"
 #include "recurrent_common.h"
 
 namespace fastseq::FASTSEQ_ISA {
@@ -38,12 +41,17 @@ class Forward {
 
  public:
   Forward(const RecurrentArgs& args, const RecurrentPlan& plan)
-      : args_(args), plan_(plan), cell_(cell_ops<S, O>(args.cell)) {
+      : args_(args), plan_(plan), cell_(cell_ops<S, O>(args.cell)), in_place_(args.one_step) {
     lay_out();
     arena_.allocate();
     lay_out();
     steps_.fill(plan.batch_parts);
-    meetings_.fill(plan);
+    meetings_.fill();
+    const size_t rows = size_t(steps_.all_rows()), hidden = size_t(args.hidden_size);
+    advise_large_pages(args.output.data, rows * size_t(args.directions * width()) * sizeof(S));
+    for (int d = 0; d < args.directions; ++d) {
+      advise_large_pages(args.direction[d].saved, rows * size_t(slots()) * hidden * sizeof(S));
+    }
   }
 
   void run() {
@@ -75,9 +83,9 @@ class Forward {
         state.phase[p] = {first, gates, p == phases() - 1 ? cell_.step : cell_.first, {}, {}};
         Phase& phase = state.phase[p];
         phase.input = {nullptr, nullptr, units_, gates, args_.input_size, 1};
-        phase.input.take(arena_, args_.direction[d].bias_ih != nullptr);
+        if (!in_place_) phase.input.take(arena_, args_.direction[d].bias_ih != nullptr);
         phase.recurrent = {nullptr, nullptr, units_, gates, width(), 1};
-        phase.recurrent.take(arena_, args_.direction[d].bias_hh != nullptr);
+        if (!in_place_) phase.recurrent.take(arena_, args_.direction[d].bias_hh != nullptr);
       }
       state.projection = {nullptr, nullptr, projected_, 1, hidden, 1};
       if (args_.proj_size) state.projection.take(arena_, false);
@@ -122,14 +130,14 @@ class Forward {
           staged(pass.staged_ + part() * pass.chunk_rows_ * pass.input_stride_) {}
 
     int part() const { return seat.direction_part * pass.plan_.batch_parts + seat.batch_part; }
-    void meet() const { pass.meetings_.of_units(seat).wait(); }
+    void meet() const { pass.meetings_.of_units(seat); }
     int64_t time(int64_t step) const { return d == 0 ? step : args.shape.steps - 1 - step; }
     int64_t rows_at(int64_t step) const { return steps.rows(time(step), seat.batch_part).size(); }
 
     void run() {
       pack_weights();
       start_states();
-      pass.meetings_.of_direction(seat).wait();
+      pass.meetings_.of_direction(seat);
       for (int64_t begin = 0; begin < args.shape.steps;) {
         int64_t end = begin, rows = 0;
         do {
@@ -154,7 +162,7 @@ class Forward {
       for (int p = 0; p < pass.phases(); ++p) {
         Phase& phase = state.phase[p];
         for (int64_t j = own_units.begin; j < own_units.end; ++j) {
-          if (!mine(j)) continue;
+          if (pass.in_place_ || !mine(j)) continue;
           phase.input.pack_transposed_rows(j, static_cast<const S*>(tensors.weight_ih),
                                            static_cast<const S*>(tensors.bias_ih), phase.first_gate);
           phase.recurrent.pack_transposed_rows(j, static_cast<const S*>(tensors.weight_hh),
@@ -240,11 +248,29 @@ class Forward {
         for (int64_t j = own_units.begin; j < own_units.end; ++j) {
           Scalar* const to = projected_at(p, j, rows);
           for_each_row_block({0, rows}, [&, input = input, stride = stride](Range r) {
-            multiply<O>(panels.vectors(j), r.size(),
-                        {pairs<O>(panels.depth), elements(input + r.begin * stride), row_elements<O>(stride), 1,
-                         panels.at(j), to + r.begin * panels.columns(j), panels.columns(j), panels.bias_at(j), 0});
+            fill_tile(panels, j, r.size(), input + r.begin * stride, stride, state.phase[p].first_gate,
+                      tensors.weight_ih, tensors.bias_ih, to + r.begin * panels.columns(j));
           });
         }
+      }
+    }
+
+    // to [row][gate][unit] = bias + rows of a * weight^T, for the gates and units of block j.
+    void fill_tile(const Panels<O>& panels, int64_t j, int64_t rows, const O* a, int64_t stride, int first_gate,
+                   const void* weight, const void* bias, Scalar* to) {
+      const int64_t columns = panels.columns(j);
+      if (!pass.in_place_) {
+        multiply<O>(panels.vectors(j), rows,
+                    {pairs<O>(panels.depth), elements(a), row_elements<O>(stride), 1, panels.at(j), to, columns,
+                     panels.bias_at(j), 0});
+        return;
+      }
+      for (int g = 0; g < panels.gates; ++g) {
+        const int64_t row = (first_gate + g) * args.hidden_size + panels.blocks.begin(j);
+        multiply_in_place<S, O>({panels.depth, a, stride, static_cast<const S*>(weight) + row * panels.depth,
+                                 panels.depth, bias ? static_cast<const S*>(bias) + row : nullptr,
+                                 to + g * columns / panels.gates, columns},
+                                rows, panels.blocks.size(j));
       }
     }
 
@@ -280,13 +306,12 @@ class Forward {
                                      : state.saved_step;
       S* const output = last && !args.proj_size ? output_at(t) : nullptr;
       TileBuffer<Scalar> sums;
-      for (int64_t j = own_units.begin; j < own_units.end; ++j) {
+      for_each_block(own_units, now == 1, [&](int64_t j) {
         const int64_t unit = pass.units_.begin(j), columns = panels.columns(j);
         const Scalar* const x = projected_at(p, j, chunk_rows) + chunk_row * columns;
         for_each_row_block(rows, [&](Range r) {
-          multiply<O>(panels.vectors(j), r.size(),
-                      {pairs<O>(panels.depth), elements(from + r.begin * from_stride), row_elements<O>(from_stride),
-                       1, panels.at(j), sums.data, columns, panels.bias_at(j), 0});
+          fill_tile(panels, j, r.size(), from + r.begin * from_stride, from_stride, phase.first_gate,
+                    tensors.weight_hh, tensors.bias_hh, sums.data);
           StepTile<S, O> tile;
           tile.rows = r.size(), tile.units = pass.units_.size(j);
           tile.block = columns / phase.gates, tile.hidden = hidden;
@@ -301,7 +326,7 @@ class Forward {
           tile.output_stride = args.output.stride[1];
           phase.run(tile);
         });
-      }
+      });
     }
 
     void project_output(int64_t t, Range rows, O* h_next) {
@@ -353,6 +378,7 @@ class Forward {
   const RecurrentArgs& args_;
   const RecurrentPlan& plan_;
   const CellOps<S, O>& cell_;
+  const bool in_place_;  // no weight is packed
   Arena arena_;
   Steps steps_;
   Meetings meetings_;

@@ -46,7 +46,8 @@ void wake_all(std::atomic<uint32_t>& word) {
 #endif
 }
 
-constexpr int kSpins = 2000;  // of some 40 cycles each: 20 us, several steps of a small network
+constexpr int kEagerSpins = 100;  // a partner of equal work is hardly ever later
+constexpr int kSpins = 1500;      // of some 50 cycles each: 20 us, several steps of a small network
 constexpr size_t kLargePage = size_t(1) << 21;
 
 }  // namespace
@@ -67,31 +68,50 @@ void run_team(int threads, void (*body)(void*, int), void* context) {
   body(context, omp_get_thread_num());
 }
 
-void Barrier::wait_for_all() {
-  const uint32_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.fetch_add(1, std::memory_order_seq_cst);
-    if (sleepers_.load(std::memory_order_seq_cst) > 0) wake_all(generation_);
-    return;
+bool Barrier::all_reached(uint32_t meeting) const {
+  for (int i = 0; i < threads_; ++i) {
+    // Nobody is more than one meeting ahead, so the difference is 0 or 1 beyond any overflow.
+    if (flags_[i].meetings.load(std::memory_order_seq_cst) - meeting > 1) return false;
+  }
+  return true;
+}
+
+void Barrier::wait_for_all(int thread) {
+  const uint32_t meeting = flags_[thread].meetings.load(std::memory_order_relaxed) + 1;
+  flags_[thread].meetings.store(meeting, std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+    alarm_.fetch_add(1, std::memory_order_seq_cst);
+    wake_all(alarm_);
   }
   for (int i = 0; i < kSpins; ++i) {
-    if (generation_.load(std::memory_order_acquire) != generation) return;
-    pause_briefly();
+    if (all_reached(meeting)) return;
+    if (i > kEagerSpins) pause_briefly();
   }
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
-  while (generation_.load(std::memory_order_seq_cst) == generation) sleep_while_equal(generation_, generation);
-  sleepers_.fetch_sub(1, std::memory_order_relaxed);
+  for (;;) {
+    const uint32_t alarm = alarm_.load(std::memory_order_seq_cst);
+    if (all_reached(meeting)) break;
+    sleep_while_equal(alarm_, alarm);
+  }
+  sleepers_.fetch_sub(1, std::memory_order_seq_cst);
 }
 
 void* scratch_allocate(size_t bytes) {
-  const bool large = bytes >= 2 * kLargePage;
   void* memory = nullptr;
-  if (posix_memalign(&memory, large ? kLargePage : 64, bytes ? bytes : 64) != 0) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  if (large) madvise(memory, bytes / kLargePage * kLargePage, MADV_HUGEPAGE);
-#endif
+  const size_t alignment = bytes >= 2 * kLargePage ? kLargePage : 64;
+  if (posix_memalign(&memory, alignment, bytes ? bytes : 64) != 0) throw std::bad_alloc();
+  advise_large_pages(memory, bytes);
   return memory;
+}
+
+void advise_large_pages(void* memory, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kLargePage * kLargePage;
+  if (memory && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 void scratch_free(void* memory) { std::free(memory); }

@@ -16,27 +16,37 @@ int available_threads(int requested);
 // Calls body(context, thread) for thread = 0 .. threads - 1, at the same time. threads <= available_threads.
 void run_team(int threads, void (*body)(void* context, int thread), void* context);
 
-// All threads of a group leave wait() after the last has entered. Spins for a few microseconds, then sleeps: with
-// another program on the cores a thread that spins on would keep its partner off the core that it waits for.
+// All threads of a group leave wait() after the last has entered. Each has a flag on a cache line of its own, so that
+// meeting costs one transfer of a line between cores. Spins for some microseconds, then sleeps: with another program
+// on the cores a thread that spins on would keep its partner off the core that it waits for.
 class Barrier {
  public:
-  explicit Barrier(int threads = 1) : threads_(threads) {}
-  void wait() {
-    if (threads_ > 1) wait_for_all();
+  struct alignas(64) Flag {
+    std::atomic<uint32_t> meetings{0};
+  };
+
+  // flags: one for each thread of the group.
+  Barrier(int threads, Flag* flags) : threads_(threads), flags_(flags) {}
+  void wait(int thread) {
+    if (threads_ > 1) wait_for_all(thread);
   }
 
  private:
-  void wait_for_all();
+  void wait_for_all(int thread);
+  bool all_reached(uint32_t meeting) const;
 
-  alignas(64) std::atomic<uint32_t> generation_{0};
-  alignas(64) std::atomic<int> arrived_{0};
-  std::atomic<int> sleepers_{0};
-  int threads_;
+  const int threads_;
+  Flag* const flags_;
+  alignas(64) std::atomic<int> sleepers_{0};
+  std::atomic<uint32_t> alarm_{0};  // changes when sleepers should look again
 };
 
 // Scratch memory, aligned to 64 bytes, on large pages where that pays. Throws std::bad_alloc.
 void* scratch_allocate(size_t bytes);
 void scratch_free(void* memory);
+
+// Says that memory, if it is much and fresh, should come in large pages: each first touch costs the kernel less.
+void advise_large_pages(void* memory, size_t bytes);
 
 // Lays buffers out in one block: once with no memory to learn the size, once more to place them.
 class Arena {

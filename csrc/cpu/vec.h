@@ -299,15 +299,15 @@ inline void store_upto(S* p, V x, int64_t n) {
 // ---- elementary functions ----
 //
 // expm1(r) = r + r^2 q(r) on |r| <= ln(2)/2, q a minimax polynomial of relative error 1.3e-8 (float), 1.8e-17
-// (double); exp and expm1 of x follow from x = n ln(2) + r. Errors are a few ulp. NaN stays NaN; arguments are
-// clamped to where the results are normal numbers, so infinities come out as the limits say.
+// (double); exp and expm1 of x follow from x = n ln(2) + r. Errors are a few ulp. NaN stays NaN; results below the
+// normal numbers are zero.
 
 template <class T>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr float kRound = 0x1.8p23f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr float kMax = 88.0f, kTanhMax = 20.0f;
+  static constexpr float kMin = -88.0f, kMax = 89.0f, kTanhMax = 20.0f;
   static constexpr int kBias = 127, kMantissa = 23;
   static constexpr float kQ[] = {0.500000006208f, 0.166665427941f, 0.04166628141f, 0.00836661058722f,
                                  0.00139464962401f};
@@ -315,7 +315,7 @@ struct ExpConstants<float> {
 template <>
 struct ExpConstants<double> {
   static constexpr double kRound = 0x1.8p52, kLn2High = 0x1.62e42fefa3800p-1, kLn2Low = 0x1.ef35793c76730p-45;
-  static constexpr double kMax = 708.5, kTanhMax = 40.0;
+  static constexpr double kMin = -708.9, kMax = 710.0, kTanhMax = 40.0;
   static constexpr int kBias = 1023, kMantissa = 52;
   static constexpr double kQ[] = {0.50000000000000055724,   0.16666666666666686064,   0.041666666666573324528,
                                   0.0083333333333145404543, 0.0013888888932483948916, 0.00019841269903157933883,
@@ -326,14 +326,14 @@ struct ExpConstants<double> {
 template <class T>
 struct ReducedExp {
   Vec<T> expm1;  // of the remainder r
-  Vec<T> power;  // 2^n, or zero where that is not a normal number
+  Vec<T> power;  // 2^n; zero below the normal numbers, infinite above
 };
 
 template <class T>
-inline ReducedExp<T> reduce_exp(Vec<T> x, T bound) {
+inline ReducedExp<T> reduce_exp(Vec<T> x, T least, T most) {
   using V = Vec<T>;
   using K = ExpConstants<T>;
-  x = max(V(-bound), min(V(bound), x));
+  x = max(V(least), min(V(most), x));
   const V shifted = fma(x, V(T(1.4426950408889634)), V(K::kRound));  // its low bits are n
   const V n = shifted - V(K::kRound);
   V r = fma(n, V(-K::kLn2High), x);
@@ -346,36 +346,23 @@ inline ReducedExp<T> reduce_exp(Vec<T> x, T bound) {
   return {fma(r * r, q, r), V::of((typename V::Native)exponent)};
 }
 
-// exp, zero below the normal numbers and finite for all finite x.
 template <class T>
 inline Vec<T> exp(Vec<T> x) {
-  const ReducedExp<T> e = reduce_exp(x, ExpConstants<T>::kMax);
-  return fma(e.power, e.expm1, e.power);
+  const ReducedExp<T> e = reduce_exp(x, ExpConstants<T>::kMin, ExpConstants<T>::kMax);
+  return (1 + e.expm1) * e.power;
 }
-
-// 1 / x for x from 1 to the largest normal number.
-inline Vec<double> reciprocal(Vec<double> x) { return 1 / x; }
-#if defined(__AVX512F__)
-// An estimate of 14 bits and one Newton step: half the time of a division.
-inline Vec<float> reciprocal(Vec<float> x) {
-  const auto r = Vec<float>::of((Vec<float>::Native)_mm512_maskz_rcp14_ps(__mmask16(-1), (__m512)x.v));
-  return fma(r, fma(-x, r, Vec<float>(1)), r);
-}
-#else
-inline Vec<float> reciprocal(Vec<float> x) { return 1 / x; }
-#endif
 
 template <class T>
 inline Vec<T> sigmoid(Vec<T> x) {
-  return reciprocal(1 + exp(-x));
+  return 1 / (1 + exp(-x));
 }
 
 // tanh(x) = e / (e + 2) with e = expm1(2 x), accurate down to zero.
 template <class T>
 inline Vec<T> tanh(Vec<T> x) {
-  const ReducedExp<T> e = reduce_exp(x + x, ExpConstants<T>::kTanhMax);
+  const ReducedExp<T> e = reduce_exp(x + x, -ExpConstants<T>::kTanhMax, ExpConstants<T>::kTanhMax);
   const Vec<T> expm1 = fma(e.power, e.expm1, e.power - 1);
-  return expm1 * reciprocal(expm1 + 2);
+  return expm1 / (expm1 + 2);
 }
 
 template <class T>
