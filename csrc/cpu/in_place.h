@@ -1,6 +1,6 @@
 // Products with a weight that is used where it lies, for a single step: packing would cost more than the product.
 //
-//   c[row][n] = bias[n] + sum over k of a[row][k] * w[n][k]
+//   c[row][n] = bias[n] + sum over k of a[row][k] * w[n][k]     (the bias starts the sum of the first lane)
 //
 // Both sides are contiguous in k, so a vector holds one dot product's partial sums of neighbouring k, and the lanes are
 // added up at the end. A tile of kWidth dot products (1 x 16, 2 x 8 or 4 x 4 rows and columns) ends in one vector.
@@ -75,10 +75,16 @@ void dot_tile(const InPlaceArgs<S, O>& t, int64_t columns) {
   using V = typename D::V;
   constexpr int kWidth = V::kWidth, kColumns = kWidth / kRows;
   const S* weight[kColumns];
-  for (int64_t n = 0; n < kColumns; ++n) weight[n] = t.weight + (n < columns ? n : 0) * t.weight_stride;
   V acc[kWidth];
 #pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) acc[i] = V(0);
+  for (int64_t i = 0; i < kColumns; ++i) {
+    const int64_t column = i < columns ? i : 0;
+    weight[i] = t.weight + column * t.weight_stride;
+    V start(0);
+    if (t.bias) start.v[0] = widen(t.bias[column]);
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) acc[m * kColumns + i] = start;
+  }
   const auto add = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     typename D::Loaded a[kRows];
 #pragma GCC unroll 4
@@ -96,11 +102,10 @@ void dot_tile(const InPlaceArgs<S, O>& t, int64_t columns) {
   alignas(kVectorBytes) typename V::Scalar sums[kWidth];
   store(sums, sum_lanes<1>(acc));
   for (int m = 0; m < kRows; ++m) {
-    for (int64_t i = 0; i < columns; i += kWidth) {
-      V sum = load_upto<V>(sums + m * kColumns + i, columns - i);
-      if (t.bias) sum = load_upto<V>(t.bias + i, columns - i) + sum;
-      store_upto(t.c + m * t.c_stride + i, sum, columns - i);
-    }
+    const auto copy = [&](int64_t n) __attribute__((always_inline)) {
+      std::memcpy(t.c + m * t.c_stride, sums + m * kColumns, size_t(n) * sizeof(typename V::Scalar));
+    };
+    columns == kColumns ? copy(kColumns) : copy(columns);
   }
 }
 
