@@ -26,11 +26,10 @@ struct Named {
   const char* name;
   int code;
 };
-constexpr Named kCellNames[] = {{"RNN_TANH", 0}, {"RNN_RELU", 1}, {"LSTM", 2}, {"GRU", 3}, {"GRU_RESET_BEFORE", 4}};
 constexpr Named kDTypeNames[] = {{"float32", 0}, {"float64", 1}, {"bfloat16", 2}, {"float16", 3}};
 
-// Reads integers off a tuple, in order. pybind11's own conversion of forty arguments takes longer than a small
-// step of a network does.
+// Reads integers off a tuple, in order. pybind11's own conversion of forty arguments takes longer than a
+// small step of a network does.
 class Integers {
  public:
   explicit Integers(py::handle tuple) : tuple_(tuple.ptr()), size_(PyTuple_GET_SIZE(tuple_)) {}
@@ -46,7 +45,8 @@ class Integers {
   }
   // The tuple that comes next.
   Integers nested() {
-    if (at_ == size_ || !PyTuple_Check(PyTuple_GET_ITEM(tuple_, at_))) throw py::type_error("expected a tuple");
+    if (at_ == size_ || !PyTuple_Check(PyTuple_GET_ITEM(tuple_, at_)))
+      throw py::type_error("expected a tuple");
     return Integers(PyTuple_GET_ITEM(tuple_, at_++));
   }
   py::ssize_t left() const { return size_ - at_; }
@@ -118,8 +118,9 @@ void recurrent_backward(const py::args& arguments) {
 
 py::dict recurrent_plan(int cell, int dtype, int threads, int64_t steps, int64_t batch, int64_t input_size,
                         int64_t hidden_size, int64_t proj_size, int directions, bool backward) {
-  const RecurrentPlan plan = fastseq::recurrent_plan({CellKind(cell), DType(dtype), threads, steps, batch, input_size,
-                                                      hidden_size, proj_size, directions, backward});
+  const RecurrentPlan plan =
+      fastseq::recurrent_plan({CellKind(cell), DType(dtype), threads, steps, batch, input_size, hidden_size,
+                               proj_size, directions, backward});
   py::dict d;
   d["direction_parts"] = plan.direction_parts;
   d["batch_parts"] = plan.batch_parts;
@@ -139,17 +140,20 @@ std::vector<std::string> split(const std::string& text) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The compiled kernels of fastseq. Use the public functions of the package; addresses are not checked here.";
+  m.doc() =
+      "The compiled kernels of fastseq. Use the public functions of the package; addresses are not checked "
+      "here.";
   fastseq::engine();  // an impossible FASTSEQ_ISA is an error of the import
 
   py::dict cells, dtypes;
-  for (const Named& c : kCellNames) {
-    py::dict facts;
-    facts["code"] = c.code;
-    facts["gates"] = fastseq::gates_of(CellKind(c.code));
-    facts["saved"] = fastseq::saved_slots_of(CellKind(c.code));
-    facts["cell_state"] = fastseq::has_cell_state(CellKind(c.code));
-    cells[c.name] = facts;
+  for (int code = 0; code < fastseq::kCells; ++code) {
+    const fastseq::CellFacts& facts = fastseq::kCellFacts[code];
+    py::dict cell;
+    cell["code"] = code;
+    cell["gates"] = facts.gates;
+    cell["saved"] = facts.saved;
+    cell["cell_state"] = facts.cell_state;
+    cells[facts.name] = cell;
   }
   for (const Named& d : kDTypeNames) dtypes[d.name] = d.code;
   m.attr("CELLS") = cells;

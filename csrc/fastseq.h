@@ -22,6 +22,21 @@ constexpr int kDTypes = 4;
 enum class CellKind : int { kRnnTanh = 0, kRnnRelu = 1, kLstm = 2, kGru = 3, kGruResetBefore = 4 };
 constexpr int kCells = 5;
 
+// The table of cells: what Python and the plans need to know of each. The engines check it against csrc/cells.
+struct CellFacts {
+  const char* name;
+  int gates;        // G
+  int products;     // of a step: 2 if one gate's operand needs the others first
+  int saved;        // values kept of each unit and step, the cell state included
+  bool cell_state;  // c beside h
+};
+constexpr CellFacts kCellFacts[kCells] = {{"RNN_TANH", 1, 1, 0, false},
+                                          {"RNN_RELU", 1, 1, 0, false},
+                                          {"LSTM", 4, 1, 5, true},
+                                          {"GRU", 3, 1, 4, false},
+                                          {"GRU_RESET_BEFORE", 3, 2, 3, false}};
+constexpr const CellFacts& facts_of(CellKind cell) { return kCellFacts[static_cast<int>(cell)]; }
+
 // What the sequence looks like. A padded sequence has `batch` rows at every step. A packed sequence
 // (batch_sizes not null) has batch_sizes[t] rows at step t, never increasing, all rows of a step before
 // those of the next, so that row b of step t is row sum(batch_sizes[:t]) + b; only stride [1] is used.
@@ -50,12 +65,13 @@ struct RecurrentDirection {
   void* h_n;              // [B, R] or null: the state after each row's last step
   void* c_n;              // [B, H]; LSTM only
   // What the backward pass needs beside the output, [rows, saved slots, H], rows as in the sequence;
-  // null in inference. LSTM: i, f, g, o, c. GRU: r, z, n, U_n h + b_n. Reset-before GRU: r, z, n. RNN: nothing.
+  // null in inference. LSTM: i, f, g, o, c. GRU: r, z, n, U_n h + b_n. Reset-before GRU: r, z, n. RNN:
+  // nothing.
   void* saved;
 
-  const void* grad_h_n;    // [B, R] or null: zeros
-  const void* grad_c_n;    // [B, H] or null: zeros; LSTM only
-  void* grad_weight_ih;    // each like its tensor, or null: not wanted
+  const void* grad_h_n;  // [B, R] or null: zeros
+  const void* grad_c_n;  // [B, H] or null: zeros; LSTM only
+  void* grad_weight_ih;  // each like its tensor, or null: not wanted
   void* grad_weight_hh;
   void* grad_bias_ih;
   void* grad_bias_hh;
@@ -66,8 +82,8 @@ struct RecurrentDirection {
 
 struct RecurrentArgs {
   CellKind cell;
-  DType dtype;      // of every tensor in here
-  int threads;      // at most so many
+  DType dtype;  // of every tensor in here
+  int threads;  // at most so many
   SequenceShape shape;
   int64_t input_size;   // I >= 1
   int64_t hidden_size;  // H >= 1

@@ -15,6 +15,7 @@ T steps, B batch, I input_size, H hidden_size, R recurrent size (proj_size or H)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -226,18 +227,31 @@ def _step(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
+def _nobody_listens() -> bool:
+    """Whether the dispatcher could only find a kernel: nothing compiles, traces or transforms."""
+    return not (
+        is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether all are dense tensors on the CPU as they come, so that the CPU kernel is the one to call."""
+    return all(
+        t is None or (t.is_cpu and type(t) in _PLAIN and t.layout is torch.strided and not t.is_neg())
+        for t in tensors
+    )
+
+
 def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> list[Tensor]:
     """torch.ops.fastseq.recurrent_cell, but without the dispatcher where that could only find the CPU kernel.
 
     Dispatching takes longer than a small step does. So where nobody listens, dense CPU tensors that fit go
     straight to the kernel; whatever is unusual or wrong is left to the operator.
     """
-    if not (
-        is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    ) and _fits(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode):
+    if _nobody_listens() and _fits(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode):
         return _step(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save)
     return torch.ops.fastseq.recurrent_cell.default(
         input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save
@@ -491,6 +505,36 @@ _register("recurrent", _recurrent, _recurrent_fake)
 _register("recurrent_cell", _recurrent_cell, _recurrent_cell_fake)
 _register("recurrent_backward", _recurrent_backward, _recurrent_backward_fake)
 
-# An overload is called without looking it up by its arguments.
-recurrent = torch.ops.fastseq.recurrent.default
-recurrent_backward = torch.ops.fastseq.recurrent_backward.default
+
+def recurrent(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """torch.ops.fastseq.recurrent, without the dispatcher where possible: see recurrent_cell."""
+    tensors = (input, batch_sizes, h0, c0)
+    plain = _nobody_listens() and _plain(*tensors, *weights)
+    return (_recurrent if plain else torch.ops.fastseq.recurrent.default)(*tensors, weights, *options)
+
+
+def recurrent_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    saved: Tensor,
+    *options: Any,
+) -> list[Tensor]:
+    """torch.ops.fastseq.recurrent_backward, without the dispatcher where possible: see recurrent_cell."""
+    tensors = (grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0)
+    plain = _nobody_listens() and _plain(*tensors, *weights, output, saved)
+    op = _recurrent_backward if plain else torch.ops.fastseq.recurrent_backward.default
+    return op(*tensors, weights, output, saved, *options)

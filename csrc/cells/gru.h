@@ -24,14 +24,14 @@ struct GRU {
     saved[Z] = sigmoid(x[Z] + u[Z]);
     saved[N] = tanh(x[N] + saved[R] * u[N]);
     saved[U] = u[N];
-    h_next = (1 - saved[Z]) * saved[N] + saved[Z] * h;
+    h_next   = (1 - saved[Z]) * saved[N] + saved[Z] * h;
   }
 
   FS_HD static void step_grad(const V* saved, V h, V, V, V, V dh, V, V* d, V& dh_direct, V&) {
-    d[N] = dh * (1 - saved[Z]) * (1 - saved[N] * saved[N]);
-    d[U] = d[N] * saved[R];
-    d[R] = d[N] * saved[U] * saved[R] * (1 - saved[R]);
-    d[Z] = dh * (h - saved[N]) * saved[Z] * (1 - saved[Z]);
+    d[N]      = dh * (1 - saved[Z]) * (1 - saved[N] * saved[N]);
+    d[U]      = d[N] * saved[R];
+    d[R]      = d[N] * saved[U] * saved[R] * (1 - saved[R]);
+    d[Z]      = dh * (h - saved[N]) * saved[Z] * (1 - saved[Z]);
     dh_direct = dh * saved[Z];
   }
 };
@@ -39,7 +39,7 @@ struct GRU {
 template <class V>
 struct GRUResetBefore {
   static constexpr int kGates = 3, kFirstGates = 2, kSaved = 3, kGrads = 3;
-  static constexpr int kStepGrads = 1;  // first_grad makes d[R], which needs the gradient of r * h
+  static constexpr int kStepGrads  = 1;  // first_grad makes d[R], which needs the gradient of r * h
   static constexpr bool kCellState = false, kDirect = true, kGradOfOutput = false;
   static constexpr int kInputGrad[] = {0, 1, 2}, kRecurrentGrad[] = {0, 1, 2};
   enum { R, Z, N };
@@ -47,24 +47,24 @@ struct GRUResetBefore {
   FS_HD static void first(const V* x, const V* u, V h, V* saved, V& operand) {
     saved[R] = sigmoid(x[R] + u[R]);
     saved[Z] = sigmoid(x[Z] + u[Z]);
-    operand = saved[R] * h;
+    operand  = saved[R] * h;
   }
 
   FS_HD static void step(const V* x, const V* u, V h, V, V* saved, V& h_next, V&) {
     saved[N] = tanh(x[N] + u[N]);
-    h_next = (1 - saved[Z]) * saved[N] + saved[Z] * h;
+    h_next   = (1 - saved[Z]) * saved[N] + saved[Z] * h;
   }
 
   FS_HD static void step_grad(const V* saved, V h, V, V, V, V dh, V, V* d, V& dh_direct, V&) {
-    d[N] = dh * (1 - saved[Z]) * (1 - saved[N] * saved[N]);
-    d[Z] = dh * (h - saved[N]) * saved[Z] * (1 - saved[Z]);
+    d[N]      = dh * (1 - saved[Z]) * (1 - saved[N] * saved[N]);
+    d[Z]      = dh * (h - saved[N]) * saved[Z] * (1 - saved[Z]);
     dh_direct = dh * saved[Z];
   }
 
   FS_HD static void first_grad(const V* saved, V h, V d_operand, V* d, V& dh_direct, V& operand) {
-    d[R] = d_operand * h * saved[R] * (1 - saved[R]);
+    d[R]      = d_operand * h * saved[R] * (1 - saved[R]);
     dh_direct = dh_direct + d_operand * saved[R];
-    operand = saved[R] * h;
+    operand   = saved[R] * h;
   }
 };
 

@@ -23,21 +23,21 @@ struct LSTM {
     gate[F] = sigmoid(x[F] + u[F]);
     gate[G] = tanh(x[G] + u[G]);
     gate[O] = sigmoid(x[O] + u[O]);
-    c_next = gate[F] * c + gate[I] * gate[G];
-    h_next = output(gate, c_next);
+    c_next  = gate[F] * c + gate[I] * gate[G];
+    h_next  = output(gate, c_next);
   }
 
   // h' before the projection, if there is one.
   FS_HD static V output(const V* gate, V c_next) { return gate[O] * tanh(c_next); }
 
   FS_HD static void step_grad(const V* gate, V, V, V c, V c_next, V dh, V dc, V* d, V&, V& dc_prev) {
-    const V tanh_c = tanh(c_next);
+    const V tanh_c   = tanh(c_next);
     const V dc_total = dc + dh * gate[O] * (1 - tanh_c * tanh_c);
-    d[I] = dc_total * gate[G] * gate[I] * (1 - gate[I]);
-    d[F] = dc_total * c * gate[F] * (1 - gate[F]);
-    d[G] = dc_total * gate[I] * (1 - gate[G] * gate[G]);
-    d[O] = dh * tanh_c * gate[O] * (1 - gate[O]);
-    dc_prev = dc_total * gate[F];
+    d[I]             = dc_total * gate[G] * gate[I] * (1 - gate[I]);
+    d[F]             = dc_total * c * gate[F] * (1 - gate[F]);
+    d[G]             = dc_total * gate[I] * (1 - gate[G] * gate[G]);
+    d[O]             = dh * tanh_c * gate[O] * (1 - gate[O]);
+    dc_prev          = dc_total * gate[F];
   }
 };
 

@@ -8,11 +8,11 @@
 #include "team.h"
 
 // FASTSEQ_ISA_LIST, from the build: X(portable) X(avx2) ..., slowest first.
-#define X(name)                                                            \
-  namespace fastseq::name {                                                \
-  void recurrent_forward(const RecurrentArgs&, const RecurrentPlan&);      \
-  void recurrent_backward(const RecurrentArgs&, const RecurrentPlan&);     \
-  double fma_peak(DType, double);                                          \
+#define X(name)                                                        \
+  namespace fastseq::name {                                            \
+  void recurrent_forward(const RecurrentArgs&, const RecurrentPlan&);  \
+  void recurrent_backward(const RecurrentArgs&, const RecurrentPlan&); \
+  double fma_peak(DType, double);                                      \
   }
 FASTSEQ_ISA_LIST
 #undef X
@@ -27,7 +27,8 @@ const Engine kEngines[] = {FASTSEQ_ISA_LIST};
 bool runs_here(const std::string& isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (isa == "avx2") return avx2;
@@ -59,8 +60,8 @@ const Engine& choose() {
 }
 
 RecurrentPlan plan_for(const RecurrentArgs& a, bool backward) {
-  return recurrent_plan({a.cell, a.dtype, available_threads(a.threads), a.shape.steps, a.shape.batch, a.input_size,
-                         a.hidden_size, a.proj_size, a.directions, backward});
+  return recurrent_plan({a.cell, a.dtype, available_threads(a.threads), a.shape.steps, a.shape.batch,
+                         a.input_size, a.hidden_size, a.proj_size, a.directions, backward});
 }
 
 }  // namespace
@@ -80,7 +81,9 @@ const char* available_isas() {
 }
 
 void recurrent_forward(const RecurrentArgs& args) { engine().recurrent_forward(args, plan_for(args, false)); }
-void recurrent_backward(const RecurrentArgs& args) { engine().recurrent_backward(args, plan_for(args, true)); }
+void recurrent_backward(const RecurrentArgs& args) {
+  engine().recurrent_backward(args, plan_for(args, true));
+}
 
 double fma_peak(DType dtype, int threads, double seconds) {
   struct Context {

@@ -14,8 +14,8 @@ struct Engine {
   double (*fma_peak)(DType dtype, double seconds);
 };
 
-// The engine in use: the best that this CPU runs, or the one that FASTSEQ_ISA names. Throws std::runtime_error if
-// that one is unknown or not to be had.
+// The engine in use: the best that this CPU runs, or the one that FASTSEQ_ISA names. Throws
+// std::runtime_error if that one is unknown or not to be had.
 const Engine& engine();
 
 // Comma-separated: all that were compiled, and those of them that this CPU runs.

@@ -2,14 +2,14 @@
 //
 //   c[m][n] = init[m][n] + sum over k of a[m][k] * b[k][n]
 //
-// b is packed once into panels of up to kPanelVectors vectors: panel[k][n], contiguous, zero beyond the matrix.
-// a is read in place through two strides (row-major activations), or from a packed transpose. A micro-kernel
-// keeps its whole tile of c in registers (kRows x vectors accumulators) while k runs, broadcasting a and
-// streaming the panel.
+// b is packed once into panels of up to kPanelVectors vectors: panel[k][n], contiguous, zero beyond the
+// matrix. a is read in place through two strides (row-major activations), or from a packed transpose. A
+// micro-kernel keeps its whole tile of c in registers (kRows x vectors accumulators) while k runs,
+// broadcasting a and streaming the panel.
 //
 // Every element of c is made in the same way whatever the tile, the batch or the partition: a chain of fused
-// multiply-adds over each kDepth of k, from zero, and the chains added to init in order. So its bits depend on its own
-// row and column only, and rounding errors grow with kDepth and K / kDepth, not with K.
+// multiply-adds over each kDepth of k, from zero, and the chains added to init in order. So its bits depend
+// on its own row and column only, and rounding errors grow with kDepth and K / kDepth, not with K.
 //
 // bfloat16 operands (where the CPU multiplies them) go in pairs of k: a and panel hold [k / 2][..][2], an odd
 // K is padded with zeros, and k below counts pairs.
@@ -75,7 +75,7 @@ struct TileArgs {
   const O* panel;
   Scalar* c;
   int64_t c_stride;
-  const Scalar* init;  // null: zero
+  const Scalar* init;   // null: zero
   int64_t init_stride;  // 0: one row for all, e.g. a bias
 };
 
@@ -178,10 +178,11 @@ void multiply(int vectors, int64_t rows, TileArgs<O> t) {
 
 // ---- packing ----
 
-// One vector of a panel from kWidth rows of a row-major matrix, transposed: panel[k][i] = matrix[i][k], zero for
-// i >= count. panel points at this vector of the panel's first k.
+// One vector of a panel from kWidth rows of a row-major matrix, transposed: panel[k][i] = matrix[i][k], zero
+// for i >= count. panel points at this vector of the panel's first k.
 template <class O, class S>
-void pack_transposed(const S* matrix, int64_t row_stride, int64_t count, int64_t depth, O* panel, int64_t columns) {
+void pack_transposed(const S* matrix, int64_t row_stride, int64_t count, int64_t depth, O* panel,
+                     int64_t columns) {
   using V = Vec<typename Operand<O>::Scalar>;
   constexpr int kWidth = V::kWidth, kPair = Operand<O>::kPair;
   for (int64_t k = 0; k < depth; k += kWidth * kPair) {
@@ -223,8 +224,8 @@ inline void store_pair(void* to, Vec<float> even, Vec<float> odd) {
 
 // A panel of `vectors` vectors from rows as they lie: panel[k][n] = rows[k][n], zero for n >= count.
 template <class O, class S>
-void pack_rows(const S* const* rows, int64_t offset, int64_t stride, int64_t count, int64_t depth, int vectors,
-               O* panel) {
+void pack_rows(const S* const* rows, int64_t offset, int64_t stride, int64_t count, int64_t depth,
+               int vectors, O* panel) {
   using V = Vec<typename Operand<O>::Scalar>;
   constexpr int kPair = Operand<O>::kPair;
   for (int64_t k = 0; k < depth; k += kPair) {
@@ -242,10 +243,10 @@ void pack_rows(const S* const* rows, int64_t offset, int64_t stride, int64_t cou
   }
 }
 
-// a of a product with a transposed left side, where operands go in pairs: rows [0, count) of a^T are columns of
-// `depth` rows that lie row_stride apart. (Single operands are read in place, with row stride 1.) Laid out as
-// multiply() cuts them: for each group of rows, [k][row of the group]. Moves whole vectors: reads and writes up to
-// kPackSlack elements past the end, and what it writes there is filled in later.
+// a of a product with a transposed left side, where operands go in pairs: rows [0, count) of a^T are columns
+// of `depth` rows that lie row_stride apart. (Single operands are read in place, with row stride 1.) Laid out
+// as multiply() cuts them: for each group of rows, [k][row of the group]. Moves whole vectors: reads and
+// writes up to kPackSlack elements past the end, and what it writes there is filled in later.
 constexpr int64_t kPackSlack = kVectorBytes / 4;
 inline void pack_transposed_pairs(const bfloat16* matrix, int64_t row_stride, int64_t count, int64_t depth,
                                   uint32_t* packed) {

@@ -1,11 +1,13 @@
-// Products with a weight that is used where it lies, for a single step: packing would cost more than the product.
+// Products with a weight that is used where it lies, for a single step: packing would cost more than the
+// product.
 //
 //   c[row][n] = bias[n] + sum over k of a[row][k] * w[n][k]     (the bias starts the sum of the first lane)
 //
-// Both sides are contiguous in k, so a vector holds one dot product's partial sums of neighbouring k, and the lanes are
-// added up at the end. A tile of kWidth dot products (1 x 16, 2 x 8 or 4 x 4 rows and columns) ends in one vector.
-// Each element's sums are made in the same order whatever the tile: its bits depend on its own row and column only.
-// What it costs: a load of w for each vector of a row group, so at batch 1 the bandwidth of the cache that holds w.
+// Both sides are contiguous in k, so a vector holds one dot product's partial sums of neighbouring k, and the
+// lanes are added up at the end. A tile of kWidth dot products (1 x 16, 2 x 8 or 4 x 4 rows and columns) ends
+// in one vector. Each element's sums are made in the same order whatever the tile: its bits depend on its own
+// row and column only. What it costs: a load of w for each vector of a row group, so at batch 1 the bandwidth
+// of the cache that holds w.
 #pragma once
 
 #include "gemm.h"

@@ -1,5 +1,5 @@
-// The FMA peak of one thread: chains of multiply-adds in registers, as many as hide their latency. For bfloat16
-// the multiply-adds of pairs, where the products use them.
+// The FMA peak of one thread: chains of multiply-adds in registers, as many as hide their latency. For
+// bfloat16 the multiply-adds of pairs, where the products use them.
 #include <chrono>
 
 #include "recurrent_common.h"

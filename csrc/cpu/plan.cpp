@@ -7,23 +7,15 @@
 namespace fastseq {
 namespace {
 
-struct CellFacts {
-  int gates, saved, phases;
-  bool cell_state;
-};
-constexpr CellFacts kFacts[kCells] = {
-    {1, 0, 1, false}, {1, 0, 1, false}, {4, 5, 1, true}, {3, 4, 1, false}, {3, 3, 2, false}};
-const CellFacts& facts(CellKind cell) { return kFacts[static_cast<int>(cell)]; }
-
 // Costs in nanoseconds on one core of a current x86 server; only their proportions matter.
-constexpr double kFlopsPerNs = 100;         // float32 products in the cache
-constexpr double kNearBytesPerNs = 100;     // weights that stay in a core's own L2
-constexpr double kFarBytesPerNs = 30;       // weights from L3
-constexpr double kNearBytes = 700 * 1024;   // what of L2 the weights may take
-constexpr double kBarrierNs = 250;          // two threads meet
-constexpr double kRegionNs = 4000;          // waking the threads
-constexpr double kGateNs = 1.5;             // one gate of one unit of one row
-constexpr int64_t kUnitQuantum = 16;        // one vector of the widest instruction set
+constexpr double kFlopsPerNs = 100;        // float32 products in the cache
+constexpr double kNearBytesPerNs = 100;    // weights that stay in a core's own L2
+constexpr double kFarBytesPerNs = 30;      // weights from L3
+constexpr double kNearBytes = 700 * 1024;  // what of L2 the weights may take
+constexpr double kBarrierNs = 250;         // two threads meet
+constexpr double kRegionNs = 4000;         // waking the threads
+constexpr double kGateNs = 1.5;            // one gate of one unit of one row
+constexpr int64_t kUnitQuantum = 16;       // one vector of the widest instruction set
 
 double element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
@@ -32,32 +24,28 @@ double cost(const RecurrentProblem& p, int directions, int batch_parts, int unit
   const double quanta = double((p.hidden_size + kUnitQuantum - 1) / kUnitQuantum);
   const double share = double(int64_t(quanta + unit_parts - 1) / unit_parts) / quanta;
   const double rows = double((p.batch + batch_parts - 1) / batch_parts);
-  const double weights = facts(p.cell).gates * double(p.hidden_size) * width * share;
+  const double weights = facts_of(p.cell).gates * double(p.hidden_size) * width * share;
   const double bytes = weights * element_bytes(p.dtype);
   const double product = std::max(2 * weights * rows * slowdown / kFlopsPerNs,
                                   bytes / (bytes <= kNearBytes ? kNearBytesPerNs : kFarBytesPerNs));
-  const double gates = rows * double(p.hidden_size) * share * facts(p.cell).gates * kGateNs / 16;
-  const double meetings = facts(p.cell).phases + (p.proj_size ? 1 : 0);
+  const double gates = rows * double(p.hidden_size) * share * facts_of(p.cell).gates * kGateNs / 16;
+  const double meetings = facts_of(p.cell).products + (p.proj_size ? 1 : 0);
   const double barrier = unit_parts > 1 ? meetings * kBarrierNs * (1 + unit_parts / 8.0) : 0;
-  const double input = 2.0 * facts(p.cell).gates * double(p.hidden_size) * double(p.input_size) * rows * share *
-                       slowdown / kFlopsPerNs;
-  const double pack = facts(p.cell).gates * double(p.hidden_size) * (width + double(p.input_size)) * share /
-                      batch_parts / 8;
+  const double input = 2.0 * facts_of(p.cell).gates * double(p.hidden_size) * double(p.input_size) * rows *
+                       share * slowdown / kFlopsPerNs;
+  const double pack = facts_of(p.cell).gates * double(p.hidden_size) * (width + double(p.input_size)) *
+                      share / batch_parts / 8;
   return directions * (double(p.steps) * (product + gates + barrier + input) + pack);
 }
 
 int64_t chunk_rows(const RecurrentProblem& p) {
   if (p.backward) return 512;
   // The projected inputs of a chunk stay in the cache until their steps are done.
-  const int64_t row_bytes = facts(p.cell).gates * p.hidden_size * int64_t(element_bytes(p.dtype));
+  const int64_t row_bytes = facts_of(p.cell).gates * p.hidden_size * int64_t(element_bytes(p.dtype));
   return std::clamp<int64_t>((int64_t(1) << 20) / std::max<int64_t>(row_bytes, 1), 48, 256);
 }
 
 }  // namespace
-
-int gates_of(CellKind cell) { return facts(cell).gates; }
-int saved_slots_of(CellKind cell) { return facts(cell).saved; }
-bool has_cell_state(CellKind cell) { return facts(cell).cell_state; }
 
 RecurrentPlan recurrent_plan(const RecurrentProblem& p) {
   const int most_units = int(std::min<int64_t>((p.hidden_size + kUnitQuantum - 1) / kUnitQuantum, 4096));

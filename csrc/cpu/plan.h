@@ -5,14 +5,15 @@
 
 namespace fastseq {
 
-// Threads form direction_parts x batch_parts x unit_parts. A direction part runs its directions to the end on its
-// own. A batch part keeps its rows through all steps and needs no barrier in time. Unit parts share rows, own
-// hidden units, and meet at each step.
+// Threads form direction_parts x batch_parts x unit_parts. A direction part runs its directions to the end on
+// its own. A batch part keeps its rows through all steps and needs no barrier in time. Unit parts share rows,
+// own hidden units, and meet at each step.
 struct RecurrentPlan {
   int direction_parts;
   int batch_parts;
   int unit_parts;
-  int64_t chunk_rows;  // rows (steps x batch) whose input projection, or gradients, are in the cache at one time
+  int64_t
+      chunk_rows;  // rows (steps x batch) whose input projection, or gradients, are in the cache at one time
 };
 
 struct RecurrentProblem {
@@ -26,9 +27,5 @@ struct RecurrentProblem {
 
 // FASTSEQ_PLAN=DxBxU in the environment forces the three parts, where the shape allows them.
 RecurrentPlan recurrent_plan(const RecurrentProblem& problem);
-
-int gates_of(CellKind cell);
-int saved_slots_of(CellKind cell);
-bool has_cell_state(CellKind cell);
 
 }  // namespace fastseq

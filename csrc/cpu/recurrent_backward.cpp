@@ -7,13 +7,16 @@
 //   dW_ih += d^T x,  dW_hh += d^T h,  db += sum of d,  dx = d W_ih
 //
 // Who holds what: as in the forward pass a thread owns rows and unit blocks; of the unit blocks it owns the
-// matching columns of dh, so one meeting a step is enough. The chunk's products are dealt out over the rows of the
-// weights (each element of dW is one thread's, added up in the order of the chunks: the same bits every run) and
-// over the rows of dx. d, dh and dc are never rounded to 16 bits unless the CPU multiplies bfloat16.
+// matching columns of dh, so one meeting a step is enough. The chunk's products are dealt out over the rows
+// of the weights (each element of dW is one thread's, added up in the order of the chunks: the same bits
+// every run) and over the rows of dx. d, dh and dc are never rounded to 16 bits unless the CPU multiplies
+// bfloat16.
 //
-// What it costs, a row and step: 4 G H (I + R) operations; packed U^T read once a step from L2 or L3; d written
-// and read in the cache; saved values, h and x read from memory once, dW read and written once a chunk.
+// What it costs, a row and step: 4 G H (I + R) operations; packed U^T read once a step from L2 or L3; d
+// written and read in the cache; saved values, h and x read from memory once, dW read and written once a
+// chunk.
 #include "recurrent_common.h"
+#include "weight_gradient.h"
 
 namespace fastseq::FASTSEQ_ISA {
 namespace {
@@ -25,31 +28,22 @@ class Backward {
   using V = Vec<Scalar>;
   static constexpr int kWidth = V::kWidth;
   static constexpr int64_t kPanelColumns = kPanelVectors * kWidth;
-  static constexpr int64_t kChunkDepth = 512;  // rows of a chunk that are packed, and multiplied, at a time
-
-  // The gradient of a weight, [gate rows, n]: a^T b over all rows of all chunks. a: columns of the chunk's d.
-  struct WeightGrad {
-    const O* a;
-    int64_t a_stride;
-    int64_t m;               // rows of the gradient
-    const Panels<O>* right;  // b, packed for the chunk
-    Scalar* sum;             // [m, n]
-  };
 
   struct DirectionState {
     Panels<O> recurrent_first, recurrent_rest;  // U of the first gates (all, in most cells) and of the others
     Panels<O> input, projection;                // W_ih, W_hr
-    Scalar* dh;   // [B, R, padded]
-    Scalar* dc;   // [B, H, padded]
-    Scalar* dm;   // [B, H, padded]: gradient of the unprojected output
-    double* bias_sum;  // [grads, H padded]; many rows go into each
-    Scalar *weight_ih_sum, *weight_hh_sum, *weight_hr_sum;  // where the sums cannot live in the gradients themselves
-    Scalar* input_sum;                                      // [rows, I]: dx of the direction that runs beside another
+    Scalar* dh;                                 // [B, R, padded]
+    Scalar* dc;                                 // [B, H, padded]
+    Scalar* dm;                                 // [B, H, padded]: gradient of the unprojected output
+    double* bias_sum;                           // [grads, H padded]; many rows go into each
+    Scalar *weight_ih_sum, *weight_hh_sum,
+        *weight_hr_sum;  // where the sums cannot live in the gradients themselves
+    Scalar* input_sum;   // [rows, I]: dx of the direction that runs beside another
     // Of a chunk; rows are those of its steps in the order of time.
-    O* d;         // [row][grads][H, padded]
-    O* d_output;  // [row][R, padded]: gradient of the projected output
-    O* operand;   // [row][H, padded]: r * h, or the unprojected output
-    const S **h_rows, **c_rows, **x_rows;  // rows of h_{t-1}, c_{t-1} and x
+    O* d;                                       // [row][grads][H, padded]
+    O* d_output;                                // [row][R, padded]: gradient of the projected output
+    O* operand;                                 // [row][H, padded]: r * h, or the unprojected output
+    const S **h_rows, **c_rows, **x_rows;       // rows of h_{t-1}, c_{t-1} and x
     Panels<O> h_right, x_right, operand_right;  // packed for dW
   };
 
@@ -65,7 +59,8 @@ class Backward {
   }
 
   void run() {
-    run_team(team_size(), [](void* self, int thread) { static_cast<Backward*>(self)->run_thread(thread); }, this);
+    run_team(
+        team_size(), [](void* self, int thread) { static_cast<Backward*>(self)->run_thread(thread); }, this);
   }
 
  private:
@@ -92,9 +87,8 @@ class Backward {
     const int64_t hidden = args_.hidden_size, batch = args_.shape.batch, inputs = args_.input_size;
     const int64_t rows = all_rows(), gate_rows = cell_.gates * hidden;
     units_ = {hidden, kWidth * unit_vectors<Scalar>(hidden, 1, plan_.unit_parts)};
-    outputs_ = args_.proj_size
-                   ? Blocks{width(), kWidth * unit_vectors<Scalar>(width(), 1, plan_.unit_parts)}
-                   : units_;
+    outputs_ = args_.proj_size ? Blocks{width(), kWidth * unit_vectors<Scalar>(width(), 1, plan_.unit_parts)}
+                               : units_;
     chunk_rows_ = least(rows, most(plan_.chunk_rows, batch));
     depth_ = least(chunk_rows_, kChunkDepth);
     hidden_stride_ = round_up(hidden, kWidth);
@@ -109,7 +103,8 @@ class Backward {
       s.recurrent_first.take(arena_, false);
       s.recurrent_rest = {nullptr, nullptr, units_, 1, hidden, cell_.gates - cell_.first_gates};
       s.recurrent_rest.take(arena_, false);
-      s.input = {nullptr, nullptr, {args_.grad_input.data ? inputs : 0, kPanelColumns}, 1, hidden, cell_.gates};
+      s.input = {nullptr, nullptr, {args_.grad_input.data ? inputs : 0, kPanelColumns},
+                 1,       hidden,  cell_.gates};
       s.input.take(arena_, false);
       s.projection = {nullptr, nullptr, {args_.proj_size ? hidden : 0, units_.width}, 1, width(), 1};
       s.projection.take(arena_, false);
@@ -175,15 +170,21 @@ class Backward {
     const Steps& steps;
     const int d;
     const Seat seat;
-    const int rank, ranks;  // among the threads of this direction
-    bool backwards = false;  // of the order of blocks
+    const int rank, ranks;               // among the threads of this direction
+    bool backwards = false;              // of the order of blocks
     const Range own_units, own_outputs;  // blocks
     Element* const transposed;
     bool first_chunk = true;
 
     Worker(Backward& pass, int d, const Seat& seat, int thread)
-        : pass(pass), args(pass.args_), tensors(args.direction[d]), state(pass.direction_[d]), cell(pass.cell_),
-          steps(pass.steps_), d(d), seat(seat),
+        : pass(pass),
+          args(pass.args_),
+          tensors(args.direction[d]),
+          state(pass.direction_[d]),
+          cell(pass.cell_),
+          steps(pass.steps_),
+          d(d),
+          seat(seat),
           rank(seat.rank),
           ranks(pass.plan_.batch_parts * pass.plan_.unit_parts),
           own_units(share(pass.units_.count(), pass.plan_.unit_parts, seat.unit_part)),
@@ -247,7 +248,8 @@ class Backward {
       }
       if (Operand<O>::kPair == 2) {  // odd rows are read in pairs
         for (int64_t row = rank; row < pass.chunk_rows_; row += ranks) {
-          std::memset(static_cast<void*>(state.d + row * pass.d_stride_), 0, size_t(pass.d_stride_) * sizeof(O));
+          std::memset(static_cast<void*>(state.d + row * pass.d_stride_), 0,
+                      size_t(pass.d_stride_) * sizeof(O));
           if (args.proj_size) {
             std::memset(static_cast<void*>(state.d_output + row * pass.width_stride_), 0,
                         size_t(pass.width_stride_) * sizeof(O));
@@ -303,14 +305,14 @@ class Backward {
         run_first(t, rows, chunk_row);
         meet();
       }
-      product(state.recurrent_first, own_outputs, rows, gradients, pass.d_stride_, 0, state.dh, pass.width_stride_,
-              cell.direct);
+      product(state.recurrent_first, own_outputs, rows, gradients, pass.d_stride_, 0, state.dh,
+              pass.width_stride_, cell.direct);
       backwards = !backwards;
     }
 
     // to = (to +) sum over the panels' segments of d[segment] * U, for own columns.
-    void product(const Panels<O>& panels, Range own, Range rows, const O* from, int64_t from_stride, int first_gate,
-                 Scalar* to, int64_t to_stride, bool add) {
+    void product(const Panels<O>& panels, Range own, Range rows, const O* from, int64_t from_stride,
+                 int first_gate, Scalar* to, int64_t to_stride, bool add) {
       for_each_block(own, backwards, [&](int64_t j) {
         multiply_segments(panels, j, rows, from, from_stride, first_gate,
                           to + rows.begin * to_stride + panels.blocks.begin(j), to_stride, add);
@@ -365,22 +367,25 @@ class Backward {
     }
 
     StepGradTile<S, O> tile(int64_t t, Range r, int64_t chunk_row, int64_t j) const {
-      const int64_t hidden = args.hidden_size, saved_stride = pass.slots() * hidden, unit = pass.units_.begin(j);
+      const int64_t hidden = args.hidden_size, saved_stride = pass.slots() * hidden,
+                    unit = pass.units_.begin(j);
       const bool projected = args.proj_size != 0;
       StepGradTile<S, O> tile;
       tile.rows = r.size(), tile.units = pass.units_.size(j), tile.hidden = hidden, tile.unit = unit;
       tile.h = state.h_rows + chunk_row + r.begin, tile.c = state.c_rows + chunk_row + r.begin;
       tile.h_next_stride = args.output.stride[1];
-      tile.h_next = steps.template at<const S>(args.output, t) + r.begin * tile.h_next_stride + d * pass.width() +
-                    (projected ? 0 : unit);
+      tile.h_next = steps.template at<const S>(args.output, t) + r.begin * tile.h_next_stride +
+                    d * pass.width() + (projected ? 0 : unit);
       tile.saved_stride = saved_stride;
       tile.saved = tensors.saved ? static_cast<const S*>(tensors.saved) +
                                        (steps.offset(t) + r.begin) * saved_stride + unit
                                  : nullptr;
       tile.grad_output = nullptr;
-      tile.grad_output_stride[0] = args.grad_output.stride[1], tile.grad_output_stride[1] = args.grad_output.stride[2];
+      tile.grad_output_stride[0] = args.grad_output.stride[1],
+      tile.grad_output_stride[1] = args.grad_output.stride[2];
       if (const S* const grad_output = projected ? nullptr : grad_output_at(t)) {
-        tile.grad_output = grad_output + r.begin * args.grad_output.stride[1] + unit * args.grad_output.stride[2];
+        tile.grad_output =
+            grad_output + r.begin * args.grad_output.stride[1] + unit * args.grad_output.stride[2];
       }
       tile.dh_stride = projected ? pass.hidden_stride_ : pass.width_stride_;
       tile.dh = (projected ? state.dm : state.dh) + r.begin * tile.dh_stride + unit;
@@ -388,7 +393,8 @@ class Backward {
       tile.dc_stride = pass.hidden_stride_;
       tile.d = state.d + (chunk_row + r.begin) * pass.d_stride_ + unit;
       tile.d_stride = pass.d_stride_, tile.d_gate = pass.hidden_stride_;
-      tile.operand = state.operand ? state.operand + (chunk_row + r.begin) * pass.hidden_stride_ + unit : nullptr;
+      tile.operand =
+          state.operand ? state.operand + (chunk_row + r.begin) * pass.hidden_stride_ + unit : nullptr;
       tile.operand_stride = pass.hidden_stride_;
       tile.d_operand = nullptr, tile.d_operand_stride = 0;
       return tile;
@@ -407,8 +413,8 @@ class Backward {
         for_each_row_block(rows, [&](Range r) {
           StepGradTile<S, O> first = tile(t, r, chunk_row, j);
           first.d_operand = sums.data, first.d_operand_stride = state.recurrent_rest.columns(j);
-          multiply_segments(state.recurrent_rest, j, r, gradients, pass.d_stride_, cell.first_gates, sums.data,
-                            first.d_operand_stride, false);
+          multiply_segments(state.recurrent_rest, j, r, gradients, pass.d_stride_, cell.first_gates,
+                            sums.data, first.d_operand_stride, false);
           cell.first_grad(first);
         });
       }
@@ -452,97 +458,50 @@ class Backward {
       deal_rows(state.h_right, state.h_rows + k, 1, depth);
       deal_rows(state.x_right, state.x_rows + k, x_stride, depth);
       deal_operand(k, depth);
-      if (tensors.grad_bias_ih || tensors.grad_bias_hh) sum_biases(k, depth);
+      if (tensors.grad_bias_ih || tensors.grad_bias_hh) {
+        add_column_sums(state.d + k * pass.d_stride_, pass.d_stride_, depth, cell.grads * pass.hidden_stride_,
+                        rank, ranks, state.bias_sum);
+      }
       meet_direction();
       const int64_t hidden = args.hidden_size, width = pass.width();
+      const auto add = [&](const O* a, int64_t a_stride, int64_t m, const Panels<O>& right, Scalar* sum) {
+        add_transposed_product<O>({a, a_stride, m, &right, sum, !first_chunk}, depth, rank, ranks,
+                                  transposed);
+      };
+      const O* const d_rows = state.d + k * pass.d_stride_;
       for (int g = 0; g < cell.gates; ++g) {
-        const O* const d_row = state.d + k * pass.d_stride_;
         if (tensors.grad_weight_ih) {
-          weight_gradient({d_row + cell.input_grad[g] * pass.hidden_stride_, pass.d_stride_, hidden, &state.x_right,
-                           state.weight_ih_sum + g * hidden * args.input_size},
-                          depth);
+          add(d_rows + cell.input_grad[g] * pass.hidden_stride_, pass.d_stride_, hidden, state.x_right,
+              state.weight_ih_sum + g * hidden * args.input_size);
         }
         if (tensors.grad_weight_hh) {
-          weight_gradient({d_row + cell.recurrent_grad[g] * pass.hidden_stride_, pass.d_stride_, hidden,
-                           g < cell.first_gates ? &state.h_right : &state.operand_right,
-                           state.weight_hh_sum + g * hidden * width},
-                          depth);
+          add(d_rows + cell.recurrent_grad[g] * pass.hidden_stride_, pass.d_stride_, hidden,
+              g < cell.first_gates ? state.h_right : state.operand_right,
+              state.weight_hh_sum + g * hidden * width);
         }
       }
       if (tensors.grad_weight_hr) {
-        weight_gradient({state.d_output + k * pass.width_stride_, pass.width_stride_, width, &state.operand_right,
-                         state.weight_hr_sum},
-                        depth);
+        add(state.d_output + k * pass.width_stride_, pass.width_stride_, width, state.operand_right,
+            state.weight_hr_sum);
       }
       meet_direction();
     }
 
     void deal_rows(Panels<O>& right, const S* const* rows, int64_t stride, int64_t depth) {
       for (int64_t j = rank; j < right.blocks.count(); j += ranks) {
-        pack_rows<O>(rows, right.blocks.begin(j) * stride, stride, right.blocks.size(j), depth, right.vectors(j),
-                     right.at(j));
+        pack_rows<O>(rows, right.blocks.begin(j) * stride, stride, right.blocks.size(j), depth,
+                     right.vectors(j), right.at(j));
       }
     }
 
     void deal_operand(int64_t k, int64_t depth) {
       Panels<O>& right = state.operand_right;
       const O* rows[kChunkDepth];
-      for (int64_t i = 0; i < depth && right.blocks.n; ++i) rows[i] = state.operand + (k + i) * pass.hidden_stride_;
+      for (int64_t i = 0; i < depth && right.blocks.n; ++i)
+        rows[i] = state.operand + (k + i) * pass.hidden_stride_;
       for (int64_t j = rank; j < right.blocks.count(); j += ranks) {
-        pack_rows<O>(rows, right.blocks.begin(j), 1, right.blocks.size(j), depth, right.vectors(j), right.at(j));
-      }
-    }
-
-    // Sums of a few rows in registers, those of all rows in double.
-    void sum_biases(int64_t k, int64_t depth) {
-      constexpr int64_t kFewRows = 32;
-      const int64_t columns = cell.grads * pass.hidden_stride_;
-      Scalar few[kPanelColumns];
-      for (int64_t column = rank * kPanelColumns; column < columns; column += ranks * kPanelColumns) {
-        const int64_t n = least(kPanelColumns, columns - column);
-        for (int64_t begin = k; begin < k + depth; begin += kFewRows) {
-          V sum[kPanelVectors] = {V(0), V(0), V(0), V(0)};
-          for (int64_t row = begin; row < least(begin + kFewRows, k + depth); ++row) {
-            const O* const d = state.d + row * pass.d_stride_ + column;
-            for (int64_t i = 0; i * kWidth < n; ++i) sum[i] = sum[i] + load<V>(d + i * kWidth);
-          }
-          for (int64_t i = 0; i < kPanelVectors; ++i) store(few + i * kWidth, sum[i]);
-          for (int64_t i = 0; i < n; ++i) state.bias_sum[column + i] += few[i];
-        }
-      }
-    }
-
-    // This thread's share of one weight's gradient.
-    void weight_gradient(const WeightGrad& w, int64_t depth) {
-      const Panels<O>& right = *w.right;
-      const int64_t n = right.blocks.n;
-      const int64_t parts = round_up(group_count(w.m, kBlockRows), ranks);
-      TileBuffer<Scalar> sums;
-      for (int64_t part = rank; part < parts; part += ranks) {
-        const Range own = share(w.m, parts, part);
-        if (own.size() == 0) continue;
-        TileArgs<O> tile{pairs<O>(depth), elements(w.a + own.begin), 1, w.a_stride, nullptr, sums.data, 0, nullptr, 0};
-        if constexpr (Operand<O>::kPair == 2) {
-          pack_transposed_pairs(w.a + own.begin, w.a_stride, own.size(), depth, transposed);
-          tile.a = transposed, tile.k_stride = 0;
-        }
-        for (int64_t j = 0; j < right.blocks.count(); ++j) {
-          const int64_t columns = right.columns(j), valid = right.blocks.size(j);
-          Scalar* const to = w.sum + own.begin * n + right.blocks.begin(j);
-          if (!first_chunk) {
-            for (int64_t row = 0; row < own.size(); ++row) {
-              for (int64_t i = 0; i < valid; i += kWidth) __builtin_prefetch(to + row * n + i, 1);
-            }
-          }
-          tile.panel = right.at(j), tile.c_stride = columns;
-          multiply<O>(right.vectors(j), own.size(), tile);
-          for_each_vector<kWidth>(own.size(), valid, [&](int64_t row, int64_t i, int64_t count) FS_BODY {
-            V sum = load<V>(sums.data + row * columns + i);
-            Scalar* const at = to + row * n + i;
-            if (!first_chunk) sum = sum + load_upto<V>(at, count);
-            store_upto(at, sum, count);
-          });
-        }
+        pack_rows<O>(rows, right.blocks.begin(j), 1, right.blocks.size(j), depth, right.vectors(j),
+                     right.at(j));
       }
     }
 
@@ -575,7 +534,8 @@ class Backward {
     void put_bias(int block, void* gradient, int64_t at) {
       if (!gradient) return;
       const double* const sum = state.bias_sum + block * pass.hidden_stride_;
-      for (int64_t i = 0; i < args.hidden_size; ++i) narrow(Scalar(sum[i]), static_cast<S*>(gradient)[at + i]);
+      for (int64_t i = 0; i < args.hidden_size; ++i)
+        narrow(Scalar(sum[i]), static_cast<S*>(gradient)[at + i]);
     }
 
     void put_weight(const Scalar* sum, int64_t count, void* gradient) {

@@ -1,7 +1,9 @@
-// From a cell's math to tiles of memory: loads the operands of `rows` rows and a block of hidden units, vector by
-// vector, runs the cell, stores what it made. The engine calls these through CellOps and knows no cell.
+// From a cell's math to tiles of memory: loads the operands of `rows` rows and a block of hidden units,
+// vector by vector, runs the cell, stores what it made. The engine calls these through CellOps and knows no
+// cell.
 //
-// S is the storage type of tensors, O the operand type of products; sums and gates are Scalar (float or double).
+// S is the storage type of tensors, O the operand type of products; sums and gates are Scalar (float or
+// double).
 #pragma once
 
 #include "../cells/gru.h"
@@ -38,24 +40,24 @@ template <class S, class O>
 struct StepGradTile {
   using Scalar = typename Operand<O>::Scalar;
   int64_t rows, units, hidden;
-  int64_t unit;              // first unit of the block: where to read in a row of h and c
-  const S* const* h;         // rows of the previous state; a null row is zero
-  const S* const* c;         // rows of the previous cell state, likewise
-  const S* h_next;           // the step's output
+  int64_t unit;       // first unit of the block: where to read in a row of h and c
+  const S* const* h;  // rows of the previous state; a null row is zero
+  const S* const* c;  // rows of the previous cell state, likewise
+  const S* h_next;    // the step's output
   int64_t h_next_stride;
   const S* saved;
   int64_t saved_stride;
-  const S* grad_output;      // null: zero
+  const S* grad_output;           // null: zero
   int64_t grad_output_stride[2];  // row, unit
-  Scalar* dh;                // gradient of the next state; leaves as the part that does not pass through U
+  Scalar* dh;  // gradient of the next state; leaves as the part that does not pass through U
   int64_t dh_stride;
-  Scalar* dc;                // gradient of the next cell state; leaves as that of the previous one
+  Scalar* dc;  // gradient of the next cell state; leaves as that of the previous one
   int64_t dc_stride;
-  const Scalar* d_operand;   // first_grad: gradient of first()'s operand, row stride d_operand_stride
+  const Scalar* d_operand;  // first_grad: gradient of first()'s operand, row stride d_operand_stride
   int64_t d_operand_stride;
-  O* d;                      // pre-activation gradients [rows][..][hidden, padded]
+  O* d;  // pre-activation gradients [rows][..][hidden, padded]
   int64_t d_stride, d_gate;
-  O* operand;                // first()'s operand, or the unprojected output, computed again; or null
+  O* operand;  // first()'s operand, or the unprojected output, computed again; or null
   int64_t operand_stride;
 };
 
@@ -70,8 +72,9 @@ struct CellOps {
   void (*step_grad)(const StepGradTile<S, O>&);
 };
 
-// Calls body(row, offset of the vector, valid lanes) over a tile. Bodies are inlined twice, for whole vectors and
-// for the tail, so that constants stay in registers and whole vectors have no branches; FS_BODY marks them.
+// Calls body(row, offset of the vector, valid lanes) over a tile. Bodies are inlined twice, for whole vectors
+// and for the tail, so that constants stay in registers and whole vectors have no branches; FS_BODY marks
+// them.
 #define FS_BODY __attribute__((always_inline))
 template <int kWidth, class Body>
 inline void for_each_vector(int64_t rows, int64_t units, Body body) {
@@ -148,7 +151,8 @@ struct CellTile {
         typename V::Scalar* const dh = t.dh + row * t.dh_stride + i;
         V dh_direct = load<V>(dh);
         C::first_grad(saved, h, load<V>(t.d_operand + row * t.d_operand_stride + i), d, dh_direct, operand);
-        for (int g = 0; g < C::kStepGrads; ++g) store_upto(t.d + row * t.d_stride + g * t.d_gate + i, d[g], n);
+        for (int g = 0; g < C::kStepGrads; ++g)
+          store_upto(t.d + row * t.d_stride + g * t.d_gate + i, d[g], n);
         store(dh, dh_direct);
         store_upto(t.operand + row * t.operand_stride + i, operand, n);
       });
@@ -185,8 +189,8 @@ struct CellTile {
   }
 
   static constexpr CellOps<S, O> ops() {
-    return {C::kGates, C::kFirstGates, C::kSaved, C::kGrads, C::kCellState, C::kDirect, C::kInputGrad,
-            C::kRecurrentGrad, first, step, first_grad, step_grad};
+    return {C::kGates,     C::kFirstGates,    C::kSaved, C::kGrads, C::kCellState, C::kDirect,
+            C::kInputGrad, C::kRecurrentGrad, first,     step,      first_grad,    step_grad};
   }
 
  private:
@@ -211,6 +215,18 @@ struct CellTile {
     }
   }
 };
+
+template <template <class> class Cell>
+constexpr bool fits(CellKind kind) {
+  using C = Cell<Vec<float>>;
+  const CellFacts& facts = facts_of(kind);
+  return facts.gates == C::kGates && facts.products == (C::kFirstGates < C::kGates ? 2 : 1) &&
+         facts.saved == C::kSaved + C::kCellState && facts.cell_state == C::kCellState;
+}
+static_assert(fits<RNNTanh>(CellKind::kRnnTanh) && fits<RNNRelu>(CellKind::kRnnRelu) &&
+                  fits<LSTM>(CellKind::kLstm) && fits<GRU>(CellKind::kGru) &&
+                  fits<GRUResetBefore>(CellKind::kGruResetBefore),
+              "kCellFacts and csrc/cells disagree");
 
 template <class S, class O>
 const CellOps<S, O>& cell_ops(CellKind cell) {

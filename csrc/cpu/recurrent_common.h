@@ -1,4 +1,5 @@
-// What the forward and the backward pass share: where rows lie, how units are cut into blocks, packed weights.
+// What the forward and the backward pass share: where rows lie, how units are cut into blocks, packed
+// weights.
 #pragma once
 
 #include <new>
@@ -23,7 +24,8 @@ inline Range share(int64_t n, int64_t parts, int64_t part) {
   return {group_begin(n, parts, part), group_begin(n, parts, part + 1)};
 }
 
-// Row blocks: tall enough to reuse a panel that comes from L3, short enough for the tile of sums to stay in L1.
+// Row blocks: tall enough to reuse a panel that comes from L3, short enough for the tile of sums to stay in
+// L1.
 constexpr int64_t kBlockRows = 16 * tile_rows(kPanelVectors);
 
 template <class Body>
@@ -50,7 +52,8 @@ struct Steps {
 
   void fill(int batch_parts) {
     if (!batch_sizes) {
-      for (int part = 0; part <= batch_parts; ++part) boundaries[part] = group_begin(batch, batch_parts, part);
+      for (int part = 0; part <= batch_parts; ++part)
+        boundaries[part] = group_begin(batch, batch_parts, part);
       return;
     }
     offsets[0] = 0;
@@ -78,7 +81,8 @@ struct Steps {
   // Address of row 0 of step t; rows are stride[1] apart.
   template <class S, class Pointer>
   S* at(const SequenceTensor<Pointer>& tensor, int64_t t) const {
-    return static_cast<S*>(tensor.data) + (batch_sizes ? offsets[t] * tensor.stride[1] : t * tensor.stride[0]);
+    return static_cast<S*>(tensor.data) +
+           (batch_sizes ? offsets[t] * tensor.stride[1] : t * tensor.stride[0]);
   }
 };
 
@@ -90,14 +94,15 @@ struct Blocks {
   int64_t size(int64_t j) const { return least(width, n - j * width); }
 };
 
-// Blocks are visited back and forth, so that a step begins with the weights that the one before left in the cache.
+// Blocks are visited back and forth, so that a step begins with the weights that the one before left in the
+// cache.
 template <class Body>
 inline void for_each_block(Range blocks, bool backwards, Body body) {
   for (int64_t i = 0; i < blocks.size(); ++i) body(backwards ? blocks.end - 1 - i : blocks.begin + i);
 }
 
-// How many vectors of hidden units a block has, if each takes `gates` panel vectors: wide panels run faster, but
-// all parts should get the same number of units.
+// How many vectors of hidden units a block has, if each takes `gates` panel vectors: wide panels run faster,
+// but all parts should get the same number of units.
 template <class Scalar>
 int64_t unit_vectors(int64_t hidden, int gates, int parts) {
   constexpr int kWidth = Vec<Scalar>::kWidth;
@@ -113,7 +118,8 @@ int64_t unit_vectors(int64_t hidden, int gates, int parts) {
   return best;
 }
 
-// A matrix packed as the right side of products: `depth` of k in `segments` pieces (gates), `blocks` of columns.
+// A matrix packed as the right side of products: `depth` of k in `segments` pieces (gates), `blocks` of
+// columns.
 template <class O>
 struct Panels {
   using Scalar = typename Operand<O>::Scalar;
@@ -121,21 +127,26 @@ struct Panels {
   O* data;
   Scalar* bias;  // a row for each block, or null
   Blocks blocks;
-  int gates;       // column groups of a block, each blocks.width wide
-  int64_t depth;   // of one segment
+  int gates;      // column groups of a block, each blocks.width wide
+  int64_t depth;  // of one segment
   int64_t segments;
+  bool one_slot = false;  // only one block is there at a time
 
-  int vectors(int64_t j) const { return gates * int((gates > 1 ? blocks.width : round_up(blocks.size(j), kWidth)) / kWidth); }
+  int vectors(int64_t j) const {
+    return gates * int((gates > 1 ? blocks.width : round_up(blocks.size(j), kWidth)) / kWidth);
+  }
   int64_t block_size() const { return segments * pairs<O>(depth) * Operand<O>::kPair * gates * blocks.width; }
   int64_t columns(int64_t j) const { return int64_t(vectors(j)) * kWidth; }
   O* at(int64_t j, int64_t segment = 0) const {
-    return data + j * block_size() + segment * pairs<O>(depth) * Operand<O>::kPair * columns(j);
+    return data + slot(j) * block_size() + segment * pairs<O>(depth) * Operand<O>::kPair * columns(j);
   }
-  const Scalar* bias_at(int64_t j) const { return bias ? bias + j * gates * blocks.width : nullptr; }
+  Scalar* bias_at(int64_t j) const { return bias ? bias + slot(j) * gates * blocks.width : nullptr; }
+  int64_t slot(int64_t j) const { return one_slot ? 0 : j; }
 
   void take(Arena& arena, bool with_bias) {
-    data = arena.take<O>(blocks.count() * block_size());
-    bias = with_bias ? arena.take<Scalar>(blocks.count() * gates * blocks.width) : nullptr;
+    const int64_t slots = one_slot ? 1 : blocks.count();
+    data = arena.take<O>(slots * block_size());
+    bias = with_bias ? arena.take<Scalar>(slots * gates * blocks.width) : nullptr;
   }
 
   // Block j from the rows of `weight` [.., depth] that belong to gates [first_gate, first_gate + gates): the
@@ -150,8 +161,7 @@ struct Panels {
         pack_transposed<O>(weight + (row + i) * depth, depth, count, depth,
                            at(j) + column * Operand<O>::kPair, columns(j));
         if (bias) {
-          Scalar* const to = bias + j * gates * blocks.width + column;
-          store(to, load_strided<Vec<Scalar>>(bias_source + row + i, 1, count));
+          store(bias_at(j) + column, load_strided<Vec<Scalar>>(bias_source + row + i, 1, count));
         }
       }
     }
@@ -244,7 +254,8 @@ class Meetings {
       flag += threads;
     };
     for (int i = 0; i < groups(); ++i) start(barriers_ + i, plan_->unit_parts);
-    for (int i = 0; i < plan_->direction_parts; ++i) start(barriers_ + groups() + i, threads() / plan_->direction_parts);
+    for (int i = 0; i < plan_->direction_parts; ++i)
+      start(barriers_ + groups() + i, threads() / plan_->direction_parts);
     start(barriers_ + groups() + plan_->direction_parts, threads());
   }
   void of_units(const Seat& seat) const {

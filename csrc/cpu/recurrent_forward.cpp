@@ -5,14 +5,16 @@
 //   u = U h_{t-1} + b_hh      tile by tile; the cell turns each tile into h_t while it is in L1
 //   (reset-before GRU: r and z first, then u_n = U_n (r * h);  projection: h_t = W_hr of the cell's output)
 //
-// Who holds what: a thread owns a range of rows (its batch part) and of unit blocks (its unit part). Weights are
-// packed once, each block by a thread that uses it. The state lives twice, h_{t-1} and h_t, as product operands
-// [B, R]; the cell state in c_n, in place. Threads that share rows meet once a step (twice with a second product).
+// Who holds what: a thread owns a range of rows (its batch part) and of unit blocks (its unit part). Weights
+// are packed once, each block by a thread that uses it. The state lives twice, h_{t-1} and h_t, as product
+// operands [B, R]; the cell state in c_n, in place. Threads that share rows meet once a step (twice with a
+// second product).
 //
-// A cell's call is one step, and uses the weights where they lie.
+// A single step packs each block of weights just before its only use; a cell's call uses them where they lie.
 //
-// What it costs, a row and step: 2 G H (I + R) operations; the packed U is read once a step from L2 or L3 (rows
-// of a block share it), G H values of x written and read in L2, H values of output (and G H of saved) to memory.
+// What it costs, a row and step: 2 G H (I + R) operations; the packed U is read once a step from L2 or L3
+// (rows of a block share it), G H values of x written and read in L2, H values of output (and G H of saved)
+// to memory.
 #include "in_place.h"
 #include "recurrent_common.h"
 
@@ -34,14 +36,18 @@ class Forward {
   struct DirectionState {
     Phase phase[2];
     Panels<O> projection;
-    O* state[2];     // [B, R, padded]: h_{t-1} and h_t
-    O* middle;       // [B, H, padded]: r * h, or the output before its projection; or null
-    S* saved_step;   // [B, slots, H]: stands in for args.saved where a second phase needs it
+    O* state[2];    // [B, R, padded]: h_{t-1} and h_t
+    O* middle;      // [B, H, padded]: r * h, or the output before its projection; or null
+    S* saved_step;  // [B, slots, H]: stands in for args.saved where a second phase needs it
   };
 
  public:
   Forward(const RecurrentArgs& args, const RecurrentPlan& plan)
-      : args_(args), plan_(plan), cell_(cell_ops<S, O>(args.cell)), in_place_(args.one_step) {
+      : args_(args),
+        plan_(plan),
+        cell_(cell_ops<S, O>(args.cell)),
+        in_place_(args.one_step),
+        single_step_(args.shape.steps == 1 && !in_place_) {
     lay_out();
     arena_.allocate();
     lay_out();
@@ -55,11 +61,13 @@ class Forward {
   }
 
   void run() {
-    run_team(plan_.direction_parts * plan_.batch_parts * plan_.unit_parts,
-             [](void* self, int thread) { static_cast<Forward*>(self)->run_thread(thread); }, this);
+    run_team(
+        team_size(), [](void* self, int thread) { static_cast<Forward*>(self)->run_thread(thread); }, this);
   }
 
  private:
+  int team_size() const { return plan_.direction_parts * plan_.batch_parts * plan_.unit_parts; }
+  bool packs_ahead() const { return !in_place_ && !single_step_; }
   int phases() const { return cell_.first_gates < cell_.gates ? 2 : 1; }
   int64_t width() const { return args_.proj_size ? args_.proj_size : args_.hidden_size; }
   int slots() const { return cell_.saved + (cell_.cell_state ? 1 : 0); }
@@ -71,7 +79,8 @@ class Forward {
     projected_ = {args_.proj_size, kPanelVectors * kWidth};
     chunk_rows_ = most(plan_.chunk_rows, batch);
     input_stride_ = round_up(args_.input_size, kWidth);
-    state_stride_ = round_up(width(), kWidth) + kWidth;  // an odd number of lines: rows spread over the cache's sets
+    state_stride_ =
+        round_up(width(), kWidth) + kWidth;  // an odd number of lines: rows spread over the cache's sets
     middle_stride_ = round_up(hidden, kWidth) + kWidth;
     meetings_.take(arena_, plan_);
     steps_.take(arena_, args_.shape, plan_.batch_parts);
@@ -83,9 +92,9 @@ class Forward {
         state.phase[p] = {first, gates, p == phases() - 1 ? cell_.step : cell_.first, {}, {}};
         Phase& phase = state.phase[p];
         phase.input = {nullptr, nullptr, units_, gates, args_.input_size, 1};
-        if (!in_place_) phase.input.take(arena_, args_.direction[d].bias_ih != nullptr);
+        if (packs_ahead()) phase.input.take(arena_, args_.direction[d].bias_ih != nullptr);
         phase.recurrent = {nullptr, nullptr, units_, gates, width(), 1};
-        if (!in_place_) phase.recurrent.take(arena_, args_.direction[d].bias_hh != nullptr);
+        if (packs_ahead()) phase.recurrent.take(arena_, args_.direction[d].bias_hh != nullptr);
       }
       state.projection = {nullptr, nullptr, projected_, 1, hidden, 1};
       if (args_.proj_size) state.projection.take(arena_, false);
@@ -97,12 +106,17 @@ class Forward {
     const int64_t rows = plan_.direction_parts * plan_.batch_parts * chunk_rows_;
     projected_input_ = arena_.take<Scalar>(rows * cell_.gates * units_.count() * units_.width);
     staged_ = arena_.take<O>(rows * input_stride_);
+    const int64_t depth = single_step_ ? most(args_.input_size, width()) : 0;
+    slot_ = {nullptr, nullptr, {1, units_.width}, most_gates, depth, 1, true};
+    slot_size_ = slot_.block_size();
+    slot_memory_ = arena_.take<O>(team_size() * slot_size_);
+    slot_bias_ = arena_.take<Scalar>(team_size() * most_gates * units_.width);
   }
 
   void run_thread(int thread) {
     const Seat seat = seat_of(plan_, thread);
     for (int d = seat.direction_part; d < args_.directions; d += plan_.direction_parts) {
-      Worker(*this, d, seat).run();
+      Worker(*this, d, seat, thread).run();
     }
   }
 
@@ -118,16 +132,26 @@ class Forward {
     const Range own_rows, own_units, own_projected;  // rows; blocks of units and of projected columns
     Scalar* const projected_input;
     O* const staged;
+    O* const slot_memory;
+    Scalar* const slot_bias;
     int now = 0;  // state[now] holds h_{t-1}
 
-    Worker(Forward& pass, int d, const Seat& seat)
-        : pass(pass), args(pass.args_), tensors(args.direction[d]), state(pass.direction_[d]), steps(pass.steps_),
-          d(d), seat(seat), own_rows{steps.boundaries[seat.batch_part], steps.boundaries[seat.batch_part + 1]},
+    Worker(Forward& pass, int d, const Seat& seat, int thread)
+        : pass(pass),
+          args(pass.args_),
+          tensors(args.direction[d]),
+          state(pass.direction_[d]),
+          steps(pass.steps_),
+          d(d),
+          seat(seat),
+          own_rows{steps.boundaries[seat.batch_part], steps.boundaries[seat.batch_part + 1]},
           own_units(share(pass.units_.count(), pass.plan_.unit_parts, seat.unit_part)),
           own_projected(share(pass.projected_.count(), pass.plan_.unit_parts, seat.unit_part)),
           projected_input(pass.projected_input_ + part() * pass.chunk_rows_ * pass.cell_.gates *
                                                       pass.units_.count() * pass.units_.width),
-          staged(pass.staged_ + part() * pass.chunk_rows_ * pass.input_stride_) {}
+          staged(pass.staged_ + part() * pass.chunk_rows_ * pass.input_stride_),
+          slot_memory(pass.slot_memory_ + thread * pass.slot_size_),
+          slot_bias(pass.slot_bias_ + thread * pass.slot_.gates * pass.units_.width) {}
 
     int part() const { return seat.direction_part * pass.plan_.batch_parts + seat.batch_part; }
     void meet() const { pass.meetings_.of_units(seat); }
@@ -162,7 +186,7 @@ class Forward {
       for (int p = 0; p < pass.phases(); ++p) {
         Phase& phase = state.phase[p];
         for (int64_t j = own_units.begin; j < own_units.end; ++j) {
-          if (pass.in_place_ || !mine(j)) continue;
+          if (!pass.packs_ahead() || !mine(j)) continue;
           phase.input.pack_transposed_rows(j, static_cast<const S*>(tensors.weight_ih),
                                            static_cast<const S*>(tensors.bias_ih), phase.first_gate);
           phase.recurrent.pack_transposed_rows(j, static_cast<const S*>(tensors.weight_hh),
@@ -210,8 +234,9 @@ class Forward {
       if constexpr (sizeof(S) == sizeof(O) && Operand<O>::kPair == 1) {
         const int64_t between = steps.batch_sizes || steps.batch > 1 ? input.stride[1] : input.stride[0];
         const bool all_rows = pass.plan_.batch_parts == 1;
-        const bool even = last - first == 1 || (all_rows && (steps.batch_sizes || steps.batch == 1 ||
-                                                             input.stride[0] == steps.batch * input.stride[1]));
+        const bool even =
+            last - first == 1 || (all_rows && (steps.batch_sizes || steps.batch == 1 ||
+                                               input.stride[0] == steps.batch * input.stride[1]));
         if (input.stride[2] == 1 && even) {
           const Range at = steps.rows(first, seat.batch_part);
           return {steps.template at<const S>(input, first) + at.begin * input.stride[1], between};
@@ -238,14 +263,16 @@ class Forward {
     // Sums of block j of phase p for the chunk: [row][gate][unit], blocks and phases one after another.
     Scalar* projected_at(int p, int64_t j, int64_t rows) const {
       const Phase& phase = state.phase[p];
-      return projected_input + rows * pass.units_.width * (phase.first_gate * pass.units_.count() + j * phase.gates);
+      return projected_input +
+             rows * pass.units_.width * (phase.first_gate * pass.units_.count() + j * phase.gates);
     }
 
     void project_input(int64_t begin, int64_t end, int64_t rows) {
       const auto [input, stride] = input_rows(begin, end, rows);
       for (int p = 0; p < pass.phases(); ++p) {
-        const Panels<O>& panels = state.phase[p].input;
         for (int64_t j = own_units.begin; j < own_units.end; ++j) {
+          const Panels<O> panels =
+              ready(state.phase[p].input, j, tensors.weight_ih, tensors.bias_ih, state.phase[p].first_gate);
           Scalar* const to = projected_at(p, j, rows);
           for_each_row_block({0, rows}, [&, input = input, stride = stride](Range r) {
             fill_tile(panels, j, r.size(), input + r.begin * stride, stride, state.phase[p].first_gate,
@@ -255,22 +282,33 @@ class Forward {
       }
     }
 
+    // The panels to use for block j: those packed before the first step, or in a single step this one, packed
+    // now.
+    Panels<O> ready(const Panels<O>& panels, int64_t j, const void* weight, const void* bias,
+                    int first_gate) const {
+      if (!pass.single_step_) return panels;
+      Panels<O> slot = panels;
+      slot.one_slot = true, slot.data = slot_memory, slot.bias = bias ? slot_bias : nullptr;
+      slot.pack_transposed_rows(j, static_cast<const S*>(weight), static_cast<const S*>(bias), first_gate);
+      return slot;
+    }
+
     // to [row][gate][unit] = bias + rows of a * weight^T, for the gates and units of block j.
-    void fill_tile(const Panels<O>& panels, int64_t j, int64_t rows, const O* a, int64_t stride, int first_gate,
-                   const void* weight, const void* bias, Scalar* to) {
+    void fill_tile(const Panels<O>& panels, int64_t j, int64_t rows, const O* a, int64_t stride,
+                   int first_gate, const void* weight, const void* bias, Scalar* to) {
       const int64_t columns = panels.columns(j);
       if (!pass.in_place_) {
         multiply<O>(panels.vectors(j), rows,
-                    {pairs<O>(panels.depth), elements(a), row_elements<O>(stride), 1, panels.at(j), to, columns,
-                     panels.bias_at(j), 0});
+                    {pairs<O>(panels.depth), elements(a), row_elements<O>(stride), 1, panels.at(j), to,
+                     columns, panels.bias_at(j), 0});
         return;
       }
       for (int g = 0; g < panels.gates; ++g) {
         const int64_t row = (first_gate + g) * args.hidden_size + panels.blocks.begin(j);
-        multiply_in_place<S, O>({panels.depth, a, stride, static_cast<const S*>(weight) + row * panels.depth,
-                                 panels.depth, bias ? static_cast<const S*>(bias) + row : nullptr,
-                                 to + g * columns / panels.gates, columns},
-                                rows, panels.blocks.size(j));
+        multiply_in_place<S, O>(
+            {panels.depth, a, stride, static_cast<const S*>(weight) + row * panels.depth, panels.depth,
+             bias ? static_cast<const S*>(bias) + row : nullptr, to + g * columns / panels.gates, columns},
+            rows, panels.blocks.size(j));
       }
     }
 
@@ -280,10 +318,12 @@ class Forward {
       O* const h_next = state.state[1 - now];
       const bool two = pass.phases() == 2;
       run_phase(0, t, rows, chunk_row, chunk_rows, h, pass.state_stride_,
-                state.middle ? state.middle : h_next, state.middle ? pass.middle_stride_ : pass.state_stride_);
+                state.middle ? state.middle : h_next,
+                state.middle ? pass.middle_stride_ : pass.state_stride_);
       if (two) {
         meet();
-        run_phase(1, t, rows, chunk_row, chunk_rows, state.middle, pass.middle_stride_, h_next, pass.state_stride_);
+        run_phase(1, t, rows, chunk_row, chunk_rows, state.middle, pass.middle_stride_, h_next,
+                  pass.state_stride_);
       }
       if (args.proj_size) {
         meet();
@@ -299,14 +339,15 @@ class Forward {
     void run_phase(int p, int64_t t, Range rows, int64_t chunk_row, int64_t chunk_rows, const O* from,
                    int64_t from_stride, O* to, int64_t to_stride) {
       const Phase& phase = state.phase[p];
-      const Panels<O>& panels = phase.recurrent;
       const bool last = p == pass.phases() - 1;
       const int64_t hidden = args.hidden_size, saved_stride = pass.slots() * hidden;
-      S* const saved = tensors.saved ? static_cast<S*>(tensors.saved) + steps.offset(t) * saved_stride
-                                     : state.saved_step;
+      S* const saved =
+          tensors.saved ? static_cast<S*>(tensors.saved) + steps.offset(t) * saved_stride : state.saved_step;
       S* const output = last && !args.proj_size ? output_at(t) : nullptr;
       TileBuffer<Scalar> sums;
       for_each_block(own_units, now == 1, [&](int64_t j) {
+        const Panels<O> panels =
+            ready(phase.recurrent, j, tensors.weight_hh, tensors.bias_hh, phase.first_gate);
         const int64_t unit = pass.units_.begin(j), columns = panels.columns(j);
         const Scalar* const x = projected_at(p, j, chunk_rows) + chunk_row * columns;
         for_each_row_block(rows, [&](Range r) {
@@ -320,7 +361,8 @@ class Forward {
           tile.h_stride = pass.state_stride_;
           tile.c = tensors.c_n ? static_cast<S*>(tensors.c_n) + r.begin * hidden + unit : nullptr;
           tile.c_stride = hidden;
-          tile.saved = saved ? saved + r.begin * saved_stride + unit : nullptr, tile.saved_stride = saved_stride;
+          tile.saved = saved ? saved + r.begin * saved_stride + unit : nullptr,
+          tile.saved_stride = saved_stride;
           tile.operand = to + r.begin * to_stride + unit, tile.operand_stride = to_stride;
           tile.output = output ? output + r.begin * args.output.stride[1] + unit : nullptr;
           tile.output_stride = args.output.stride[1];
@@ -336,9 +378,10 @@ class Forward {
       for (int64_t j = own_projected.begin; j < own_projected.end; ++j) {
         const int64_t column = panels.blocks.begin(j), n = panels.blocks.size(j), columns = panels.columns(j);
         for_each_row_block(rows, [&](Range r) {
-          multiply<O>(panels.vectors(j), r.size(),
-                      {pairs<O>(panels.depth), elements(state.middle + r.begin * pass.middle_stride_),
-                       row_elements<O>(pass.middle_stride_), 1, panels.at(j), sums.data, columns, nullptr, 0});
+          multiply<O>(
+              panels.vectors(j), r.size(),
+              {pairs<O>(panels.depth), elements(state.middle + r.begin * pass.middle_stride_),
+               row_elements<O>(pass.middle_stride_), 1, panels.at(j), sums.data, columns, nullptr, 0});
           for_each_vector<kWidth>(r.size(), n, [&](int64_t row, int64_t i, int64_t valid) FS_BODY {
             const auto h = load<Vec<Scalar>>(sums.data + row * columns + i);
             store_upto(output + (r.begin + row) * args.output.stride[1] + column + i, h, valid);
@@ -364,7 +407,8 @@ class Forward {
       const int64_t width = pass.width();
       const Blocks& blocks = args.proj_size ? pass.projected_ : pass.units_;
       const Range& own = args.proj_size ? own_projected : own_units;
-      const int64_t begin = least(own.begin * blocks.width, width), end = least(own.end * blocks.width, width);
+      const int64_t begin = least(own.begin * blocks.width, width),
+                    end = least(own.end * blocks.width, width);
       S* const to = static_cast<S*>(tensors.h_n) + b * width;
       if (!last && tensors.h0) last = static_cast<const S*>(tensors.h0) + b * width;
       if (last) {
@@ -378,7 +422,8 @@ class Forward {
   const RecurrentArgs& args_;
   const RecurrentPlan& plan_;
   const CellOps<S, O>& cell_;
-  const bool in_place_;  // no weight is packed
+  const bool in_place_;     // no weight is packed
+  const bool single_step_;  // each block is packed into the thread's slot just before its use
   Arena arena_;
   Steps steps_;
   Meetings meetings_;
@@ -387,6 +432,10 @@ class Forward {
   DirectionState direction_[2];
   Scalar* projected_input_;  // [direction and batch part][chunk row, gate, unit]
   O* staged_;                // [direction and batch part][chunk row][input_stride_]
+  Panels<O> slot_;           // the shape of a slot
+  int64_t slot_size_;
+  O* slot_memory_;     // [thread]
+  Scalar* slot_bias_;  // [thread]
 };
 
 }  // namespace

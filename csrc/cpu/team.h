@@ -16,9 +16,9 @@ int available_threads(int requested);
 // Calls body(context, thread) for thread = 0 .. threads - 1, at the same time. threads <= available_threads.
 void run_team(int threads, void (*body)(void* context, int thread), void* context);
 
-// All threads of a group leave wait() after the last has entered. Each has a flag on a cache line of its own, so that
-// meeting costs one transfer of a line between cores. Spins for some microseconds, then sleeps: with another program
-// on the cores a thread that spins on would keep its partner off the core that it waits for.
+// All threads of a group leave wait() after the last has entered. Each has a flag on a cache line of its own,
+// so that meeting costs one transfer of a line between cores. Spins for some microseconds, then sleeps: with
+// another program on the cores a thread that spins on would keep its partner off the core that it waits for.
 class Barrier {
  public:
   struct alignas(64) Flag {
@@ -45,7 +45,8 @@ class Barrier {
 void* scratch_allocate(size_t bytes);
 void scratch_free(void* memory);
 
-// Says that memory, if it is much and fresh, should come in large pages: each first touch costs the kernel less.
+// Says that memory, if it is much and fresh, should come in large pages: each first touch costs the kernel
+// less.
 void advise_large_pages(void* memory, size_t bytes);
 
 // Lays buffers out in one block: once with no memory to learn the size, once more to place them.

@@ -55,18 +55,18 @@ struct Vec {
   }
 };
 
-#define FASTSEQ_OPERATOR(op)                              \
-  template <class T>                                      \
-  inline Vec<T> operator op(Vec<T> a, Vec<T> b) {         \
-    return Vec<T>::of(a.v op b.v);                        \
-  }                                                       \
-  template <class T>                                      \
+#define FASTSEQ_OPERATOR(op)                                       \
+  template <class T>                                               \
+  inline Vec<T> operator op(Vec<T> a, Vec<T> b) {                  \
+    return Vec<T>::of(a.v op b.v);                                 \
+  }                                                                \
+  template <class T>                                               \
   inline Vec<T> operator op(typename Vec<T>::Scalar a, Vec<T> b) { \
-    return Vec<T>(a) op b;                                \
-  }                                                       \
-  template <class T>                                      \
+    return Vec<T>(a) op b;                                         \
+  }                                                                \
+  template <class T>                                               \
   inline Vec<T> operator op(Vec<T> a, typename Vec<T>::Scalar b) { \
-    return a op Vec<T>(b);                                \
+    return a op Vec<T>(b);                                         \
   }
 FASTSEQ_OPERATOR(+)
 FASTSEQ_OPERATOR(-)
@@ -90,13 +90,15 @@ inline Vec<float> min(Vec<float> bound, Vec<float> x) {
   return Vec<float>::of((Vec<float>::Native)_mm512_maskz_min_ps(__mmask16(-1), (__m512)bound.v, (__m512)x.v));
 }
 inline Vec<double> min(Vec<double> bound, Vec<double> x) {
-  return Vec<double>::of((Vec<double>::Native)_mm512_maskz_min_pd(__mmask8(-1), (__m512d)bound.v, (__m512d)x.v));
+  return Vec<double>::of(
+      (Vec<double>::Native)_mm512_maskz_min_pd(__mmask8(-1), (__m512d)bound.v, (__m512d)x.v));
 }
 inline Vec<float> max(Vec<float> bound, Vec<float> x) {
   return Vec<float>::of((Vec<float>::Native)_mm512_maskz_max_ps(__mmask16(-1), (__m512)bound.v, (__m512)x.v));
 }
 inline Vec<double> max(Vec<double> bound, Vec<double> x) {
-  return Vec<double>::of((Vec<double>::Native)_mm512_maskz_max_pd(__mmask8(-1), (__m512d)bound.v, (__m512d)x.v));
+  return Vec<double>::of(
+      (Vec<double>::Native)_mm512_maskz_max_pd(__mmask8(-1), (__m512d)bound.v, (__m512d)x.v));
 }
 #elif defined(__AVX2__)
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -193,7 +195,8 @@ inline void exchange_blocks(Vec<T>& a, Vec<T>& b) {
   a = first;
   b = second;
 #else
-  const typename Vec<T>::Native first = __builtin_shuffle(a.v, b.v, low), second = __builtin_shuffle(a.v, b.v, high);
+  const typename Vec<T>::Native first = __builtin_shuffle(a.v, b.v, low),
+                                second = __builtin_shuffle(a.v, b.v, high);
   a.v = first;
   b.v = second;
 #endif
@@ -238,10 +241,12 @@ inline void store(bfloat16* p, Vec<float> x) {
 #if defined(__AVX512F__)
 template <class V>
 inline V load(const float16* p) {
-  return V::of((typename V::Native)_mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)p)));
+  return V::of(
+      (typename V::Native)_mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)p)));
 }
 inline void store(float16* p, Vec<float> x) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(__mmask16(-1), (__m512)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(__mmask16(-1), (__m512)x.v,
+                                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__AVX2__)
 template <class V>
@@ -299,8 +304,8 @@ inline void store_upto(S* p, V x, int64_t n) {
 // ---- elementary functions ----
 //
 // expm1(r) = r + r^2 q(r) on |r| <= ln(2)/2, q a minimax polynomial of relative error 1.3e-8 (float), 1.8e-17
-// (double); exp and expm1 of x follow from x = n ln(2) + r. Errors are a few ulp. NaN stays NaN; results below the
-// normal numbers are zero.
+// (double); exp and expm1 of x follow from x = n ln(2) + r. Errors are a few ulp. NaN stays NaN; results
+// below the normal numbers are zero.
 
 template <class T>
 struct ExpConstants;
@@ -317,10 +322,11 @@ struct ExpConstants<double> {
   static constexpr double kRound = 0x1.8p52, kLn2High = 0x1.62e42fefa3800p-1, kLn2Low = 0x1.ef35793c76730p-45;
   static constexpr double kMin = -708.9, kMax = 710.0, kTanhMax = 40.0;
   static constexpr int kBias = 1023, kMantissa = 52;
-  static constexpr double kQ[] = {0.50000000000000055724,   0.16666666666666686064,   0.041666666666573324528,
-                                  0.0083333333333145404543, 0.0013888888932483948916, 0.00019841269903157933883,
-                                  0.000024801504312532130965, 2.7557227827830376799e-6, 2.7626382056674594256e-7,
-                                  2.5114516347128540552e-8};
+  static constexpr double kQ[] = {0.50000000000000055724,     0.16666666666666686064,
+                                  0.041666666666573324528,    0.0083333333333145404543,
+                                  0.0013888888932483948916,   0.00019841269903157933883,
+                                  0.000024801504312532130965, 2.7557227827830376799e-6,
+                                  2.7626382056674594256e-7,   2.5114516347128540552e-8};
 };
 
 template <class T>
