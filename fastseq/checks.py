@@ -26,6 +26,13 @@ class Cell(NamedTuple):
 CELLS = {mode: Cell(**cell) for mode, cell in _C.CELLS.items()}
 DTYPES = {getattr(torch, name): code for name, code in _C.DTYPES.items()}
 WEIGHT_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+WEIGHT_SHAPES = (
+    "(gates * hidden_size, input_size)",
+    "(gates * hidden_size, recurrent size)",
+    "(gates * hidden_size,)",
+    "(gates * hidden_size,)",
+    "(proj_size, hidden_size)",
+)
 
 
 class Layer(NamedTuple):
@@ -50,6 +57,8 @@ def problem(given: str, accepted: str, remedy: str) -> str:
 
 def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str, input: Tensor) -> None:
     """Raises RuntimeError unless `tensor` has this shape and the dtype and device of `input`."""
+    if tensor.shape == shape and tensor.dtype is input.dtype and tensor.device == input.device:
+        return
     if tensor.shape != shape:
         raise RuntimeError(
             problem(
@@ -125,12 +134,14 @@ def check_layer(
                 "input.unsqueeze(...) or input.flatten(...)",
             )
         )
-    for name, weight in zip(WEIGHT_NAMES, weights[:2], strict=False):
-        if weight.dim() != 2:
-            raise RuntimeError(problem(f"{name} with {weight.dim()} dimensions", "2 dimensions", "a matrix"))
+    for i in (0, 1):
+        if (dim := weights[i].dim()) != 2:
+            raise RuntimeError(
+                problem(f"{WEIGHT_NAMES[i]} with {dim} dimensions", "2 dimensions", "a matrix")
+            )
     hidden, input_size = weights[1].shape[0] // cell.gates, weights[0].shape[1]
     width = weights[count - 1].shape[0] if projected else hidden
-    if min(hidden, input_size, width) < 1:
+    if hidden < 1 or input_size < 1 or width < 1:
         raise RuntimeError(
             problem(
                 f"weights for input_size {input_size}, hidden_size {hidden}, recurrent size {width}",
@@ -168,18 +179,18 @@ def check_layer(
 def _check_weights(
     input: Tensor, weights: Sequence[Tensor], count: int, gates: int, hidden: int, width: int, bias: bool
 ) -> None:
-    rows = gates * hidden
-    kinds = [
-        ("weight_ih", (rows, input.shape[-1]), "(gates * hidden_size, input_size)"),
-        ("weight_hh", (rows, width), "(gates * hidden_size, recurrent size)"),
-    ]
+    rows, dtype, device = gates * hidden, input.dtype, input.device
+    shapes: list[tuple[int, ...]] = [(rows, input.shape[-1]), (rows, width)]
     if bias:
-        kinds += [(name, (rows,), "(gates * hidden_size,)") for name in ("bias_ih", "bias_hh")]
-    if len(kinds) < count:
-        kinds.append(("weight_hr", (width, hidden), "(proj_size, hidden_size)"))
+        shapes += [(rows,), (rows,)]
+    if len(shapes) < count:
+        shapes.append((width, hidden))
     for i, weight in enumerate(weights):
-        name, shape, meaning = kinds[i % count]
-        check_like(name if i < count else name + "_reverse", weight, shape, meaning, input)
+        shape = shapes[i % count]
+        if weight.shape != shape or weight.dtype is not dtype or weight.device != device:
+            kind = i % count if bias or i % count < 2 else 4  # without biases the third one is weight_hr
+            name = WEIGHT_NAMES[kind] if i < count else WEIGHT_NAMES[kind] + "_reverse"
+            check_like(name, weight, shape, WEIGHT_SHAPES[kind], input)
 
 
 def _check_batch_sizes(input: Tensor, batch_sizes: Tensor, h0: Tensor | None) -> tuple[int, int, int]:

@@ -348,8 +348,11 @@ def _stack(
         check_like(_state_name(states, i), state, shape, "(layers * directions, batch, size)", input)
     if batch_sizes is not None and not states:  # the operator reads the batch size from the state
         states = (input.new_zeros((len(weights), batch, width)),)
-    h0 = states[0].split(directions) if states else [None] * layers
-    c0 = states[1].split(directions) if len(states) == 2 else [None] * layers
+    if layers == 1:
+        h0, c0 = states[:1] or (None,), states[1:] or (None,)
+    else:
+        h0 = states[0].split(directions) if states else [None] * layers
+        c0 = states[1].split(directions) if len(states) == 2 else [None] * layers
 
     h_n, c_n = [], []
     output = input

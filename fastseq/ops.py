@@ -65,22 +65,26 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
 
 
-def _per_direction(tensor: Tensor | None, directions: int) -> list[int]:
-    """The addresses of a dense tensor's directions, which come first in its shape."""
-    if tensor is None:
-        return [0] * directions
-    start, step = tensor.data_ptr(), tensor.nbytes // directions
-    return [start + d * step for d in range(directions)]
+def _state_addresses(tensors: Sequence[Tensor | None], directions: int) -> list[list[int]]:
+    """For each direction, which come first in their shapes, the addresses in dense tensors; 0 if empty."""
+    addresses = [[0 if t is None else t.data_ptr() for t in tensors]]
+    if directions == 2:
+        addresses.append([0 if t is None else t.data_ptr() + t.nbytes // 2 for t in tensors])
+    return addresses
 
 
-def _weight_addresses(weights: Sequence[Tensor | None], layer: Layer) -> list[tuple[int, ...]]:
+def _weight_addresses(weights: Sequence[Tensor | None], layer: Layer) -> list[list[int]]:
     """For each direction the addresses of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, or 0."""
-    count = len(weights) // layer.directions
+    flat = [0 if weight is None else weight.data_ptr() for weight in weights]
+    count = len(flat) // layer.directions
     addresses = []
-    for start in range(0, len(weights), count):
-        a = [_address(weight) for weight in weights[start : start + count]]
-        biases = a[2:4] if layer.bias else [0, 0]
-        addresses.append((*a[:2], *biases, a[-1] if layer.projected else 0))
+    for start in range(0, len(flat), count):
+        a = flat[start : start + count]
+        if not layer.bias:
+            a[2:2] = (0, 0)
+        if not layer.projected:
+            a.append(0)
+        addresses.append(a)
     return addresses
 
 
@@ -94,14 +98,18 @@ def _allocate_layer(
     directions, features = layer.directions, layer.directions * layer.width
     if input.dim() == 2:  # packed
         output = input.new_empty((layer.rows, features))
-    elif batch_first:  # no transposed view: autograd forbids changing a view from a Function in place
-        output = input.new_empty_strided((steps, batch, features), (features, steps * features, 1))
+    else:  # no transposed view: autograd forbids changing a view from a Function in place
+        strides = (features, steps * features, 1) if batch_first else (batch * features, features, 1)
+        output = input.new_empty_strided((steps, batch, features), strides)  # faster than new_empty
+    h_n = input.new_empty_strided((directions, batch, layer.width), (batch * layer.width, layer.width, 1))
+    if not cell.cell_state:
+        c_n = input.new_empty(0)
     else:
-        output = input.new_empty((steps, batch, features))
-    h_n = input.new_empty((directions, batch, layer.width))
-    c_n = input.new_empty((directions, batch, hidden) if cell.cell_state else (0,))
-    slots = cell.saved if save else 0
-    saved = input.new_empty((directions, layer.rows, slots, hidden) if slots else (0,))
+        c_n = input.new_empty((directions, batch, hidden)) if layer.projected else torch.empty_like(h_n)
+    if save and cell.saved:
+        saved = input.new_empty((directions, layer.rows, cell.saved, hidden))
+    else:
+        saved = input.new_empty(0) if cell.cell_state else torch.empty_like(c_n)
     return output, h_n, c_n, saved
 
 
@@ -119,10 +127,7 @@ def _recurrent(
     output, h_n, c_n, saved = _allocate_layer(input, layer, batch_first, save)
     batch_sizes, h0, c0 = _dense(batch_sizes), _dense(h0), _dense(c0)
     weights = [weight.contiguous() for weight in weights]
-    states = [
-        _per_direction(tensor, directions)
-        for tensor in (h0, c0, h_n, c_n if c_n.numel() else None, saved if saved.numel() else None)
-    ]
+    states = _state_addresses((h0, c0, h_n, c_n, saved), directions)
     _C.recurrent_forward(
         layer.cell.code,
         DTYPES[input.dtype],
@@ -137,9 +142,7 @@ def _recurrent(
         *_strides(input),
         output.data_ptr(),
         *_strides(output)[:2],
-        tuple(
-            w + s for w, s in zip(_weight_addresses(weights, layer), zip(*states, strict=True), strict=True)
-        ),
+        tuple([(*w, *s) for w, s in zip(_weight_addresses(weights, layer), states, strict=True)]),
     )
     return output, h_n, c_n, saved
 
@@ -239,10 +242,11 @@ def _nobody_listens() -> bool:
 
 def _plain(*tensors: Tensor | None) -> bool:
     """Whether all are dense tensors on the CPU as they come, so that the CPU kernel is the one to call."""
-    return all(
-        t is None or (t.is_cpu and type(t) in _PLAIN and t.layout is torch.strided and not t.is_neg())
-        for t in tensors
-    )
+    plain, strided = _PLAIN, torch.strided
+    for t in tensors:
+        if t is not None and not (type(t) in plain and t.is_cpu and t.layout is strided and not t.is_neg()):
+            return False
+    return True
 
 
 def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> list[Tensor]:
@@ -378,6 +382,8 @@ def _allocate_gradients(
             grads.append(None)
         elif tensor is input and (grad := torch.empty_like(input)).stride(-1) == 1:
             grads.append(grad)  # batch-first like the input, if that is
+        elif tensor.is_contiguous():  # the usual case, and the faster call
+            grads.append(torch.empty_like(tensor))
         else:
             grads.append(torch.empty_like(tensor, memory_format=torch.contiguous_format))
     return grads
@@ -455,12 +461,9 @@ def _recurrent_backward(
     weights = [weight.contiguous() for weight in weights]
     rows = zip(
         _weight_addresses(weights, layer),
-        *(
-            _per_direction(t, directions)
-            for t in (h0, c0, saved if saved.numel() else None, grad_h_n, grad_c_n)
-        ),
+        _state_addresses((h0, c0, None, None, saved, grad_h_n, grad_c_n), directions),
         _weight_addresses(grad_weights, layer),
-        *(_per_direction(t, directions) for t in (grad_h0, grad_c0)),
+        _state_addresses((grad_h0, grad_c0), directions),
         strict=True,
     )
     _C.recurrent_backward(
@@ -481,10 +484,7 @@ def _recurrent_backward(
         *_strides(grad_output),
         _address(grad_input),
         *_strides(grad_input)[:2],
-        tuple(
-            (*w, h, c, 0, 0, s, gh_n, gc_n, grad_ih, grad_hh, grad_b_ih, grad_b_hh, grad_hr, gh, gc)
-            for w, h, c, s, gh_n, gc_n, (grad_ih, grad_hh, grad_b_ih, grad_b_hh, grad_hr), gh, gc in rows
-        ),
+        tuple([(*w, *states, *grad_w, *grad_states) for w, states, grad_w, grad_states in rows]),
     )
     return [grad for grad in grads if grad is not None]
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pack_padded_sequence
 
+import fastseq
 from fastseq import _C
 
 SIZES = st.sampled_from([1, 2, 3, 8, 31, 64, 100, 129, 512, 1024])
@@ -65,3 +67,46 @@ def test_cells_and_dtypes_are_named_as_in_torch():
     for mode, cell in _C.CELLS.items():
         assert set(cell) == {"code", "gates", "saved", "cell_state"}
         assert cell["cell_state"] == (mode == "LSTM")
+
+
+PARTITIONS = ["1x1x4", "1x4x1", "1x2x2", "2x1x2", "2x2x1", "2x1x1", "1x3x1"]
+MODULES = {
+    "LSTM": lambda: fastseq.LSTM(19, 150, bidirectional=True),
+    "projected LSTM": lambda: fastseq.LSTM(19, 150, proj_size=37, bidirectional=True),
+    "GRU": lambda: fastseq.GRU(19, 150, bidirectional=True),
+    "reset-before GRU": lambda: fastseq.GRU(19, 150, bidirectional=True, reset_after=False),
+    "RNN": lambda: fastseq.RNN(19, 150, bidirectional=True),
+}
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_forced_partition_is_the_plan(monkeypatch, partition):
+    monkeypatch.setenv("FASTSEQ_PLAN", partition)
+    got = plan(threads=4, directions=2)
+    assert f"{got['direction_parts']}x{got['batch_parts']}x{got['unit_parts']}" == partition
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_every_partition_gives_the_same_results(monkeypatch, name, packed):
+    """The same bits forward; backward, sums over rows may be cut differently."""
+    torch.set_num_threads(4)
+    module, lengths = MODULES[name](), torch.tensor([9, 9, 8, 7, 7, 5, 4, 2, 1, 1, 1])
+    x = torch.randn(9, 11, 19, requires_grad=True)
+
+    def run(partition):
+        monkeypatch.setenv("FASTSEQ_PLAN", partition)
+        output, state = module(pack_padded_sequence(x, lengths) if packed else x)
+        output = output.data if packed else output
+        states = state if isinstance(state, tuple) else (state,)
+        loss = output.square().sum() + sum(s.sum() for s in states)
+        return [output, *states], torch.autograd.grad(loss, [x, *module.parameters()])
+
+    outputs, gradients = run("1x1x1")
+    for partition in PARTITIONS:
+        other_outputs, other_gradients = run(partition)
+        for other, expected in zip(other_outputs, outputs, strict=True):
+            assert torch.equal(other, expected), partition
+        for other, expected in zip(other_gradients, gradients, strict=True):
+            torch.testing.assert_close(other, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
