@@ -6,10 +6,11 @@ import matplotlib
 
 matplotlib.use("Agg")  # draws into files; needs no display
 
-import grid
 import matplotlib.pyplot as plt
-import summary
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
+import grid
+import summary
 
 COLORS = {"RNN": "#33bbee", "LSTM": "#0077bb", "GRU": "#009988", "torch": "#ee7733", "fastseq": "#0077bb"}
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}

@@ -21,15 +21,15 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
+import fastseq
 import figures
 import grid
 import paired
 import summary
-import torch
 from environment import cpu_model, environment
-from tqdm import tqdm
-
-import fastseq
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PEAK_SECONDS = 0.05  # one reading of the machine's FMA peak

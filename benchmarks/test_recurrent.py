@@ -4,8 +4,9 @@ pytest benchmarks --benchmark-autosave
 pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%
 """
 
-import grid
 import pytest
+
+import grid
 
 CASES = [
     grid.Case(group, cell, mode, shape, "bfloat16" if group == "bfloat16" else "float32")

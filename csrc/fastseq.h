@@ -22,7 +22,8 @@ constexpr int kDTypes = 4;
 enum class CellKind : int { kRnnTanh = 0, kRnnRelu = 1, kLstm = 2, kGru = 3, kGruResetBefore = 4 };
 constexpr int kCells = 5;
 
-// The table of cells: what Python and the plans need to know of each. The engines check it against csrc/cells.
+// The table of cells: what Python and the plans need to know of each. The engines check it against
+// csrc/cells.
 struct CellFacts {
   const char* name;
   int gates;        // G

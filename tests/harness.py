@@ -3,13 +3,13 @@
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 
-import reference
 import torch
-from tolerances import assert_as_accurate_as_torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
+import reference
+from tolerances import assert_as_accurate_as_torch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

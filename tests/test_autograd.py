@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from harness import Case, as_leaves, cell_class, make_data, make_module, states_of
-from reference import MODES
 
 import fastseq
+from harness import Case, as_leaves, cell_class, make_data, make_module, states_of
+from reference import MODES
 
 
 def run(mode, **fields):

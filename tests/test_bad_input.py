@@ -7,12 +7,12 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Case, call_module, make_data, make_module, run_module
-from reference import MODES
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastseq
+from harness import Case, call_module, make_data, make_module, run_module
+from reference import MODES
 
 MODULES = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")

@@ -4,6 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
+
+import fastseq
 from harness import (
     DTYPES,
     Case,
@@ -16,9 +19,6 @@ from harness import (
     threads,
 )
 from reference import MODES
-from torch.nn.utils.rnn import pack_sequence
-
-import fastseq
 
 SIZES = [  # few rows and many; hidden sizes smaller and larger than a vector, and no multiple of one
     Case(steps=6, batch=2, input_size=5, hidden_size=3),

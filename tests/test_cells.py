@@ -3,8 +3,11 @@
 from dataclasses import replace
 
 import pytest
-import reference
 import torch
+from torch import nn
+
+import fastseq
+import reference
 from harness import (
     DTYPES,
     Case,
@@ -17,9 +20,6 @@ from harness import (
     with_gradients,
 )
 from reference import MODES
-from torch import nn
-
-import fastseq
 
 VARIANTS = [
     Case(),

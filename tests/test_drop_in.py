@@ -7,6 +7,12 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fastseq
 from harness import (
     Case,
     call_module,
@@ -20,12 +26,6 @@ from harness import (
 )
 from reference import MODES
 from tolerances import assert_as_accurate_as_torch
-from torch import nn
-from torch.func import functional_call
-from torch.nn.utils import parametrizations
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-
-import fastseq
 
 TORCH_MODES = [mode for mode in MODES if mode != "GRU_RESET_BEFORE"]
 CONSTRUCTIONS = [

@@ -4,6 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import gradcheck
+from torch.func import functional_call
+
+import fastseq
 from harness import (
     Case,
     assert_all_as_accurate_as_torch,
@@ -16,10 +20,6 @@ from harness import (
     with_gradients,
 )
 from reference import MODES
-from torch.autograd import gradcheck
-from torch.func import functional_call
-
-import fastseq
 
 SMALL = Case(dtype=torch.float64, steps=3, batch=2, input_size=2, hidden_size=3)
 VARIANTS = [

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Case, call_module, cell_class, make_data, make_module
-from reference import MODES
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
+from harness import Case, call_module, cell_class, make_data, make_module
+from reference import MODES
 
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
 TORCH_MODES = sorted(set(MODES) - {"GRU_RESET_BEFORE"})

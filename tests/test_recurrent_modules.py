@@ -4,6 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
 from harness import (
     DTYPES,
     Case,
@@ -18,8 +21,6 @@ from harness import (
     threads,
 )
 from reference import MODES
-from torch import nn
-from torch.nn.utils.rnn import pack_sequence
 
 # One case per feature, then the features together.
 VARIANTS = [

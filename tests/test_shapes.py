@@ -4,6 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import fastseq
 from harness import (
     DTYPES,
     Case,
@@ -17,13 +23,7 @@ from harness import (
     states_of,
     threads,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reference import MODES
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
-
-import fastseq
 
 ODD = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 96, 127, 129])
 

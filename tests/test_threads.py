@@ -12,11 +12,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Case, assert_same_bits, make_data, make_module, run_module, threads
-from reference import MODES
 from torch.utils.data import DataLoader, Dataset
 
 import fastseq
+from harness import Case, assert_same_bits, make_data, make_module, run_module, threads
+from reference import MODES
 
 CORES = len(os.sched_getaffinity(0))
 LARGE = Case(steps=60, batch=64, input_size=256, hidden_size=256)  # worth several threads
