@@ -17,6 +17,8 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # AddressSanitizer looks for __cxa_throw when the process starts. What Python never frees is no leak of ours.
 ASAN := build/asan
 ASAN_LIBS = $$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)
+# Tests of time, and those that take minutes under the sanitizers.
+ASAN_TESTS = not seventy_thousand and not obeyed and not forked and not other_python_threads and not busy
 ASAN_ENV  = PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
 .PHONY: demo test asan benchmark lint format build clean help
@@ -34,7 +36,7 @@ asan: $(BUILT)  ## the suite under AddressSanitizer and UBSan, on every ISA of t
 	list='import torch, fastseq._C as c; print(*c.cpu_info()["isas"])'; \
 	for isa in $$(LD_PRELOAD="$(ASAN_LIBS)" $(BIN)/python -c "$$list"); do \
 	  echo "== $$isa"; \
-	  FASTSEQ_ISA=$$isa LD_PRELOAD="$(ASAN_LIBS)" $(BIN)/pytest -m "not slow" $(ARGS); \
+	  FASTSEQ_ISA=$$isa LD_PRELOAD="$(ASAN_LIBS)" $(BIN)/pytest --capture=sys -m "not slow" -k "$(ASAN_TESTS)" $(ARGS); \
 	done
 
 benchmark: $(BUILT)  ## the paired grid against torch, JSON and figures

@@ -303,6 +303,10 @@ class Forward {
                      columns, panels.bias_at(j), 0});
         return;
       }
+      // The cell reads whole vectors: lanes beyond the last unit hold zeros, as packed panels give them.
+      if (panels.blocks.size(j) < panels.blocks.width) {
+        std::memset(to, 0, size_t(rows * columns) * sizeof(Scalar));
+      }
       for (int g = 0; g < panels.gates; ++g) {
         const int64_t row = (first_gate + g) * args.hidden_size + panels.blocks.begin(j);
         multiply_in_place<S, O>(

@@ -25,15 +25,16 @@ constexpr int kVectorBytes = 32, kVectorRegisters = 16;
 constexpr int kVectorBytes = 16, kVectorRegisters = 16;
 #endif
 
+// Unsigned, so that the arithmetic on a NaN's bits wraps.
 template <int kBytes>
 struct IntegerOf;
 template <>
 struct IntegerOf<4> {
-  using type = int32_t;
+  using type = uint32_t;
 };
 template <>
 struct IntegerOf<8> {
-  using type = int64_t;
+  using type = uint64_t;
 };
 
 template <class T>
