@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <sstream>
 #include <string>
@@ -9,7 +11,7 @@
 #include <vector>
 
 #include "cpu/engine.h"
-#include "cpu/team.h"
+#include "cuda/probe.h"
 #include "fastseq.h"
 
 namespace py = pybind11;
@@ -68,6 +70,7 @@ void read_directions(Integers& from, int pointers, RecurrentArgs& args) {
     Integers direction = directions.nested();
     void* addresses[kPointers] = {};
     for (int i = 0; i < pointers; ++i) addresses[i] = direction.pointer<void>();
+    if (direction.left()) throw py::type_error("directions: too many addresses");
     std::memcpy(&args.direction[d], addresses, sizeof addresses);
   }
   if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
@@ -80,12 +83,25 @@ void read_sequence(Integers& from, int strides, SequenceTensor<Pointer>& tensor)
   for (int i = 0; i < strides; ++i) tensor.stride[i] = from.next();
 }
 
+CellKind cell_of(int64_t code) {
+  if (code < 0 || code >= fastseq::kCells) throw py::value_error("cell: unknown code");
+  return CellKind(code);
+}
+DType dtype_of(int64_t code) {
+  if (code < 0 || code >= fastseq::kDTypes) throw py::value_error("dtype: unknown code");
+  return DType(code);
+}
+
+// FASTSEQ_PLAN=DxBxU forces the parts of the plan. Read here, where the GIL keeps the environment still.
+void read_forced_parts(int (&parts)[3]) {
+  const char* const forced = std::getenv("FASTSEQ_PLAN");
+  if (!forced || std::sscanf(forced, "%dx%dx%d", &parts[0], &parts[1], &parts[2]) != 3) parts[0] = 0;
+}
+
 RecurrentArgs read_problem(Integers& from) {
   RecurrentArgs args = {};
-  const int64_t cell = from.next(), dtype = from.next();
-  if (cell < 0 || cell >= fastseq::kCells) throw py::value_error("cell: unknown code");
-  if (dtype < 0 || dtype >= fastseq::kDTypes) throw py::value_error("dtype: unknown code");
-  args.cell = CellKind(cell), args.dtype = DType(dtype), args.threads = int(from.next());
+  args.cell = cell_of(from.next()), args.dtype = dtype_of(from.next()), args.threads = int(from.next());
+  read_forced_parts(args.forced_parts);
   args.shape.steps = from.next(), args.shape.batch = from.next();
   args.shape.batch_sizes = from.pointer<const int64_t>();
   args.input_size = from.next(), args.hidden_size = from.next(), args.proj_size = from.next();
@@ -118,9 +134,11 @@ void recurrent_backward(const py::args& arguments) {
 
 py::dict recurrent_plan(int cell, int dtype, int threads, int64_t steps, int64_t batch, int64_t input_size,
                         int64_t hidden_size, int64_t proj_size, int directions, bool backward) {
+  int forced_parts[3] = {};
+  read_forced_parts(forced_parts);
   const RecurrentPlan plan =
-      fastseq::recurrent_plan({CellKind(cell), DType(dtype), threads, steps, batch, input_size, hidden_size,
-                               proj_size, directions, backward});
+      fastseq::recurrent_plan({cell_of(cell), dtype_of(dtype), threads, steps, batch, input_size, hidden_size,
+                               proj_size, directions, backward, forced_parts});
   py::dict d;
   d["direction_parts"] = plan.direction_parts;
   d["batch_parts"] = plan.batch_parts;
@@ -173,11 +191,14 @@ PYBIND11_MODULE(_C, m) {
     py::dict d;
     d["built"] = bool(FASTSEQ_CUDA_BUILT);
     d["reason"] = std::string(FASTSEQ_CUDA_REASON);
+    d["devices"] = 0;  // that the driver shows
+    if constexpr (FASTSEQ_CUDA_BUILT) d["devices"] = fastseq::cuda_device_count();
     d["architectures"] = std::vector<std::string>{FASTSEQ_CUDA_ARCHITECTURES};
     return d;
   });
   m.def("fma_peak", [](int dtype, int threads, double seconds) {
+    const DType checked = dtype_of(dtype);
     py::gil_scoped_release release;
-    return fastseq::fma_peak(DType(dtype), threads, seconds) * 1e-9;
+    return fastseq::fma_peak(checked, threads, seconds) * 1e-9;
   });
 }

@@ -85,6 +85,8 @@ struct RecurrentArgs {
   CellKind cell;
   DType dtype;  // of every tensor in here
   int threads;  // at most so many
+  int forced_parts
+      [3];  // direction, batch and unit parts of the plan, as far as the shape allows; 0: not forced
   SequenceShape shape;
   int64_t input_size;   // I >= 1
   int64_t hidden_size;  // H >= 1

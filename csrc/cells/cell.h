@@ -1,27 +1,29 @@
 // What a cell is to the engines: the math of one time step over a value type V (a SIMD vector on the CPU, a
-// float on CUDA), and nothing else. Gate order is torch's.
+// float on CUDA), and nothing else. Gate order is torch's. A cell says
 //
-//   kGates         gate pre-activations; x[g] = W x_t + b_ih comes from the input, u[g] = U h + b_hh from the
-//   state kFirstGates    gates whose u multiplies h. The rest (none, in most cells) multiply the operand that
-//   first()
-//                  makes from h and the first gates, so that a step takes two products.
-//   kSaved         values that the backward pass needs, beside the states
-//   kCellState     whether there is a second state c
-//   kGrads         distinct pre-activation gradients; gate g finds its own at kInputGrad[g] for x[g] and at
-//                  kRecurrentGrad[g] for u[g]
-//   kGradOfOutput  whether step_grad reads h_next
-//   kDirect        whether h enters h_next other than through U, so that step reads h and step_grad makes a
-//   dh_direct
+//   kGates          how many gate pre-activations it has: x[g] = W x_t + b_ih and u[g] = U h + b_hh
+//   kFirstGates     for how many of them U multiplies h. The others (none, in most cells) multiply what first()
+//                   makes of h and the first gates, so that a step takes two products
+//   kSaved          how many values the backward pass needs beside the states
+//   kCellState      whether there is a second state c
+//   kGrads          how many different pre-activation gradients there are; kInputGrad[g] is the index of that
+//                   of x[g], kRecurrentGrad[g] that of u[g]
+//   kGradOfOutput   whether step_grad reads h_next
+//   kDirect         whether h enters h_next other than through U: step reads h, step_grad makes dh_direct
+//
+// and has
 //
 //   step(x, u, h, c, saved, h_next, c_next)
-//   step_grad(saved, h, h_next, c, c_next, dh, dc, d, dh_direct, dc_prev)   dh, dc: gradients of h_next,
-//   c_next.
-//       d: pre-activation gradients. dh_direct: the part of h's gradient that does not pass through U.
-// and where kFirstGates < kGates
+//   step_grad(saved, h, h_next, c, c_next, dh, dc, d, dh_direct, dc_prev)
+//       dh, dc are the gradients of h_next and c_next, d the pre-activation gradients, dh_direct the part of h's
+//       gradient that does not pass through U.
+//
+// Where kFirstGates < kGates also
+//
 //   first(x, u, h, saved, operand)
-//   first_grad(saved, h, d_operand, d, dh_direct, operand)   makes the gradients that step_grad left out
-//   (those of
-//       gates below kStepGrads), adds to dh_direct, makes the operand again.
+//   first_grad(saved, h, d_operand, d, dh_direct, operand)
+//       makes the gradients that step_grad left out (the first kStepGrads of d), adds to dh_direct, and makes
+//       the operand again.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -10,8 +10,8 @@
 // FASTSEQ_ISA_LIST, from the build: X(portable) X(avx2) ..., slowest first.
 #define X(name)                                                        \
   namespace fastseq::name {                                            \
-  void recurrent_forward(const RecurrentArgs&, const RecurrentPlan&);  \
-  void recurrent_backward(const RecurrentArgs&, const RecurrentPlan&); \
+  bool recurrent_forward(const RecurrentArgs&, const RecurrentPlan&);  \
+  bool recurrent_backward(const RecurrentArgs&, const RecurrentPlan&); \
   double fma_peak(DType, double);                                      \
   }
 FASTSEQ_ISA_LIST
@@ -59,9 +59,16 @@ const Engine& choose() {
   return *best;
 }
 
-RecurrentPlan plan_for(const RecurrentArgs& a, bool backward) {
-  return recurrent_plan({a.cell, a.dtype, available_threads(a.threads), a.shape.steps, a.shape.batch,
-                         a.input_size, a.hidden_size, a.proj_size, a.directions, backward});
+using Run = bool(const RecurrentArgs&, const RecurrentPlan&);
+
+void run_planned(Run* run, const RecurrentArgs& a, bool backward) {
+  RecurrentProblem problem{a.cell,        a.dtype,       available_threads(a.threads),
+                           a.shape.steps, a.shape.batch, a.input_size,
+                           a.hidden_size, a.proj_size,   a.directions,
+                           backward,      a.forced_parts};
+  if (run(a, recurrent_plan(problem))) return;
+  problem.threads = 1;
+  run(a, recurrent_plan(problem));
 }
 
 }  // namespace
@@ -80,10 +87,8 @@ const char* available_isas() {
   return all.c_str();
 }
 
-void recurrent_forward(const RecurrentArgs& args) { engine().recurrent_forward(args, plan_for(args, false)); }
-void recurrent_backward(const RecurrentArgs& args) {
-  engine().recurrent_backward(args, plan_for(args, true));
-}
+void recurrent_forward(const RecurrentArgs& args) { run_planned(engine().recurrent_forward, args, false); }
+void recurrent_backward(const RecurrentArgs& args) { run_planned(engine().recurrent_backward, args, true); }
 
 double fma_peak(DType dtype, int threads, double seconds) {
   struct Context {

@@ -8,8 +8,9 @@ namespace fastseq {
 
 struct Engine {
   const char* isa;
-  void (*recurrent_forward)(const RecurrentArgs& args, const RecurrentPlan& plan);
-  void (*recurrent_backward)(const RecurrentArgs& args, const RecurrentPlan& plan);
+  // False, and nothing was done, if there were fewer threads than the plan has.
+  bool (*recurrent_forward)(const RecurrentArgs& args, const RecurrentPlan& plan);
+  bool (*recurrent_backward)(const RecurrentArgs& args, const RecurrentPlan& plan);
   // Multiply-adds of a register-only loop, in operations per second, on the calling thread.
   double (*fma_peak)(DType dtype, double seconds);
 };

@@ -23,9 +23,9 @@ struct RecurrentProblem {
   int64_t steps, batch, input_size, hidden_size, proj_size;
   int directions;
   bool backward;
+  const int* forced_parts;  // [3], see RecurrentArgs
 };
 
-// FASTSEQ_PLAN=DxBxU in the environment forces the three parts, where the shape allows them.
 RecurrentPlan recurrent_plan(const RecurrentProblem& problem);
 
 }  // namespace fastseq

@@ -58,8 +58,8 @@ class Backward {
     advise_large_pages(args.grad_input.data, size_t(steps_.all_rows() * args.input_size) * sizeof(S));
   }
 
-  void run() {
-    run_team(
+  bool run() {
+    return run_team(
         team_size(), [](void* self, int thread) { static_cast<Backward*>(self)->run_thread(thread); }, this);
   }
 
@@ -565,10 +565,12 @@ class Backward {
 
 }  // namespace
 
-void recurrent_backward(const RecurrentArgs& args, const RecurrentPlan& plan) {
+bool recurrent_backward(const RecurrentArgs& args, const RecurrentPlan& plan) {
+  bool done = true;
   with_types(args.dtype, [&](auto storage, auto operand) {
-    Backward<decltype(storage), decltype(operand)>(args, plan).run();
+    done = Backward<decltype(storage), decltype(operand)>(args, plan).run();
   });
+  return done;
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -60,8 +60,8 @@ class Forward {
     }
   }
 
-  void run() {
-    run_team(
+  bool run() {
+    return run_team(
         team_size(), [](void* self, int thread) { static_cast<Forward*>(self)->run_thread(thread); }, this);
   }
 
@@ -77,7 +77,9 @@ class Forward {
     const int most_gates = phases() == 2 ? cell_.first_gates : cell_.gates;
     units_ = {hidden, kWidth * unit_vectors<Scalar>(hidden, most_gates, plan_.unit_parts)};
     projected_ = {args_.proj_size, kPanelVectors * kWidth};
-    chunk_rows_ = most(plan_.chunk_rows, batch);
+    // At least the rows of one step that a part owns; parts of a packed sequence are cut by length, not by rows.
+    chunk_rows_ =
+        most(plan_.chunk_rows, args_.shape.batch_sizes ? batch : group_count(batch, plan_.batch_parts));
     input_stride_ = round_up(args_.input_size, kWidth);
     state_stride_ =
         round_up(width(), kWidth) + kWidth;  // an odd number of lines: rows spread over the cache's sets
@@ -444,10 +446,12 @@ class Forward {
 
 }  // namespace
 
-void recurrent_forward(const RecurrentArgs& args, const RecurrentPlan& plan) {
+bool recurrent_forward(const RecurrentArgs& args, const RecurrentPlan& plan) {
+  bool done = true;
   with_types(args.dtype, [&](auto storage, auto operand) {
-    Forward<decltype(storage), decltype(operand)>(args, plan).run();
+    done = Forward<decltype(storage), decltype(operand)>(args, plan).run();
   });
+  return done;
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -54,18 +54,23 @@ constexpr size_t kLargePage = size_t(1) << 21;
 
 int available_threads(int requested) {
   (void)g_fork_handler;
-  if (g_forked || requested <= 1 || omp_in_parallel() || omp_get_dynamic()) return 1;
+  if (g_forked || requested <= 1 || omp_in_parallel()) return 1;
   const int limit = omp_get_thread_limit();
   return requested < limit ? requested : limit;
 }
 
-void run_team(int threads, void (*body)(void*, int), void* context) {
+bool run_team(int threads, void (*body)(void*, int), void* context) {
   if (threads <= 1) {
     body(context, 0);
-    return;
+    return true;
   }
-#pragma omp parallel num_threads(threads)
-  body(context, omp_get_thread_num());
+  bool complete = false;
+#pragma omp parallel num_threads(threads) shared(complete)
+  if (omp_get_num_threads() == threads) {
+    if (omp_get_thread_num() == 0) complete = true;
+    body(context, omp_get_thread_num());
+  }
+  return complete;
 }
 
 bool Barrier::all_reached(uint32_t meeting) const {

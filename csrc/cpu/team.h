@@ -13,8 +13,9 @@ namespace fastseq {
 // where OpenMP's pool does not exist.
 int available_threads(int requested);
 
-// Calls body(context, thread) for thread = 0 .. threads - 1, at the same time. threads <= available_threads.
-void run_team(int threads, void (*body)(void* context, int thread), void* context);
+// Calls body(context, thread) for thread = 0 .. threads - 1, at the same time. False, and nothing was called, if
+// OpenMP gave fewer threads: the bodies wait for each other, so some of them are no use.
+bool run_team(int threads, void (*body)(void* context, int thread), void* context);
 
 // All threads of a group leave wait() after the last has entered. Each has a flag on a cache line of its own,
 // so that meeting costs one transfer of a line between cores. Spins for some microseconds, then sleeps: with
