@@ -107,15 +107,24 @@ class Case:
         rows = (shape.batch,) if self.group == "cells" else rows
         torch.manual_seed(1)
         x = torch.randn(*rows, shape.input, dtype=dtype)
-        grad = torch.randn(*rows, shape.hidden * (1 + shape.bidirectional), dtype=dtype)
-        make = trains if self.mode == "training" else infers
-        return tuple(make(module, x, grad) for module in self.modules())
+        if self.mode == "training":
+            grad = torch.randn(*rows, shape.hidden * (1 + shape.bidirectional), dtype=dtype)
+            return tuple(trains(module, x, grad) for module in self.modules())
+        hx = self.state(dtype)
+        return tuple(infers(module, x, hx) for module in self.modules())
+
+    def state(self, dtype):
+        """A cell is called with the state of the step before, a sequence without any."""
+        if self.group != "cells":
+            return None
+        h, c = torch.randn(2, self.shape.batch, self.shape.hidden, dtype=dtype).tanh()
+        return (h, c) if self.cell == "LSTM" else h
 
 
-def infers(module, x, grad):
+def infers(module, x, hx):
     def call():
         with torch.inference_mode():
-            result = module(x)
+            result = module(x, hx)
         return (result[0] if isinstance(result, tuple) else result,)
 
     return call

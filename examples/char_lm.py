@@ -239,10 +239,18 @@ def parse_arguments():
 
 
 def choose_device(wanted, parser):
-    reason = fastseq._C.cuda_info()["reason"] or ("" if torch.cuda.is_available() else "torch sees no GPU")
-    if wanted == "cuda" and reason:
-        parser.error(f"argument --device: given cuda\naccepted: cpu, because {reason}\ntry --device cpu")
-    return torch.device(wanted or ("cpu" if reason else "cuda"))
+    """The device, and in words why it is this one."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fastseq::recurrent", "CUDA"):
+        obstacle = fastseq._C.cuda_info()["reason"] or "fastseq has no CUDA kernels yet"
+    else:
+        obstacle = "" if torch.cuda.is_available() else "torch sees no GPU"
+    if wanted == "cuda" and obstacle:
+        parser.error(f"argument --device: given cuda\naccepted: cpu, because {obstacle}\ntry --device cpu")
+    if wanted:
+        return torch.device(wanted), "as --device says"
+    if obstacle:
+        return torch.device("cpu"), obstacle
+    return torch.device("cuda"), "both libraries can use it"
 
 
 def read_text(path, parser):
@@ -285,7 +293,7 @@ def split(text, arguments, parser):
 def main():
     parser, arguments = parse_arguments()
     started = time.perf_counter()
-    device = choose_device(arguments.device, parser)
+    device, why = choose_device(arguments.device, parser)
     text = read_text(arguments.text, parser)
     train_text, held_out_text, vocabulary = split(text, arguments, parser)
     if arguments.threads:
@@ -311,6 +319,7 @@ def main():
     print(f"          {len(train_text):,} characters to train on, {len(held_out_text):,} held out")
     print(f"model     {arguments.layers} {cell} layers of {arguments.hidden_size}, {parameters:,} parameters")
     chunk = f"{arguments.batch_size} x {arguments.length}"
+    print(f"device    {device.type}: {why}")
     print(f"training  {arguments.steps} steps of {chunk} characters on {where}\n", flush=True)
 
     streams = as_streams(encode(train_text), arguments.batch_size)

@@ -1,11 +1,13 @@
 """What an operator accepts: shapes, dtypes and devices, checked before any address reaches the kernels.
 
-Everything in this file works on fake tensors too, so that torch.compile reports the same errors.
+Everything in this file but check_batch_sizes, which reads values, works on fake tensors too, so that
+torch.compile reports the same errors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -160,7 +162,7 @@ def check_layer(
     _check_weights(input, weights, count, cell.gates, hidden, width, bias)
 
     if batch_sizes is not None:
-        steps, batch, rows = _check_batch_sizes(input, batch_sizes, h0)
+        steps, batch, rows = _packed_sizes(input, batch_sizes, h0)
     elif one_step:
         steps, batch, rows = 1, input.shape[0], input.shape[0]
     else:
@@ -193,8 +195,8 @@ def _check_weights(
             check_like(name, weight, shape, WEIGHT_SHAPES[kind], input)
 
 
-def _check_batch_sizes(input: Tensor, batch_sizes: Tensor, h0: Tensor | None) -> tuple[int, int, int]:
-    """Steps, batch and rows of a packed sequence whose batch_sizes cannot lead the kernels out of bounds."""
+def _packed_sizes(input: Tensor, batch_sizes: Tensor, h0: Tensor | None) -> tuple[int, int, int]:
+    """Steps, batch and rows of a packed sequence."""
     if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or h0 is None or h0.dim() != 3:
         raise RuntimeError(
             problem(
@@ -203,20 +205,33 @@ def _check_batch_sizes(input: Tensor, batch_sizes: Tensor, h0: Tensor | None) ->
                 "torch.nn.utils.rnn.pack_padded_sequence(...).batch_sizes",
             )
         )
-    steps, batch, rows = batch_sizes.shape[0], h0.shape[1], input.shape[0]
-    if steps > 0 and type(batch_sizes) is Tensor and batch_sizes.is_cpu:  # a fake tensor has no values
-        sizes = batch_sizes.detach()
-        decreasing = steps == 1 or not bool((sizes[1:] > sizes[:-1]).any())
-        if int(sizes[0]) != batch or int(sizes[-1]) < 0 or int(sizes.sum()) != rows or not decreasing:
-            raise RuntimeError(
-                problem(
-                    f"batch_sizes that start with {int(sizes[0])} and add up to {int(sizes.sum())}, "
-                    f"for {rows} rows of input and a state of batch {batch}",
-                    "batch_sizes that never increase, start with the batch and add up to the rows",
-                    "torch.nn.utils.rnn.pack_padded_sequence, which returns both",
-                )
+    if batch_sizes.shape[0] == 0:
+        raise RuntimeError(no_batch_sizes())
+    return batch_sizes.shape[0], h0.shape[1], input.shape[0]
+
+
+def no_batch_sizes() -> str:
+    return problem("batch_sizes of length 0", "one size for each step, at least one", "pack_padded_sequence")
+
+
+def check_batch_sizes(batch_sizes: Tensor, layer: Layer) -> None:
+    """Raises RuntimeError if the values of batch_sizes would lead the kernels out of bounds.
+
+    Every kernel that is about to run asks this, of subclasses of Tensor too; fake implementations, which
+    read nothing, do not.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        sizes = batch_sizes.tolist()
+    decreasing = all(a >= b for a, b in pairwise(sizes))
+    if sizes[0] != layer.batch or sizes[-1] < 0 or sum(sizes) != layer.rows or not decreasing:
+        raise RuntimeError(
+            problem(
+                f"batch_sizes that start with {sizes[0]} and add up to {sum(sizes)}, "
+                f"for {layer.rows} rows of input and a state of batch {layer.batch}",
+                "batch_sizes that never increase, start with the batch and add up to the rows",
+                "torch.nn.utils.rnn.pack_padded_sequence, which returns both",
             )
-    return steps, batch, rows
+        )
 
 
 def unsupported(op: str, arguments: Sequence[object]) -> NoReturn:

@@ -21,11 +21,13 @@ def show_config() -> str:
         fastseq ...
     """
     cpu, cuda = _C.cpu_info(), _C.cuda_info()
-    if cuda["built"]:
-        devices = f"{torch.cuda.device_count()} device(s) seen by torch"
-        cuda_line = f"built for {', '.join(cuda['architectures'])}, {devices}"
-    else:
+    architectures = ", ".join(cuda["architectures"])
+    if not cuda["built"]:
         cuda_line = f"absent: {cuda['reason']}"
+    elif torch._C._dispatch_has_kernel_for_dispatch_key("fastseq::recurrent", "CUDA"):
+        cuda_line = f"built for {architectures}, {torch.cuda.device_count()} device(s) seen by torch"
+    else:
+        cuda_line = f"compiled for {architectures}; no kernels yet, CUDA tensors are an error"
     rows = {
         "fastseq": version("fastseq"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",

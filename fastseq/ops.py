@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _C
-from .checks import CELLS, DTYPES, Layer, check_layer, check_like, problem, unsupported
+from .checks import CELLS, DTYPES, Layer, check_batch_sizes, check_layer, check_like, problem, unsupported
 
 _library = torch.library.Library("fastseq", "DEF")
 # weights: for each direction weight_ih, weight_hh, then bias_ih, bias_hh if `bias`, then weight_hr of a
@@ -124,6 +124,8 @@ def _recurrent(
     input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, save
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
+    if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, layer)
     output, h_n, c_n, saved = _allocate_layer(input, layer, batch_first, save)
     batch_sizes, h0, c0 = _dense(batch_sizes), _dense(h0), _dense(c0)
     weights = [weight.contiguous() for weight in weights]
@@ -377,10 +379,10 @@ def _allocate_gradients(
     input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     grads: list[Tensor | None] = []
-    for tensor, want in zip((input, h0, c0, *weights), wanted, strict=True):
+    for i, (tensor, want) in enumerate(zip((input, h0, c0, *weights), wanted, strict=True)):
         if tensor is None or not want:
             grads.append(None)
-        elif tensor is input and (grad := torch.empty_like(input)).stride(-1) == 1:
+        elif i == 0 and (grad := torch.empty_like(input)).stride(-1) == 1:
             grads.append(grad)  # batch-first like the input, if that is
         elif tensor.is_contiguous():  # the usual case, and the faster call
             grads.append(torch.empty_like(tensor))
@@ -454,6 +456,8 @@ def _recurrent_backward(
         directions,
         bias,
     )
+    if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, layer)
     grads = _allocate_gradients(input, h0, c0, weights, wanted)
     grad_input, grad_h0, grad_c0, *grad_weights = grads
     batch_sizes, h0, c0 = _dense(batch_sizes), _dense(h0), _dense(c0)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastseq
+from fastseq import ops
 from harness import Case, call_module, make_data, make_module, run_module
 from reference import MODES
 
@@ -182,16 +183,47 @@ def test_weight_of_the_wrong_shape_is_never_read(class_name):
         assert "weight_" in str(error) or "bias_" in str(error)
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+KINDS_OF_TENSOR = {
+    "tensor": lambda sizes: sizes,
+    "parameter": lambda sizes: nn.Parameter(sizes, requires_grad=False),
+    "subclass": lambda sizes: sizes.as_subclass(Subclass),
+}
 BAD_BATCH_SIZES = [[2, 3, 1], [2, 2, 1], [2, 2, 3], [4, 3], [2, 2, -1, 3], [7, -1], [6, 0, 0, 1], []]
 
 
+@pytest.mark.parametrize("kind", KINDS_OF_TENSOR)
 @pytest.mark.parametrize("sizes", BAD_BATCH_SIZES, ids=str)
 @pytest.mark.parametrize("class_name", MODULES)
-def test_batch_sizes_that_would_lead_out_of_bounds(class_name, sizes):
+def test_batch_sizes_that_would_lead_out_of_bounds(class_name, sizes, kind):
     """A PackedSequence made by hand, of 6 rows, whose batch_sizes increase, do not add up or are negative."""
-    bad = PackedSequence(torch.randn(6, 3), torch.tensor(sizes, dtype=torch.int64))
-    error = error_of(getattr(fastseq, class_name)(3, 5), bad)
-    assert isinstance(error, (RuntimeError, ValueError, IndexError))
+    bad = PackedSequence(torch.randn(6, 3), KINDS_OF_TENSOR[kind](torch.tensor(sizes, dtype=torch.int64)))
+    module = getattr(fastseq, class_name)(3, 5)
+    for call in (module, torch.no_grad()(module)):
+        error = error_of(call, bad)
+        assert isinstance(error, RuntimeError)
+        assert len(str(error).splitlines()) == 3
+        assert "batch_sizes" in str(error)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_TENSOR)
+def test_operators_check_batch_sizes_themselves(kind):
+    """Forward and backward, however they are called, as the kernels trust these numbers."""
+    x, h0, weights = torch.randn(6, 3), torch.randn(1, 2, 5), [torch.randn(5, 3), torch.randn(5, 5)]
+    saved = x.new_empty(0)
+    for sizes in BAD_BATCH_SIZES:
+        batch_sizes = KINDS_OF_TENSOR[kind](torch.tensor(sizes, dtype=torch.int64))
+        for recurrent in (ops.recurrent, torch.ops.fastseq.recurrent):
+            with pytest.raises(RuntimeError, match="batch_sizes"):
+                recurrent(x, batch_sizes, h0, None, weights, "RNN_TANH", 1, False, False, False)
+        for backward in (ops.recurrent_backward, torch.ops.fastseq.recurrent_backward):
+            grad = output = torch.randn(6, 5)
+            tensors = (grad, None, None, x, batch_sizes, h0, None, weights, output, saved)
+            with pytest.raises(RuntimeError, match="batch_sizes"):
+                backward(*tensors, "RNN_TANH", 1, False, [True, False, False, True, True])
 
 
 @pytest.mark.parametrize("layout", ["sparse", "mkldnn"])

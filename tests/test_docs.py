@@ -1,10 +1,12 @@
 """The examples in the documentation run, and help(fastseq.LSTM) teaches."""
 
+import argparse
 import doctest
 import importlib
 import pkgutil
 import pydoc
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ import torch
 
 import fastseq
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 MODULES = [fastseq.RNN, fastseq.LSTM, fastseq.GRU, fastseq.RNNCell, fastseq.LSTMCell, fastseq.GRUCell]
 FUNCTIONS = [
     getattr(fastseq.functional, name) for name in ("rnn", "lstm", "gru", "rnn_cell", "lstm_cell", "gru_cell")
@@ -56,6 +59,67 @@ def test_readme_python_blocks_run(tmp_path, monkeypatch):
     names = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
+
+
+def test_readme_links_lead_to_files():
+    targets = re.findall(r"\]\(([^)\s]+)\)", README.read_text())
+    relative = [target.partition("#")[0] for target in targets if not re.match(r"https?:|mailto:|#", target)]
+    assert relative
+    assert not [target for target in relative if not (ROOT / target).exists()]
+
+
+def test_readme_has_its_speed_table():
+    """benchmarks/report.py writes it."""
+    block = re.search(r"<!-- benchmark:begin -->(.*)<!-- benchmark:end -->", README.read_text(), flags=re.S)
+    assert block
+    assert block[1].strip()
+
+
+def pretend_cuda(monkeypatch, built, kernels, gpu=True):
+    """As if fastseq was compiled with nvcc, had registered CUDA kernels, and torch saw a GPU."""
+    architectures = ["sm_80", "sm_90a"] if built else []
+    info = {"built": built, "reason": "" if built else "no nvcc", "architectures": architectures}
+    monkeypatch.setattr(fastseq._C, "cuda_info", lambda: info)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: kernels)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+
+@pytest.mark.parametrize(
+    ("built", "kernels", "words"),
+    [
+        (False, False, "absent: no nvcc"),
+        (True, False, "compiled for sm_80, sm_90a; no kernels yet, CUDA tensors are an error"),
+        (True, True, "built for sm_80, sm_90a, "),
+    ],
+)
+def test_show_config_tells_the_state_of_cuda(monkeypatch, built, kernels, words):
+    pretend_cuda(monkeypatch, built, kernels)
+    assert words in fastseq.show_config()
+
+
+@pytest.mark.parametrize(
+    ("built", "kernels", "gpu", "device", "why"),
+    [
+        (False, False, True, "cpu", "no nvcc"),
+        (True, False, True, "cpu", "fastseq has no CUDA kernels yet"),
+        (True, True, False, "cpu", "torch sees no GPU"),
+        (True, True, True, "cuda", "both libraries can use it"),
+    ],
+)
+def test_demo_chooses_a_device_that_has_kernels(monkeypatch, capsys, built, kernels, gpu, device, why):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    choose_device = runpy.run_path(str(ROOT / "examples" / "char_lm.py"))["choose_device"]
+    pretend_cuda(monkeypatch, built, kernels, gpu)
+    parser = argparse.ArgumentParser()
+    assert choose_device(None, parser) == (torch.device(device), why)
+    assert choose_device("cpu", parser)[0].type == "cpu"
+    if device == "cuda":
+        assert choose_device("cuda", parser)[0].type == "cuda"
+    else:
+        with pytest.raises(SystemExit):
+            choose_device("cuda", parser)
+        assert why in capsys.readouterr().err
 
 
 def test_show_config_tells_what_matters():

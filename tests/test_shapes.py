@@ -132,6 +132,19 @@ def test_expanded_tensors(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_one_strided_tensor_as_input_and_state(mode):
+    """Their gradients have different layouts, though the tensor is the same."""
+    case = Case(mode, torch.float64, steps=2, batch=3, input_size=7, bidirectional=True)
+    module = make_module(case)
+    x = torch.randn(3, 2, 7, dtype=case.dtype).transpose(0, 1).requires_grad_()
+    copies = [x.detach().clone().requires_grad_() for _ in range(3)]
+    (gradient,) = torch.autograd.grad(module(x, (x, x) if mode == "LSTM" else x)[0].square().sum(), x)
+    output, _ = module(copies[0], tuple(copies[1:]) if mode == "LSTM" else copies[1])
+    separate = torch.autograd.grad(output.square().sum(), copies, allow_unused=True)
+    torch.testing.assert_close(gradient, sum(g for g in separate if g is not None))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_gradient_that_comes_in_with_strides(mode):
     case = Case(mode, torch.float64, batch=4, bidirectional=True)
     module, data = make_module(case), make_data(case)

@@ -10,6 +10,7 @@ constexpr double kFlopsPerNs = 100;        // float32 products in the cache
 constexpr double kNearBytesPerNs = 100;    // weights that stay in a core's own L2
 constexpr double kFarBytesPerNs = 30;      // weights from L3
 constexpr double kNearBytes = 700 * 1024;  // what of L2 the weights may take
+constexpr double kFarBytes = 16 << 20;     // what of L3 the gradients may take
 constexpr double kBarrierNs = 250;         // two threads meet
 constexpr double kRegionNs = 4000;         // waking the threads
 constexpr double kGateNs = 1.5;            // one gate of one unit of one row
@@ -37,7 +38,12 @@ double cost(const RecurrentProblem& p, int directions, int batch_parts, int unit
 }
 
 int64_t chunk_rows(const RecurrentProblem& p) {
-  if (p.backward) return 512;
+  if (p.backward) {
+    // Each chunk reads and writes all weight gradients: the more of them, the longer the chunks.
+    const double width = p.proj_size ? p.proj_size : p.hidden_size;
+    const double gradients = facts_of(p.cell).gates * double(p.hidden_size) * (width + double(p.input_size));
+    return gradients * element_bytes(p.dtype) > kFarBytes ? 1024 : 512;
+  }
   // The projected inputs of a chunk stay in the cache until their steps are done.
   const int64_t row_bytes = facts_of(p.cell).gates * p.hidden_size * int64_t(element_bytes(p.dtype));
   return std::clamp<int64_t>((int64_t(1) << 20) / std::max<int64_t>(row_bytes, 1), 48, 256);

@@ -55,6 +55,12 @@ class Backward {
     lay_out();
     steps_.fill(plan.batch_parts);
     meetings_.fill();
+    for (int d = 0; d < args.directions; ++d) {
+      const RecurrentDirection& t = args.direction[d];
+      const size_t gate_rows = size_t(cell_.gates * args.hidden_size);
+      advise_large_pages(t.grad_weight_ih, gate_rows * size_t(args.input_size) * sizeof(S));
+      advise_large_pages(t.grad_weight_hh, gate_rows * size_t(width()) * sizeof(S));
+    }
     advise_large_pages(args.grad_input.data, size_t(steps_.all_rows() * args.input_size) * sizeof(S));
   }
 

@@ -7,7 +7,7 @@
 
 namespace fastseq::FASTSEQ_ISA {
 
-constexpr int64_t kChunkDepth = 512;  // rows that are packed, and multiplied, at a time
+constexpr int64_t kChunkDepth = 1024;  // rows that are packed, and multiplied, at a time, at most
 
 template <class O>
 struct TransposedProduct {
