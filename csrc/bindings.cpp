@@ -1,4 +1,7 @@
 // The Python module fastseq._C: addresses and sizes in, structs filled, the GIL released. No math, no torch.
+//
+// One step of a cell is the exception: it takes the tensors themselves, because collecting their addresses in
+// Python would take longer than the step.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +16,7 @@
 #include "cpu/engine.h"
 #include "cuda/probe.h"
 #include "fastseq.h"
+#include "tensor_view.h"
 
 namespace py = pybind11;
 using fastseq::CellKind;
@@ -21,6 +25,7 @@ using fastseq::RecurrentArgs;
 using fastseq::RecurrentDirection;
 using fastseq::RecurrentPlan;
 using fastseq::SequenceTensor;
+using fastseq::TensorView;
 
 namespace {
 
@@ -132,6 +137,74 @@ void recurrent_backward(const py::args& arguments) {
   fastseq::recurrent_backward(args);
 }
 
+fastseq::TensorReader g_tensors;
+
+// recurrent_cell(cell, threads, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, h, c, saved): one step
+// into h [B, H], c, and saved [B, slots, H] (None where there is none), and True. False, and nothing was done,
+// if anything about the tensors is not as usual: who calls then asks the operator, which says what.
+bool run_cell(PyObject* const* arguments) {
+  PyObject *const input = arguments[2], *const none = Py_None;
+  const int64_t code = PyLong_AsLong(arguments[0]);
+  if (!g_tensors || code < 0 || code >= fastseq::kCells) return false;
+  const fastseq::CellFacts& facts = fastseq::kCellFacts[code];
+
+  TensorView x, weight;
+  RecurrentArgs args = {};
+  RecurrentDirection& to = args.direction[0];
+  if (!g_tensors.read(input, x) || x.rank != 2 || !fastseq::dtype_of(x, args.dtype)) return false;
+  if (!g_tensors.read(arguments[6], weight) || weight.rank != 2) return false;
+  const int64_t batch = x.shape[0], inputs = x.shape[1], hidden = weight.shape[1], rows = facts.gates * hidden;
+  // A negated view (the imaginary part of a conjugate) skips every other number: it is dense only if it has
+  // one element, which no tensor has if hidden > 1. The input need not be dense.
+  if (inputs < 1 || hidden < 2) return false;
+  PyObject* const negated = PyObject_CallMethod(input, "is_neg", nullptr);
+  Py_XDECREF(negated);  // True and False stay
+  if (negated != Py_False) return PyErr_Clear(), false;
+
+  const auto take = [&](PyObject* object, const auto& shape, auto& pointer) {
+    TensorView view;
+    if (object == none) return true;
+    if (!g_tensors.read(object, view) || !view.has_type(x) || !view.is_dense(shape)) return false;
+    pointer = view.data;
+    return true;
+  };
+  const int64_t state[] = {batch, hidden}, bias[] = {rows}, input_weight[] = {rows, inputs},
+                recurrent_weight[] = {rows, hidden}, slots[] = {batch, facts.saved, hidden};
+  void* output = nullptr;
+  PyObject *const c0 = arguments[4], *const bias_ih = arguments[7], *const bias_hh = arguments[8];
+  if ((bias_ih == none) != (bias_hh == none) || (c0 != none && !facts.cell_state) ||
+      !take(arguments[3], state, to.h0) || !take(c0, state, to.c0) ||
+      !take(arguments[5], input_weight, to.weight_ih) || !take(arguments[6], recurrent_weight, to.weight_hh) ||
+      !take(bias_ih, bias, to.bias_ih) || !take(bias_hh, bias, to.bias_hh) ||
+      !take(arguments[9], state, output) || !take(arguments[10], state, to.c_n) ||
+      !take(arguments[11], slots, to.saved)) {
+    return false;
+  }
+  args.cell = CellKind(code), args.threads = int(PyLong_AsLong(arguments[1]));
+  read_forced_parts(args.forced_parts);
+  args.shape = {1, batch, nullptr};
+  args.input_size = inputs, args.hidden_size = hidden, args.directions = 1, args.one_step = true;
+  args.input = {x.data, {0, x.strides[0], x.strides[1]}};
+  args.output = {output, {0, hidden, 1}};
+  py::gil_scoped_release release;
+  fastseq::recurrent_forward(args);
+  return true;
+}
+
+// Without pybind11's conversions, which would take as long as the rest.
+PyObject* recurrent_cell(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 12) return PyErr_Format(PyExc_TypeError, "12 arguments; the signatures are in _C.pyi"), nullptr;
+  try {
+    return PyBool_FromLong(run_cell(arguments));
+  } catch (const std::exception& error) {
+    return PyErr_SetString(PyExc_RuntimeError, error.what()), nullptr;
+  }
+}
+PyMethodDef g_fast_calls[] = {
+    {"recurrent_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(recurrent_cell)), METH_FASTCALL,
+     nullptr},
+    {}};
+
 py::dict recurrent_plan(int cell, int dtype, int threads, int64_t steps, int64_t batch, int64_t input_size,
                         int64_t hidden_size, int64_t proj_size, int directions, bool backward) {
   int forced_parts[3] = {};
@@ -179,6 +252,10 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("recurrent_forward", &recurrent_forward);
   m.def("recurrent_backward", &recurrent_backward);
+  PyModule_AddFunctions(m.ptr(), g_fast_calls);
+  m.def("use_tensors", [](py::handle tensor, py::handle parameter) {
+    return g_tensors.use(tensor.ptr(), parameter.ptr());
+  });
   m.def("recurrent_plan", &recurrent_plan);
   m.def("cpu_info", [] {
     py::dict d;

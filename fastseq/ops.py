@@ -251,86 +251,31 @@ def _plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+# Whether the compiled module reads this torch's tensors itself.
+_READS_TENSORS = _C.use_tensors(Tensor, torch.nn.Parameter)
+
+
 def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> list[Tensor]:
     """torch.ops.fastseq.recurrent_cell, but without the dispatcher where that could only find the CPU kernel.
 
-    Dispatching takes longer than a small step does. So where nobody listens, dense CPU tensors that fit go
-    straight to the kernel; whatever is unusual or wrong is left to the operator.
+    Dispatching takes longer than a small step does. So where nobody listens, the compiled module looks at the
+    tensors; whatever is unusual or wrong it leaves to the operator.
     """
-    if _nobody_listens() and _fits(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode):
-        return _step(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save)
+    if _READS_TENSORS and input.dim() == weight_hh.dim() == 2 and _nobody_listens():
+        cell = CELLS[mode]
+        if save or h0 is None:
+            results = _allocate_step(input, input.shape[0], weight_hh.shape[1], mode, save)
+        else:
+            results = [torch.empty_like(h0), torch.empty_like(h0)] if cell.cell_state else [torch.empty_like(h0)]
+        c = results[1] if cell.cell_state else None
+        saved = results[-1] if save and cell.saved else None
+        threads = torch.get_num_threads()
+        if _C.recurrent_cell(
+            cell.code, threads, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, results[0], c, saved
+        ):
+            return results
     return torch.ops.fastseq.recurrent_cell.default(
         input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save
-    )
-
-
-def _fits(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode) -> bool:
-    """Whether neither the dispatcher nor check_layer need look. Written out, because every call pays for it.
-
-    A negated view (tensor.is_neg(), the imaginary part of a conjugate) skips every other number: it is dense
-    only if it has one element. Hence hidden > 1, and the question for the input, which need not be dense.
-    """
-    if input.dim() != 2 or weight_hh.dim() != 2 or (bias_ih is None) != (bias_hh is None):
-        return False
-    batch, input_size = input.shape
-    rows, hidden = weight_hh.shape
-    dtype, plain, state, bias = input.dtype, _PLAIN, (batch, hidden), (rows,)
-    _, gates, _, cell_state = CELLS[mode]
-    return (
-        input.is_cpu
-        and dtype in DTYPES
-        and type(input) in plain
-        and input.layout is torch.strided
-        and not input.is_neg()
-        and input_size > 0
-        and hidden > 1
-        and rows == gates * hidden
-        and weight_hh.dtype is dtype
-        and weight_hh.is_cpu
-        and weight_hh.is_contiguous()
-        and type(weight_hh) in plain
-        and weight_ih.shape == (rows, input_size)
-        and weight_ih.dtype is dtype
-        and weight_ih.is_cpu
-        and weight_ih.is_contiguous()
-        and type(weight_ih) in plain
-        and (
-            bias_ih is None
-            or bias_hh is None
-            or (
-                bias_ih.shape == bias
-                and bias_ih.dtype is dtype
-                and bias_ih.is_cpu
-                and bias_ih.is_contiguous()
-                and type(bias_ih) in plain
-                and bias_hh.shape == bias
-                and bias_hh.dtype is dtype
-                and bias_hh.is_cpu
-                and bias_hh.is_contiguous()
-                and type(bias_hh) in plain
-            )
-        )
-        and (
-            h0 is None
-            or (
-                h0.shape == state
-                and h0.dtype is dtype
-                and h0.is_cpu
-                and h0.is_contiguous()
-                and type(h0) in plain
-            )
-        )
-        and (
-            c0 is None
-            or (
-                c0.shape == state
-                and c0.dtype is dtype
-                and c0.is_cpu
-                and c0.is_contiguous()
-                and type(c0) in plain
-                and cell_state
-            )
-        )
     )
 
 

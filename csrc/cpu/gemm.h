@@ -2,10 +2,10 @@
 //
 //   c[m][n] = init[m][n] + sum over k of a[m][k] * b[k][n]
 //
-// b is packed once into panels of up to kPanelVectors vectors: panel[k][n], contiguous, zero beyond the
+// b is packed once into panels of a few vectors, one after another: panel[k][n], contiguous, zero beyond the
 // matrix. a is read in place through two strides (row-major activations), or from a packed transpose. A
-// micro-kernel keeps its whole tile of c in registers (kRows x vectors accumulators) while k runs,
-// broadcasting a and streaming the panel.
+// micro-kernel keeps its whole tile of c in registers (kRows x vectors accumulators) while k runs, broadcasting
+// a and streaming the panel.
 //
 // Every element of c is made in the same way whatever the tile, the batch or the partition: a chain of fused
 // multiply-adds over each kDepth of k, from zero, and the chains added to init in order. So its bits depend
@@ -19,7 +19,38 @@
 
 namespace fastseq::FASTSEQ_ISA {
 
-constexpr int kPanelVectors = 4;
+// Things are cut into groups of nearly equal size, at most `most`; group i of `count` begins here.
+inline int64_t group_begin(int64_t n, int64_t count, int64_t i) {
+  const int64_t size = n / count, longer = n % count;
+  return i * size + (i < longer ? i : longer);
+}
+inline int64_t group_count(int64_t n, int64_t most) { return (n + most - 1) / most; }
+
+// With sixteen registers tiles of 4 x 3: 4 rows divide most batches, and kDepth values of k of such a panel fit
+// into a first-level cache of 32 KB, which those of a panel of four vectors would fill.
+constexpr bool kFewRegisters = kVectorRegisters < 32;
+constexpr int kPanelVectors = kFewRegisters ? 3 : 4;
+
+// One or two rows need wider panels, or the latency of their few accumulators would be what they wait for.
+constexpr int kWidestPanel = 8;
+constexpr int panel_vectors(int64_t rows) {
+  if (rows == 1) return kWidestPanel;
+  return rows == 2 && kFewRegisters ? 4 : kPanelVectors;
+}
+
+// Rows of the register tile for a panel of so many vectors: accumulators, panel vectors and a broadcast fit.
+constexpr int tile_rows(int vectors) {
+  constexpr int kMany[] = {0, 14, 12, 8, 6, 1, 1, 1, 1}, kFew[] = {0, 8, 6, 4, 2, 1, 1, 1, 1};
+  return kFewRegisters ? kFew[vectors] : kMany[vectors];
+}
+
+// How a b of so many vectors is cut into panels of at most `most`, as equal as can be.
+struct PanelCut {
+  int vectors, most;
+  int count() const { return (vectors + most - 1) / most; }
+  int begin(int panel) const { return int(group_begin(vectors, count(), panel)); }
+  int size(int panel) const { return begin(panel + 1) - begin(panel); }
+};
 
 template <class O>
 struct Operand {
@@ -54,12 +85,6 @@ struct Multiplier<bfloat16> {
 };
 #endif
 
-// Rows of the register tile for a panel of so many vectors: accumulators, panel vectors and a broadcast fit.
-constexpr int tile_rows(int vectors) {
-  constexpr int kLarge[] = {0, 14, 12, 8, 6}, kSmall[] = {0, 8, 6, 4, 3};
-  return kVectorRegisters == 32 ? kLarge[vectors] : kSmall[vectors];
-}
-
 template <class O>
 constexpr int64_t pairs(int64_t k) {
   return (k + Operand<O>::kPair - 1) / Operand<O>::kPair;
@@ -87,7 +112,7 @@ void micro_kernel(const TileArgs<O>& t) {
   V acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < kVectors; ++n) acc[m][n] = V(0);
   }
   const typename Operand<O>::Element* a = t.a;
@@ -95,11 +120,11 @@ void micro_kernel(const TileArgs<O>& t) {
   const int64_t row = t.row_stride, step = t.k_stride;
   for (int64_t k = 0; k < t.k; ++k) {
     typename M::Loaded panel[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < kVectors; ++n) panel[n] = M::load_panel(b + n * V::kWidth * kPair);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int n = 0; n < kVectors; ++n) acc[m][n] = M::multiply_add(a[m * row], panel[n], acc[m][n]);
     }
     a += step;
@@ -107,7 +132,7 @@ void micro_kernel(const TileArgs<O>& t) {
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < kVectors; ++n) {
       if (t.init) acc[m][n] = load<V>(t.init + m * t.init_stride + n * V::kWidth) + acc[m][n];
       store(t.c + m * t.c_stride + n * V::kWidth, acc[m][n]);
@@ -124,31 +149,31 @@ void micro_kernel_of(int rows, const TileArgs<O>& t) {
   }
 }
 
-// Rows are cut into groups of nearly equal height, at most `most`; group i of `count` begins here.
-inline int64_t group_begin(int64_t rows, int64_t count, int64_t i) {
-  const int64_t size = rows / count, longer = rows % count;
-  return i * size + (i < longer ? i : longer);
-}
-inline int64_t group_count(int64_t rows, int64_t most) { return (rows + most - 1) / most; }
-
 // A slice of a panel of so many k stays in a quarter of a small L2 cache while all row groups pass over it.
 constexpr int64_t kDepth = 256;
 
-// c (rows x panel) = init + a * panel. k_stride 0 says that a was packed by pack_transposed_pairs.
+template <class O, int kVectors = kWidestPanel>
+void multiply_group(int vectors, int rows, const TileArgs<O>& t) {
+  if (vectors == kVectors) {
+    micro_kernel_of<O, kVectors>(rows, t);
+  } else if constexpr (kVectors > 1) {
+    multiply_group<O, kVectors - 1>(vectors, rows, t);
+  }
+}
+
 template <class O>
-void multiply(int vectors, int64_t rows, TileArgs<O> t) {
+void multiply_panel(int vectors, int64_t rows, const TileArgs<O>& t) {
   const bool packed = t.k_stride == 0;
   const int64_t columns = vectors * Vec<typename Operand<O>::Scalar>::kWidth * Operand<O>::kPair;
   const int64_t groups = group_count(rows, tile_rows(packed ? kPanelVectors : vectors));
-  const int64_t depth = t.k;
   int64_t k = 0;
   do {
-    const int64_t k_end = depth - k > kDepth ? k + kDepth : depth;
+    const int64_t k_end = t.k - k > kDepth ? k + kDepth : t.k;
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t begin = group_begin(rows, groups, i), size = group_begin(rows, groups, i + 1) - begin;
       TileArgs<O> g = t;
       g.k = k_end - k;
-      g.a += packed ? begin * depth + k * size : begin * t.row_stride + k * t.k_stride;
+      g.a += packed ? begin * t.k + k * size : begin * t.row_stride + k * t.k_stride;
       if (packed) g.k_stride = size;
       g.panel += k * columns;
       g.c += begin * t.c_stride;
@@ -158,22 +183,23 @@ void multiply(int vectors, int64_t rows, TileArgs<O> t) {
       } else if (t.init) {
         g.init += begin * t.init_stride;
       }
-      switch (vectors) {
-        case 1:
-          micro_kernel_of<O, 1>(int(size), g);
-          break;
-        case 2:
-          micro_kernel_of<O, 2>(int(size), g);
-          break;
-        case 3:
-          micro_kernel_of<O, 3>(int(size), g);
-          break;
-        default:
-          micro_kernel_of<O, 4>(int(size), g);
-      }
+      multiply_group(vectors, int(size), g);
     }
     k = k_end;
-  } while (k < depth);
+  } while (k < t.k);
+}
+
+// c (rows x vectors) = init + a * b, b in panels. k_stride 0 says that a was packed by pack_left.
+template <class O>
+void multiply(const PanelCut& cut, int64_t rows, TileArgs<O> t) {
+  constexpr int kWidth = Vec<typename Operand<O>::Scalar>::kWidth;
+  for (int p = 0; p < cut.count(); ++p) {
+    const int vectors = cut.size(p);
+    multiply_panel(vectors, rows, t);
+    t.panel += t.k * vectors * kWidth * Operand<O>::kPair;
+    t.c += vectors * kWidth;
+    if (t.init) t.init += vectors * kWidth;
+  }
 }
 
 // ---- packing ----
@@ -243,22 +269,32 @@ void pack_rows(const S* const* rows, int64_t offset, int64_t stride, int64_t cou
   }
 }
 
-// a of a product with a transposed left side, where operands go in pairs: rows [0, count) of a^T are columns
-// of `depth` rows that lie row_stride apart. (Single operands are read in place, with row stride 1.) Laid out
-// as multiply() cuts them: for each group of rows, [k][row of the group]. Moves whole vectors: reads and
-// writes up to kPackSlack elements past the end, and what it writes there is filled in later.
+// The left side of a product with a transposed matrix: rows [0, count) of a^T are columns of `depth` rows that
+// lie row_stride apart. Read in place with row stride 1, or, where kPackLeft, packed as multiply() cuts them:
+// for each group of rows, [k][row of the group]. Pairs have to be packed. Single values in tiles of four rows
+// would use a quarter of each line that they touch; in taller tiles reading in place is as fast.
+template <class O>
+constexpr bool kPackLeft = Operand<O>::kPair == 2 || tile_rows(kPanelVectors) <= 4;
+
+// Moves whole vectors: reads and writes up to kPackSlack elements past the end, and what it writes there is
+// filled in later.
 constexpr int64_t kPackSlack = kVectorBytes / 4;
-inline void pack_transposed_pairs(const bfloat16* matrix, int64_t row_stride, int64_t count, int64_t depth,
-                                  uint32_t* packed) {
-  using V = Vec<float>;
+template <class O>
+void pack_left(const O* matrix, int64_t row_stride, int64_t count, int64_t depth,
+               typename Operand<O>::Element* packed) {
+  using V = Vec<typename Operand<O>::Scalar>;
   const int64_t groups = group_count(count, tile_rows(kPanelVectors));
   for (int64_t i = 0; i < groups; ++i) {
     const int64_t begin = group_begin(count, groups, i), size = group_begin(count, groups, i + 1) - begin;
-    for (int64_t k = 0; k < depth; k += 2, packed += size) {
-      const bfloat16* row = matrix + k * row_stride + begin;
+    for (int64_t k = 0; k < depth; k += Operand<O>::kPair, packed += size) {
+      const O* const row = matrix + k * row_stride + begin;
       for (int64_t m = 0; m < size; m += V::kWidth) {
-        const V odd = k + 1 < depth ? load<V>(row + row_stride + m) : V(0);
-        store_pair(packed + m, load<V>(row + m), odd);
+        if constexpr (Operand<O>::kPair == 1) {
+          store(packed + m, load<V>(row + m));
+        } else {
+          const V odd = k + 1 < depth ? load<V>(row + row_stride + m) : V(0);
+          store_pair(packed + m, load<V>(row + m), odd);
+        }
       }
     }
   }

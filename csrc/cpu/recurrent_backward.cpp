@@ -92,9 +92,12 @@ class Backward {
   void lay_out() {
     const int64_t hidden = args_.hidden_size, batch = args_.shape.batch, inputs = args_.input_size;
     const int64_t rows = all_rows(), gate_rows = cell_.gates * hidden;
-    units_ = {hidden, kWidth * unit_vectors<Scalar>(hidden, 1, plan_.unit_parts)};
-    outputs_ = args_.proj_size ? Blocks{width(), kWidth * unit_vectors<Scalar>(width(), 1, plan_.unit_parts)}
-                               : units_;
+    const int64_t rows_of_step = args_.shape.batch_sizes ? batch : group_count(batch, plan_.batch_parts);
+    const int panel = panel_vectors(rows_of_step);
+    const auto cut = [&](int64_t n) {
+      return Blocks{n, kWidth * unit_vectors<Scalar>(n, 1, plan_.unit_parts, rows_of_step, panel)};
+    };
+    units_ = cut(hidden), outputs_ = cut(width());
     chunk_rows_ = least(rows, most(plan_.chunk_rows, batch));
     depth_ = least(chunk_rows_, kChunkDepth);
     hidden_stride_ = round_up(hidden, kWidth);
@@ -105,14 +108,14 @@ class Backward {
     for (int i = 0; i < args_.directions; ++i) {
       const RecurrentDirection& t = args_.direction[i];
       DirectionState& s = direction_[i];
-      s.recurrent_first = {nullptr, nullptr, outputs_, 1, hidden, cell_.first_gates};
+      s.recurrent_first = {nullptr, nullptr, outputs_, 1, hidden, cell_.first_gates, panel};
       s.recurrent_first.take(arena_, false);
-      s.recurrent_rest = {nullptr, nullptr, units_, 1, hidden, cell_.gates - cell_.first_gates};
+      s.recurrent_rest = {nullptr, nullptr, units_, 1, hidden, cell_.gates - cell_.first_gates, panel};
       s.recurrent_rest.take(arena_, false);
       s.input = {nullptr, nullptr, {args_.grad_input.data ? inputs : 0, kPanelColumns},
                  1,       hidden,  cell_.gates};
       s.input.take(arena_, false);
-      s.projection = {nullptr, nullptr, {args_.proj_size ? hidden : 0, units_.width}, 1, width(), 1};
+      s.projection = {nullptr, nullptr, {args_.proj_size ? hidden : 0, units_.width}, 1, width(), 1, panel};
       s.projection.take(arena_, false);
       s.dh = arena_.take<Scalar>(batch * width_stride_);
       s.dc = arena_.take<Scalar>(cell_.cell_state ? batch * hidden_stride_ : 0);
@@ -137,8 +140,8 @@ class Backward {
       s.operand_right = {nullptr, nullptr, {operand_used ? hidden : 0, kPanelColumns}, 1, depth_, 1};
       s.operand_right.take(arena_, false);
     }
-    transposed_stride_ = Operand<O>::kPair == 2 ? pairs<O>(depth_) * kBlockRows + kPackSlack : 0;
-    transposed_ = arena_.take<Element>(team_size() * transposed_stride_);
+    left_size_ = kPackLeft<O> ? pairs<O>(depth_) * kBlockRows + kPackSlack : 0;
+    left_ = arena_.take<Element>(team_size() * left_size_);
   }
 
   void run_thread(int thread) {
@@ -179,7 +182,7 @@ class Backward {
     const int rank, ranks;               // among the threads of this direction
     bool backwards = false;              // of the order of blocks
     const Range own_units, own_outputs;  // blocks
-    Element* const transposed;
+    Element* const left;
     bool first_chunk = true;
 
     Worker(Backward& pass, int d, const Seat& seat, int thread)
@@ -195,7 +198,7 @@ class Backward {
           ranks(pass.plan_.batch_parts * pass.plan_.unit_parts),
           own_units(share(pass.units_.count(), pass.plan_.unit_parts, seat.unit_part)),
           own_outputs(share(pass.outputs_.count(), pass.plan_.unit_parts, seat.unit_part)),
-          transposed(pass.transposed_ + thread * pass.transposed_stride_) {}
+          left(pass.left_ + thread * pass.left_size_) {}
 
     void meet() const { pass.meetings_.of_units(seat); }
     void meet_direction() const { pass.meetings_.of_direction(seat); }
@@ -336,7 +339,7 @@ class Backward {
           ++end;
         }
         const O* const a = from + r.begin * from_stride + block * pass.hidden_stride_;
-        multiply<O>(panels.vectors(j), r.size(),
+        multiply<O>(panels.cut(j), r.size(),
                     {pairs<O>(panels.depth) * (end - g), elements(a), row_elements<O>(from_stride), 1,
                      panels.at(j, g), sums, sums_stride, add || g > 0 ? sums : nullptr, sums_stride});
       }
@@ -471,8 +474,7 @@ class Backward {
       meet_direction();
       const int64_t hidden = args.hidden_size, width = pass.width();
       const auto add = [&](const O* a, int64_t a_stride, int64_t m, const Panels<O>& right, Scalar* sum) {
-        add_transposed_product<O>({a, a_stride, m, &right, sum, !first_chunk}, depth, rank, ranks,
-                                  transposed);
+        add_transposed_product<O>({a, a_stride, m, &right, sum, !first_chunk}, depth, rank, ranks, left);
       };
       const O* const d_rows = state.d + k * pass.d_stride_;
       for (int g = 0; g < cell.gates; ++g) {
@@ -565,8 +567,8 @@ class Backward {
   Blocks units_, outputs_;  // of H and of R
   int64_t chunk_rows_, depth_, hidden_stride_, width_stride_, d_stride_;
   DirectionState direction_[2];
-  Element* transposed_;  // [thread]: a block of d^T, where operands go in pairs
-  int64_t transposed_stride_;
+  Element* left_;  // [thread]: a block of d^T, where kPackLeft
+  int64_t left_size_;
 };
 
 }  // namespace

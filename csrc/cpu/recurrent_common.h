@@ -101,18 +101,26 @@ inline void for_each_block(Range blocks, bool backwards, Body body) {
   for (int64_t i = 0; i < blocks.size(); ++i) body(backwards ? blocks.end - 1 - i : blocks.begin + i);
 }
 
-// How many vectors of hidden units a block has, if each takes `gates` panel vectors: wide panels run faster,
-// but all parts should get the same number of units.
+// Vectors of all gates of a block, at most. A block may have several panels where they are narrow.
+constexpr int kBlockVectors = 8;
+constexpr int block_vectors(int64_t rows) {
+  return kFewRegisters ? kBlockVectors : panel_vectors(rows);
+}
+
+// How many vectors of hidden units a block has, if each takes `gates` vectors, up to `most` in all, and panels
+// have up to panel_vectors(rows): wide panels run faster, but all parts should get the same number of units.
 template <class Scalar>
-int64_t unit_vectors(int64_t hidden, int gates, int parts) {
+int64_t unit_vectors(int64_t hidden, int gates, int parts, int64_t rows, int most) {
   constexpr int kWidth = Vec<Scalar>::kWidth;
-  constexpr double kEfficiency[] = {0, 0.8, 0.94, 1, 1};
+  constexpr double kEfficiency[kWidestPanel + 1] = {0, 0.8, 0.94, 1, 1, 1, 1, 1, 1};
   const int64_t vectors = (hidden + kWidth - 1) / kWidth;
   int64_t best = 1;
   double best_time = 1e300;
-  for (int64_t n = 1; n * gates <= kPanelVectors && n <= vectors; ++n) {
-    const int64_t blocks = ((vectors + n - 1) / n + parts - 1) / parts;
-    const double time = double(blocks * n) / kEfficiency[n * gates];
+  for (int n = 1; n * gates <= most && n <= vectors; ++n) {
+    const PanelCut cut{n * gates, panel_vectors(rows)};
+    double block = 0;
+    for (int p = 0; p < cut.count(); ++p) block += cut.size(p) / kEfficiency[cut.size(p)];
+    const double time = double(((vectors + n - 1) / n + parts - 1) / parts) * block;
     if (time <= best_time) best_time = time, best = n;
   }
   return best;
@@ -130,13 +138,16 @@ struct Panels {
   int gates;      // column groups of a block, each blocks.width wide
   int64_t depth;  // of one segment
   int64_t segments;
-  bool one_slot = false;  // only one block is there at a time
+  int widest = kPanelVectors;  // panel, in vectors
+  bool one_slot = false;     // only one block is there at a time
 
   int vectors(int64_t j) const {
     return gates * int((gates > 1 ? blocks.width : round_up(blocks.size(j), kWidth)) / kWidth);
   }
+  PanelCut cut(int64_t j) const { return {vectors(j), widest}; }
   int64_t block_size() const { return segments * pairs<O>(depth) * Operand<O>::kPair * gates * blocks.width; }
   int64_t columns(int64_t j) const { return int64_t(vectors(j)) * kWidth; }
+  // Panel [k][n] of a block's first vector, or of a segment's; only blocks of one panel have segments.
   O* at(int64_t j, int64_t segment = 0) const {
     return data + slot(j) * block_size() + segment * pairs<O>(depth) * Operand<O>::kPair * columns(j);
   }
@@ -155,19 +166,30 @@ struct Panels {
   void pack_transposed_rows(int64_t j, const S* weight, const S* bias_source, int first_gate) {
     for (int g = 0; g < gates; ++g) {
       const int64_t row = (first_gate + g) * blocks.n + blocks.begin(j);
-      const int64_t group = columns(j) / gates;
-      for (int64_t i = 0; i < group; i += kWidth) {
-        const int64_t column = g * group + i, count = most(0, least(kWidth, blocks.size(j) - i));
-        pack_transposed<O>(weight + (row + i) * depth, depth, count, depth,
-                           at(j) + column * Operand<O>::kPair, columns(j));
+      const int group = vectors(j) / gates;
+      for (int i = 0; i < group; ++i) {
+        const int64_t unit = i * kWidth, count = most(0, least(kWidth, blocks.size(j) - unit));
+        pack_vector(j, g * group + i, weight + (row + unit) * depth, count);
         if (bias) {
-          store(bias_at(j) + column, load_strided<Vec<Scalar>>(bias_source + row + i, 1, count));
+          store(bias_at(j) + g * group * kWidth + unit,
+                load_strided<Vec<Scalar>>(bias_source + row + unit, 1, count));
         }
       }
     }
   }
 
-  // Block j of columns from the rows of `weight` [segments * depth, blocks.n] as they lie.
+  // Vector v of block j from `count` rows of a weight, transposed.
+  template <class S>
+  void pack_vector(int64_t j, int v, const S* rows, int64_t count) {
+    constexpr int kLane = kWidth * Operand<O>::kPair;
+    const PanelCut panels = cut(j);
+    int p = 0;
+    while (panels.begin(p + 1) <= v) ++p;
+    O* const to = at(j) + (panels.begin(p) * pairs<O>(depth) + v - panels.begin(p)) * kLane;
+    pack_transposed<O>(rows, depth, count, depth, to, panels.size(p) * kWidth);
+  }
+
+  // Block j, of one panel, from the rows of `weight` [segments * depth, blocks.n] as they lie.
   template <class S>
   void pack_columns(int64_t j, const S* weight, int64_t first_segment) {
     const S* rows[kDepth];
@@ -187,7 +209,7 @@ struct Panels {
 // One tile of sums, on the stack of the thread that makes it.
 template <class Scalar>
 struct alignas(64) TileBuffer {
-  Scalar data[kBlockRows * kPanelVectors * Vec<Scalar>::kWidth];
+  Scalar data[kBlockRows * kBlockVectors * Vec<Scalar>::kWidth];
 };
 
 // n elements of a row from storage to operand type; pads an odd pair with zero.

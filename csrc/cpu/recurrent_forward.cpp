@@ -75,11 +75,12 @@ class Forward {
   void lay_out() {
     const int64_t hidden = args_.hidden_size, batch = args_.shape.batch;
     const int most_gates = phases() == 2 ? cell_.first_gates : cell_.gates;
-    units_ = {hidden, kWidth * unit_vectors<Scalar>(hidden, most_gates, plan_.unit_parts)};
+    const int64_t rows_of_step = args_.shape.batch_sizes ? batch : group_count(batch, plan_.batch_parts);
+    units_ = {hidden, kWidth * unit_vectors<Scalar>(hidden, most_gates, plan_.unit_parts, rows_of_step,
+                                                    block_vectors(rows_of_step))};
     projected_ = {args_.proj_size, kPanelVectors * kWidth};
     // At least the rows of one step that a part owns; parts of a packed sequence are cut by length, not by rows.
-    chunk_rows_ =
-        most(plan_.chunk_rows, args_.shape.batch_sizes ? batch : group_count(batch, plan_.batch_parts));
+    chunk_rows_ = most(plan_.chunk_rows, rows_of_step);
     input_stride_ = round_up(args_.input_size, kWidth);
     state_stride_ =
         round_up(width(), kWidth) + kWidth;  // an odd number of lines: rows spread over the cache's sets
@@ -95,7 +96,7 @@ class Forward {
         Phase& phase = state.phase[p];
         phase.input = {nullptr, nullptr, units_, gates, args_.input_size, 1};
         if (packs_ahead()) phase.input.take(arena_, args_.direction[d].bias_ih != nullptr);
-        phase.recurrent = {nullptr, nullptr, units_, gates, width(), 1};
+        phase.recurrent = {nullptr, nullptr, units_, gates, width(), 1, panel_vectors(rows_of_step)};
         if (packs_ahead()) phase.recurrent.take(arena_, args_.direction[d].bias_hh != nullptr);
       }
       state.projection = {nullptr, nullptr, projected_, 1, hidden, 1};
@@ -109,7 +110,7 @@ class Forward {
     projected_input_ = arena_.take<Scalar>(rows * cell_.gates * units_.count() * units_.width);
     staged_ = arena_.take<O>(rows * input_stride_);
     const int64_t depth = single_step_ ? most(args_.input_size, width()) : 0;
-    slot_ = {nullptr, nullptr, {1, units_.width}, most_gates, depth, 1, true};
+    slot_ = {nullptr, nullptr, {1, units_.width}, most_gates, depth, 1, kPanelVectors, true};
     slot_size_ = slot_.block_size();
     slot_memory_ = arena_.take<O>(team_size() * slot_size_);
     slot_bias_ = arena_.take<Scalar>(team_size() * most_gates * units_.width);
@@ -300,7 +301,7 @@ class Forward {
                    int first_gate, const void* weight, const void* bias, Scalar* to) {
       const int64_t columns = panels.columns(j);
       if (!pass.in_place_) {
-        multiply<O>(panels.vectors(j), rows,
+        multiply<O>(panels.cut(j), rows,
                     {pairs<O>(panels.depth), elements(a), row_elements<O>(stride), 1, panels.at(j), to,
                      columns, panels.bias_at(j), 0});
         return;
@@ -385,7 +386,7 @@ class Forward {
         const int64_t column = panels.blocks.begin(j), n = panels.blocks.size(j), columns = panels.columns(j);
         for_each_row_block(rows, [&](Range r) {
           multiply<O>(
-              panels.vectors(j), r.size(),
+              panels.cut(j), r.size(),
               {pairs<O>(panels.depth), elements(state.middle + r.begin * pass.middle_stride_),
                row_elements<O>(pass.middle_stride_), 1, panels.at(j), sums.data, columns, nullptr, 0});
           for_each_vector<kWidth>(r.size(), n, [&](int64_t row, int64_t i, int64_t valid) FS_BODY {

@@ -20,11 +20,10 @@ struct TransposedProduct {
   bool add;                // to what is there; else it is overwritten
 };
 
-// This thread's share of sum (+)= a^T b. `transposed` is its room for a block of a^T where operands go in
-// pairs; single ones are read in place, a column at a time, faster than a packed copy could be made.
+// This thread's share of sum (+)= a^T b. `left` is its room for a block of a^T, where kPackLeft.
 template <class O>
 void add_transposed_product(const TransposedProduct<O>& p, int64_t depth, int rank, int ranks,
-                            typename Operand<O>::Element* transposed) {
+                            typename Operand<O>::Element* left) {
   using Scalar = typename Operand<O>::Scalar;
   using V = Vec<Scalar>;
   const int64_t n = p.right->blocks.n, parts = round_up(group_count(p.m, kBlockRows), ranks);
@@ -34,9 +33,9 @@ void add_transposed_product(const TransposedProduct<O>& p, int64_t depth, int ra
     if (own.size() == 0) continue;
     TileArgs<O> tile{
         pairs<O>(depth), elements(p.a + own.begin), 1, p.a_stride, nullptr, sums.data, 0, nullptr, 0};
-    if constexpr (Operand<O>::kPair == 2) {
-      pack_transposed_pairs(p.a + own.begin, p.a_stride, own.size(), depth, transposed);
-      tile.a = transposed, tile.k_stride = 0;
+    if constexpr (kPackLeft<O>) {
+      pack_left(p.a + own.begin, p.a_stride, own.size(), depth, left);
+      tile.a = left, tile.k_stride = 0;
     }
     for (int64_t j = 0; j < p.right->blocks.count(); ++j) {
       const int64_t columns = p.right->columns(j), valid = p.right->blocks.size(j);
@@ -47,7 +46,7 @@ void add_transposed_product(const TransposedProduct<O>& p, int64_t depth, int ra
         }
       }
       tile.panel = p.right->at(j), tile.c_stride = columns;
-      multiply<O>(p.right->vectors(j), own.size(), tile);
+      multiply<O>(p.right->cut(j), own.size(), tile);
       for_each_vector<V::kWidth>(own.size(), valid, [&](int64_t row, int64_t i, int64_t count) FS_BODY {
         V sum = load<V>(sums.data + row * columns + i);
         Scalar* const at = to + row * n + i;
@@ -69,7 +68,8 @@ void add_column_sums(const O* rows, int64_t row_stride, int64_t depth, int64_t c
   for (int64_t column = rank * kWide; column < columns; column += ranks * kWide) {
     const int64_t n = least(kWide, columns - column);
     for (int64_t begin = 0; begin < depth; begin += kFewRows) {
-      V few[kPanelVectors] = {V(0), V(0), V(0), V(0)};
+      V few[kPanelVectors];
+      for (V& sum : few) sum = V(0);
       for (int64_t row = begin; row < least(begin + kFewRows, depth); ++row) {
         const O* const from = rows + row * row_stride + column;
         for (int64_t i = 0; i * V::kWidth < n; ++i) few[i] = few[i] + load<V>(from + i * V::kWidth);
