@@ -4,10 +4,10 @@
 //   c[row][n] = bias[n] + sum over k of a[row][k] * w[n][k]     (the bias starts the sum of the first lane)
 //
 // Both sides are contiguous in k, so a vector holds one dot product's partial sums of neighbouring k, and the
-// lanes are added up at the end. A tile of kWidth dot products (1 x 16, 2 x 8 or 4 x 4 rows and columns) ends
-// in one vector. Each element's sums are made in the same order whatever the tile: its bits depend on its own
-// row and column only. What it costs: a load of w for each vector of a row group, so at batch 1 the bandwidth
-// of the cache that holds w.
+// lanes are added up at the end. A tile is a few rows by at most kWidth columns, so that a row's sums end in one
+// vector. Each element's sums are made in the same order whatever the tile: its bits depend on its own row and
+// column only. What it costs: a load of w for each vector of a row group, so at batch 1 the bandwidth of the
+// cache that holds w. Of a large batch as many rows as fit into half a first-level cache pass over w at a time.
 #pragma once
 
 #include "gemm.h"
@@ -42,20 +42,34 @@ struct Dot<bfloat16, bfloat16> {
 };
 #endif
 
-// Lane i of the result is the sum of acc[i]'s lanes; acc is used up.
-template <int kDistance, class T>
+// Lane i of the result is the sum of acc[i]'s lanes, i < kCount; acc is used up. Neighbouring lanes are added
+// first, then sums of two, of four, ...: the same additions for every kCount.
+template <int kCount, int kDistance = 1, class T>
 inline Vec<T> sum_lanes(Vec<T>* acc) {
   if constexpr (kDistance == Vec<T>::kWidth) {
     return acc[0];
   } else {
+    Vec<T> copy = acc[0];
+    if constexpr (kDistance >= kCount) {
+      exchange_blocks<kDistance>(acc[0], copy);
+      acc[0] = acc[0] + copy;
+    } else {
 #pragma GCC unroll 16
-    for (int i = 0; i < Vec<T>::kWidth; i += 2 * kDistance) {
-      exchange_blocks<kDistance>(acc[i], acc[i + kDistance]);
-      acc[i] = acc[i] + acc[i + kDistance];
+      for (int i = 0; i < kCount; i += 2 * kDistance) {
+        exchange_blocks<kDistance>(acc[i], acc[i + kDistance]);
+        acc[i] = acc[i] + acc[i + kDistance];
+      }
     }
-    return sum_lanes<2 * kDistance>(acc);
+    return sum_lanes<kCount, 2 * kDistance>(acc);
   }
 }
+
+// Columns of a tile of so many rows: registers for the sums, a vector of each row, and one of w.
+template <class V>
+constexpr int dot_columns(int rows) {
+  return rows == 1 || V::kWidth < 4 ? V::kWidth : 4;
+}
+constexpr int kDotRows = kFewRegisters ? 3 : 4;
 
 template <class S, class O>
 struct InPlaceArgs {
@@ -75,9 +89,9 @@ template <class S, class O, int kRows>
 void dot_tile(const InPlaceArgs<S, O>& t, int64_t columns) {
   using D = Dot<S, O>;
   using V = typename D::V;
-  constexpr int kWidth = V::kWidth, kColumns = kWidth / kRows;
+  constexpr int kColumns = dot_columns<V>(kRows);
   const S* weight[kColumns];
-  V acc[kWidth];
+  V acc[kRows][kColumns];
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kColumns; ++i) {
     const int64_t column = i < columns ? i : 0;
@@ -85,7 +99,7 @@ void dot_tile(const InPlaceArgs<S, O>& t, int64_t columns) {
     V start(0);
     if (t.bias) start.v[0] = widen(t.bias[column]);
 #pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m) acc[m * kColumns + i] = start;
+    for (int m = 0; m < kRows; ++m) acc[m][i] = start;
   }
   const auto add = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     typename D::Loaded a[kRows];
@@ -95,46 +109,54 @@ void dot_tile(const InPlaceArgs<S, O>& t, int64_t columns) {
     for (int i = 0; i < kColumns; ++i) {
       const typename D::Loaded w = D::load_first(weight[i] + k, n);
 #pragma GCC unroll 4
-      for (int m = 0; m < kRows; ++m) acc[m * kColumns + i] = D::multiply_add(a[m], w, acc[m * kColumns + i]);
+      for (int m = 0; m < kRows; ++m) acc[m][i] = D::multiply_add(a[m], w, acc[m][i]);
     }
   };
   int64_t k = 0;
   for (; k + D::kStep <= t.depth; k += D::kStep) add(k, D::kStep);
   if (k < t.depth) add(k, t.depth - k);
-  alignas(kVectorBytes) typename V::Scalar sums[kWidth];
-  store(sums, sum_lanes<1>(acc));
+#pragma GCC unroll 4
   for (int m = 0; m < kRows; ++m) {
+    alignas(kVectorBytes) typename V::Scalar sums[V::kWidth];
+    store(sums, sum_lanes<kColumns>(acc[m]));
     const auto copy = [&](int64_t n) __attribute__((always_inline)) {
-      std::memcpy(t.c + m * t.c_stride, sums + m * kColumns, size_t(n) * sizeof(typename V::Scalar));
+      std::memcpy(t.c + m * t.c_stride, sums, size_t(n) * sizeof(typename V::Scalar));
     };
-    columns == kColumns ? copy(kColumns) : copy(columns);
+    columns >= kColumns ? copy(kColumns) : copy(columns);
   }
 }
 
 template <class S, class O, int kRows>
-int64_t dot_rows(InPlaceArgs<S, O> t, int64_t row, int64_t rows, int64_t columns) {
-  constexpr int kColumns = Vec<typename Operand<O>::Scalar>::kWidth / kRows;
-  const int64_t end = row + (rows - row) / kRows * kRows;
-  for (int64_t n = 0; n < columns && row < end; n += kColumns) {
-    InPlaceArgs<S, O> at = t;
-    at.weight += n * t.weight_stride;
-    if (t.bias) at.bias += n;
-    for (int64_t m = row; m < end; m += kRows) {
-      at.a = t.a + m * t.a_stride;
-      at.c = t.c + m * t.c_stride + n;
-      dot_tile<S, O, kRows>(at, columns - n < kColumns ? columns - n : kColumns);
-    }
+void dot_rows(int64_t rows, const InPlaceArgs<S, O>& t, int64_t columns) {
+  if (rows == kRows) {
+    dot_tile<S, O, kRows>(t, columns);
+  } else if constexpr (kRows > 1) {
+    dot_rows<S, O, kRows - 1>(rows, t, columns);
   }
-  return end;
 }
 
 template <class S, class O>
 void multiply_in_place(const InPlaceArgs<S, O>& t, int64_t rows, int64_t columns) {
-  constexpr int kWidth = Vec<typename Operand<O>::Scalar>::kWidth;
-  int64_t row = 0;
-  if constexpr (kWidth >= 16) row = dot_rows<S, O, 4>(t, row, rows, columns);
-  row = dot_rows<S, O, 2>(t, row, rows, columns);
-  dot_rows<S, O, 1>(t, row, rows, columns);
+  using V = Vec<typename Operand<O>::Scalar>;
+  constexpr int64_t kNearBytes = 16 * 1024;
+  const int64_t most_groups = kNearBytes / (t.depth * int64_t(sizeof(O))) / kDotRows;
+  const int64_t block = kDotRows * (most_groups > 1 ? most_groups : 1), blocks = group_count(rows, block);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = group_begin(rows, blocks, b), count = group_begin(rows, blocks, b + 1) - first;
+    const int64_t groups = group_count(count, kDotRows);
+    const int64_t step = dot_columns<V>(int(group_begin(count, groups, 1)));  // of all tiles
+    for (int64_t n = 0; n < columns; n += step) {
+      InPlaceArgs<S, O> at = t;
+      at.weight += n * t.weight_stride;
+      if (t.bias) at.bias += n;
+      for (int64_t i = 0; i < groups; ++i) {
+        const int64_t row = group_begin(count, groups, i), end = group_begin(count, groups, i + 1);
+        at.a = t.a + (first + row) * t.a_stride;
+        at.c = t.c + (first + row) * t.c_stride + n;
+        dot_rows<S, O, kDotRows>(end - row, at, columns - n);
+      }
+    }
+  }
 }
 
 }  // namespace fastseq::FASTSEQ_ISA
