@@ -102,7 +102,11 @@ struct TileArgs {
   int64_t c_stride;
   const Scalar* init;   // null: zero
   int64_t init_stride;  // 0: one row for all, e.g. a bias
+  // What is wanted in the second-level cache soon: so many lines of it for each kPrefetchSteps of k.
+  const char* ahead = nullptr;
+  int ahead_lines = 0;
 };
+constexpr int64_t kPrefetchSteps = 16, kLineBytes = 64;
 
 template <class O, int kRows, int kVectors>
 void micro_kernel(const TileArgs<O>& t) {
@@ -118,7 +122,11 @@ void micro_kernel(const TileArgs<O>& t) {
   const typename Operand<O>::Element* a = t.a;
   const O* b = t.panel;
   const int64_t row = t.row_stride, step = t.k_stride;
+  const char* ahead = t.ahead;
   for (int64_t k = 0; k < t.k; ++k) {
+    if (k % kPrefetchSteps == 0) {
+      for (int i = 0; i < t.ahead_lines; ++i, ahead += kLineBytes) __builtin_prefetch(ahead, 0, 2);
+    }
     typename M::Loaded panel[kVectors];
 #pragma GCC unroll 8
     for (int n = 0; n < kVectors; ++n) panel[n] = M::load_panel(b + n * V::kWidth * kPair);
@@ -161,6 +169,10 @@ void multiply_group(int vectors, int rows, const TileArgs<O>& t) {
   }
 }
 
+// While many groups of rows pass over a slice of a panel, the next slice, which follows it in memory, comes from
+// the third-level cache. With few groups the hardware's own prefetching keeps up, and more only gets in its way.
+constexpr int64_t kManyGroups = 8;
+
 template <class O>
 void multiply_panel(int vectors, int64_t rows, const TileArgs<O>& t) {
   const bool packed = t.k_stride == 0;
@@ -176,6 +188,13 @@ void multiply_panel(int vectors, int64_t rows, const TileArgs<O>& t) {
       g.a += packed ? begin * t.k + k * size : begin * t.row_stride + k * t.k_stride;
       if (packed) g.k_stride = size;
       g.panel += k * columns;
+      if (groups >= kManyGroups) {
+        const int64_t lines = group_count(g.k * columns * int64_t(sizeof(O)), kLineBytes);
+        const int64_t steps = group_count(g.k, kPrefetchSteps);
+        g.ahead_lines = int(group_count(lines, groups * steps));
+        g.ahead = reinterpret_cast<const char*>(g.panel + g.k * columns) +
+                  i * steps * g.ahead_lines * kLineBytes;
+      }
       g.c += begin * t.c_stride;
       if (k > 0) {
         g.init = g.c;
