@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -97,30 +98,57 @@ DType dtype_of(int64_t code) {
   return DType(code);
 }
 
-// FASTSEQ_PLAN=DxBxU forces the parts of the plan. Read here, where the GIL keeps the environment still.
-void read_forced_parts(int (&parts)[3]) {
-  const char* const forced = std::getenv("FASTSEQ_PLAN");
-  if (!forced || std::sscanf(forced, "%dx%dx%d", &parts[0], &parts[1], &parts[2]) != 3) parts[0] = 0;
+// FASTSEQ_PLAN=DxBxU or DxBxUxR forces the parts of the plan and the rows of a chunk. Read here, where the GIL
+// keeps the environment still.
+void read_forced_plan(int (&forced)[4]) {
+  const char* const text = std::getenv("FASTSEQ_PLAN");
+  if (!text || !*text) return;
+  int read = 0, rest = 0;
+  bool good = std::sscanf(text, "%dx%dx%d%n", &forced[0], &forced[1], &forced[2], &read) == 3;
+  if (good && text[read] == 'x') {
+    good = std::sscanf(text + read, "x%d%n", &forced[3], &rest) == 1 && forced[3] > 0;
+  }
+  if (!good || text[read + rest] || forced[0] < 1 || forced[1] < 1 || forced[2] < 1) {
+    throw std::runtime_error(
+        "FASTSEQ_PLAN is \"" + std::string(text) +
+        "\".\nAccepted are parts of directions, batch and units, DxBxU, and rows of a chunk, DxBxUxR.\n"
+        "Set it to three or four positive numbers, 1x2x1 say, or unset it.");
+  }
 }
 
 RecurrentArgs read_problem(Integers& from) {
   RecurrentArgs args = {};
   args.cell = cell_of(from.next()), args.dtype = dtype_of(from.next()), args.threads = int(from.next());
-  read_forced_parts(args.forced_parts);
+  read_forced_plan(args.forced_plan);
   args.shape.steps = from.next(), args.shape.batch = from.next();
   args.shape.batch_sizes = from.pointer<const int64_t>();
   args.input_size = from.next(), args.hidden_size = from.next(), args.proj_size = from.next();
   return args;
 }
 
+// Some tensors have a shape but no memory (torch's zero tensors, for one), which no kernel may find out.
+void require_memory(const RecurrentArgs& args) {
+  const bool rows = args.shape.steps > 0 && args.shape.batch > 0, inputs = args.input_size > 0;
+  bool complete = (args.input.data || !rows || !inputs) && (args.output.data || !rows);
+  for (int d = 0; d < args.directions; ++d) {
+    const RecurrentDirection& t = args.direction[d];
+    complete = complete && (t.weight_ih || !inputs) && t.weight_hh && (t.weight_hr || !args.proj_size);
+  }
+  if (!complete) {
+    throw std::runtime_error(
+        "given: input or weights without memory of their own\naccepted: dense tensors on the CPU\n"
+        "try: tensor.clone()");
+  }
+}
+
 void recurrent_forward(const py::args& arguments) {
   Integers from(arguments);
   RecurrentArgs args = read_problem(from);
+  args.one_step = from.next();
   read_sequence(from, 3, args.input);
   read_sequence(from, 2, args.output);
   read_directions(from, kForwardPointers, args);
-  // Only a layer asks for the last state apart from the output.
-  args.one_step = args.shape.steps == 1 && args.directions == 1 && !args.direction[0].h_n;
+  require_memory(args);
   py::gil_scoped_release release;
   fastseq::recurrent_forward(args);
 }
@@ -133,6 +161,7 @@ void recurrent_backward(const py::args& arguments) {
   read_sequence(from, 3, args.grad_output);
   read_sequence(from, 2, args.grad_input);
   read_directions(from, kPointers, args);
+  require_memory(args);
   py::gil_scoped_release release;
   fastseq::recurrent_backward(args);
 }
@@ -153,10 +182,11 @@ bool run_cell(PyObject* const* arguments) {
   RecurrentDirection& to = args.direction[0];
   if (!g_tensors.read(input, x) || x.rank != 2 || !fastseq::dtype_of(x, args.dtype)) return false;
   if (!g_tensors.read(arguments[6], weight) || weight.rank != 2) return false;
-  const int64_t batch = x.shape[0], inputs = x.shape[1], hidden = weight.shape[1], rows = facts.gates * hidden;
+  const int64_t batch = x.shape[0], inputs = x.shape[1], hidden = weight.shape[1],
+                rows = facts.gates * hidden;
   // A negated view (the imaginary part of a conjugate) skips every other number: it is dense only if it has
   // one element, which no tensor has if hidden > 1. The input need not be dense.
-  if (inputs < 1 || hidden < 2) return false;
+  if (hidden < 2 || !weight.data || (!x.data && batch * inputs > 0)) return false;
   PyObject* const negated = PyObject_CallMethod(input, "is_neg", nullptr);
   Py_XDECREF(negated);  // True and False stay
   if (negated != Py_False) return PyErr_Clear(), false;
@@ -174,14 +204,14 @@ bool run_cell(PyObject* const* arguments) {
   PyObject *const c0 = arguments[4], *const bias_ih = arguments[7], *const bias_hh = arguments[8];
   if ((bias_ih == none) != (bias_hh == none) || (c0 != none && !facts.cell_state) ||
       !take(arguments[3], state, to.h0) || !take(c0, state, to.c0) ||
-      !take(arguments[5], input_weight, to.weight_ih) || !take(arguments[6], recurrent_weight, to.weight_hh) ||
-      !take(bias_ih, bias, to.bias_ih) || !take(bias_hh, bias, to.bias_hh) ||
-      !take(arguments[9], state, output) || !take(arguments[10], state, to.c_n) ||
-      !take(arguments[11], slots, to.saved)) {
+      !take(arguments[5], input_weight, to.weight_ih) ||
+      !take(arguments[6], recurrent_weight, to.weight_hh) || !take(bias_ih, bias, to.bias_ih) ||
+      !take(bias_hh, bias, to.bias_hh) || !take(arguments[9], state, output) ||
+      !take(arguments[10], state, to.c_n) || !take(arguments[11], slots, to.saved)) {
     return false;
   }
   args.cell = CellKind(code), args.threads = int(PyLong_AsLong(arguments[1]));
-  read_forced_parts(args.forced_parts);
+  read_forced_plan(args.forced_plan);
   args.shape = {1, batch, nullptr};
   args.input_size = inputs, args.hidden_size = hidden, args.directions = 1, args.one_step = true;
   args.input = {x.data, {0, x.strides[0], x.strides[1]}};
@@ -193,7 +223,8 @@ bool run_cell(PyObject* const* arguments) {
 
 // Without pybind11's conversions, which would take as long as the rest.
 PyObject* recurrent_cell(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 12) return PyErr_Format(PyExc_TypeError, "12 arguments; the signatures are in _C.pyi"), nullptr;
+  if (count != 12)
+    return PyErr_Format(PyExc_TypeError, "12 arguments; the signatures are in _C.pyi"), nullptr;
   try {
     return PyBool_FromLong(run_cell(arguments));
   } catch (const std::exception& error) {
@@ -207,11 +238,11 @@ PyMethodDef g_fast_calls[] = {
 
 py::dict recurrent_plan(int cell, int dtype, int threads, int64_t steps, int64_t batch, int64_t input_size,
                         int64_t hidden_size, int64_t proj_size, int directions, bool backward) {
-  int forced_parts[3] = {};
-  read_forced_parts(forced_parts);
+  int forced_plan[4] = {};
+  read_forced_plan(forced_plan);
   const RecurrentPlan plan =
       fastseq::recurrent_plan({cell_of(cell), dtype_of(dtype), threads, steps, batch, input_size, hidden_size,
-                               proj_size, directions, backward, forced_parts});
+                               proj_size, directions, backward, forced_plan});
   py::dict d;
   d["direction_parts"] = plan.direction_parts;
   d["batch_parts"] = plan.batch_parts;
@@ -253,9 +284,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("recurrent_forward", &recurrent_forward);
   m.def("recurrent_backward", &recurrent_backward);
   PyModule_AddFunctions(m.ptr(), g_fast_calls);
-  m.def("use_tensors", [](py::handle tensor, py::handle parameter) {
-    return g_tensors.use(tensor.ptr(), parameter.ptr());
-  });
+  m.def("use_tensors",
+        [](py::handle tensor, py::handle parameter) { return g_tensors.use(tensor.ptr(), parameter.ptr()); });
   m.def("recurrent_plan", &recurrent_plan);
   m.def("cpu_info", [] {
     py::dict d;

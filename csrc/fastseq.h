@@ -85,10 +85,10 @@ struct RecurrentArgs {
   CellKind cell;
   DType dtype;  // of every tensor in here
   int threads;  // at most so many
-  int forced_parts
-      [3];  // direction, batch and unit parts of the plan, as far as the shape allows; 0: not forced
+  // Direction, batch and unit parts of the plan, and rows of a chunk, as far as the shape allows; 0: not forced.
+  int forced_plan[4];
   SequenceShape shape;
-  int64_t input_size;   // I >= 1
+  int64_t input_size;   // I >= 0
   int64_t hidden_size;  // H >= 1
   int64_t proj_size;    // 0: no projection
   int directions;       // D; direction 1 runs from the last step to the first

@@ -24,9 +24,7 @@ struct TensorView {
   const int64_t* strides;  // in elements
   uint64_t byte_offset;
 
-  bool has_type(const TensorView& other) const {
-    return type_code == other.type_code && bits == other.bits;
-  }
+  bool has_type(const TensorView& other) const { return type_code == other.type_code && bits == other.bits; }
   // Whether it has this shape and lies in memory without gaps. Strides of dimensions of size 1 do not count.
   template <int kRank>
   bool is_dense(const int64_t (&wanted)[kRank]) const {
@@ -59,7 +57,8 @@ class TensorReader {
   // The classes that may be read: torch.Tensor and torch.nn.Parameter; subclasses may be anything. Returns
   // whether this torch publishes the table.
   bool use(PyObject* tensor, PyObject* parameter) {
-    tensor_ = reinterpret_cast<PyTypeObject*>(tensor), parameter_ = reinterpret_cast<PyTypeObject*>(parameter);
+    tensor_ = reinterpret_cast<PyTypeObject*>(tensor),
+    parameter_ = reinterpret_cast<PyTypeObject*>(parameter);
     PyObject* const capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
     if (capsule) table_ = static_cast<const Table*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
     Py_XDECREF(capsule);

@@ -16,6 +16,7 @@ def recurrent_forward(
     input_size: int,
     hidden_size: int,
     proj_size: int,
+    one_step: bool,
     input: int,
     input_stride_t: int,
     input_stride_b: int,
@@ -56,6 +57,24 @@ def recurrent_backward(
     directions: tuple[tuple[int, ...], ...],
     /,
 ) -> None: ...
+def use_tensors(tensor: type, parameter: type, /) -> bool: ...  # whether recurrent_cell can read them
+
+# False if the tensors are not dense ones on the CPU that fit together; then nothing was done.
+def recurrent_cell(
+    cell: int,
+    threads: int,
+    input: Any,
+    h0: Any,
+    c0: Any,
+    weight_ih: Any,
+    weight_hh: Any,
+    bias_ih: Any,
+    bias_hh: Any,
+    h: Any,
+    c: Any,
+    saved: Any,
+    /,
+) -> bool: ...
 def recurrent_plan(
     cell: int,
     dtype: int,
@@ -70,5 +89,5 @@ def recurrent_plan(
     /,
 ) -> dict[str, int | str]: ...
 def cpu_info() -> dict[str, Any]: ...  # isa: str, isas: list[str], compiled_isas: list[str]
-def cuda_info() -> dict[str, Any]: ...  # built: bool, reason: str, architectures: list[str]
+def cuda_info() -> dict[str, Any]: ...  # built: bool, reason: str, devices: int, architectures: list[str]
 def fma_peak(dtype: int, threads: int, seconds: float, /) -> float: ...

@@ -143,10 +143,10 @@ def check_layer(
             )
     hidden, input_size = weights[1].shape[0] // cell.gates, weights[0].shape[1]
     width = weights[count - 1].shape[0] if projected else hidden
-    if hidden < 1 or input_size < 1 or width < 1:
+    if hidden < 1 or width < 1:
         raise RuntimeError(
             problem(
-                f"weights for input_size {input_size}, hidden_size {hidden}, recurrent size {width}",
+                f"weights for hidden_size {hidden} and recurrent size {width}",
                 "sizes of at least 1",
                 "larger weights",
             )

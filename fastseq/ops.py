@@ -140,6 +140,7 @@ def _recurrent(
         layer.input_size,
         layer.hidden_size,
         layer.width if layer.projected else 0,
+        False,
         input.data_ptr(),
         *_strides(input),
         output.data_ptr(),
@@ -204,6 +205,7 @@ def _step(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> 
         input_size,
         hidden,
         0,
+        True,
         input.data_ptr(),
         0,
         row,
@@ -233,9 +235,10 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def _nobody_listens() -> bool:
-    """Whether the dispatcher could only find a kernel: nothing compiles, traces or transforms."""
+    """Whether the dispatcher could only find a kernel: nothing compiles, traces, transforms or profiles."""
     return not (
         is_compiling()
+        or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
@@ -266,7 +269,9 @@ def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, 
         if save or h0 is None:
             results = _allocate_step(input, input.shape[0], weight_hh.shape[1], mode, save)
         else:
-            results = [torch.empty_like(h0), torch.empty_like(h0)] if cell.cell_state else [torch.empty_like(h0)]
+            results = (
+                [torch.empty_like(h0), torch.empty_like(h0)] if cell.cell_state else [torch.empty_like(h0)]
+            )
         c = results[1] if cell.cell_state else None
         saved = results[-1] if save and cell.saved else None
         threads = torch.get_num_threads()
@@ -302,10 +307,6 @@ def _check_backward(
     lead = () if one_step else (directions,)
     shape = (*input.shape[:-1], directions * layer.width)
     check_like("output", output, shape, "that of the forward pass", input)
-    if output.stride(-1) != 1:
-        raise RuntimeError(
-            problem(f"output with strides {output.stride()}", "a feature stride of 1", "the output as it was")
-        )
     slots, rows, hidden = layer.cell.saved, layer.rows, layer.hidden_size
     check_like(
         "saved", saved, (*lead, rows, slots, hidden) if slots else (0,), "that of the forward pass", input
@@ -407,6 +408,8 @@ def _recurrent_backward(
     grad_input, grad_h0, grad_c0, *grad_weights = grads
     batch_sizes, h0, c0 = _dense(batch_sizes), _dense(h0), _dense(c0)
     grad_h_n, grad_c_n = _dense(grad_h_n), _dense(grad_c_n)
+    # As the forward pass made them, unless a hook on saved tensors laid them out anew.
+    saved, output = saved.contiguous(), output if output.stride(-1) == 1 else output.contiguous()
     weights = [weight.contiguous() for weight in weights]
     rows = zip(
         _weight_addresses(weights, layer),

@@ -192,8 +192,8 @@ void multiply_panel(int vectors, int64_t rows, const TileArgs<O>& t) {
         const int64_t lines = group_count(g.k * columns * int64_t(sizeof(O)), kLineBytes);
         const int64_t steps = group_count(g.k, kPrefetchSteps);
         g.ahead_lines = int(group_count(lines, groups * steps));
-        g.ahead = reinterpret_cast<const char*>(g.panel + g.k * columns) +
-                  i * steps * g.ahead_lines * kLineBytes;
+        g.ahead =
+            reinterpret_cast<const char*>(g.panel + g.k * columns) + i * steps * g.ahead_lines * kLineBytes;
       }
       g.c += begin * t.c_stride;
       if (k > 0) {

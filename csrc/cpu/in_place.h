@@ -139,8 +139,8 @@ template <class S, class O>
 void multiply_in_place(const InPlaceArgs<S, O>& t, int64_t rows, int64_t columns) {
   using V = Vec<typename Operand<O>::Scalar>;
   constexpr int64_t kNearBytes = 16 * 1024;
-  const int64_t most_groups = kNearBytes / (t.depth * int64_t(sizeof(O))) / kDotRows;
-  const int64_t block = kDotRows * (most_groups > 1 ? most_groups : 1), blocks = group_count(rows, block);
+  const int64_t groups_near = kNearBytes / (kDotRows * (t.depth + 1) * int64_t(sizeof(O)));
+  const int64_t block = kDotRows * (groups_near > 1 ? groups_near : 1), blocks = group_count(rows, block);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = group_begin(rows, blocks, b), count = group_begin(rows, blocks, b + 1) - first;
     const int64_t groups = group_count(count, kDotRows);

@@ -55,10 +55,11 @@ RecurrentPlan recurrent_plan(const RecurrentProblem& p) {
   const int most_units = int(std::min<int64_t>((p.hidden_size + kUnitQuantum - 1) / kUnitQuantum, 4096));
   const int most_batch = int(std::clamp<int64_t>(p.batch, 1, 4096));
   RecurrentPlan plan{1, 1, 1, chunk_rows(p)};
-  if (const int* forced = p.forced_parts; forced[0] > 0 && forced[1] > 0 && forced[2] > 0) {
+  if (const int* forced = p.forced_plan; forced[0] > 0) {
     plan.direction_parts = std::min({forced[0], p.directions, p.threads});
     plan.batch_parts = std::min({forced[1], most_batch, p.threads / plan.direction_parts});
     plan.unit_parts = std::min({forced[2], most_units, p.threads / plan.direction_parts / plan.batch_parts});
+    if (forced[3] > 0) plan.chunk_rows = forced[3];
     return plan;
   }
   double best = cost(p, p.directions, 1, 1);

@@ -23,7 +23,7 @@ struct RecurrentProblem {
   int64_t steps, batch, input_size, hidden_size, proj_size;
   int directions;
   bool backward;
-  const int* forced_parts;  // [3], see RecurrentArgs
+  const int* forced_plan;  // [4], see RecurrentArgs
 };
 
 RecurrentPlan recurrent_plan(const RecurrentProblem& problem);

@@ -15,54 +15,21 @@
 // What it costs, a row and step: 4 G H (I + R) operations; packed U^T read once a step from L2 or L3; d
 // written and read in the cache; saved values, h and x read from memory once, dW read and written once a
 // chunk.
-#include "recurrent_common.h"
-#include "weight_gradient.h"
+#include "recurrent_backward_layout.h"
 
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
 template <class S, class O>
-class Backward {
-  using Scalar = typename Operand<O>::Scalar;
-  using Element = typename Operand<O>::Element;
+class Backward : BackwardLayout<S, O> {
+  using Layout = BackwardLayout<S, O>;
+  using Layout::args, Layout::plan, Layout::steps, Layout::meetings, Layout::direction, Layout::team_size;
+  using typename Layout::DirectionState, typename Layout::Element, typename Layout::Scalar;
   using V = Vec<Scalar>;
   static constexpr int kWidth = V::kWidth;
-  static constexpr int64_t kPanelColumns = kPanelVectors * kWidth;
-
-  struct DirectionState {
-    Panels<O> recurrent_first, recurrent_rest;  // U of the first gates (all, in most cells) and of the others
-    Panels<O> input, projection;                // W_ih, W_hr
-    Scalar* dh;                                 // [B, R, padded]
-    Scalar* dc;                                 // [B, H, padded]
-    Scalar* dm;                                 // [B, H, padded]: gradient of the unprojected output
-    double* bias_sum;                           // [grads, H padded]; many rows go into each
-    Scalar *weight_ih_sum, *weight_hh_sum,
-        *weight_hr_sum;  // where the sums cannot live in the gradients themselves
-    Scalar* input_sum;   // [rows, I]: dx of the direction that runs beside another
-    // Of a chunk; rows are those of its steps in the order of time.
-    O* d;                                       // [row][grads][H, padded]
-    O* d_output;                                // [row][R, padded]: gradient of the projected output
-    O* operand;                                 // [row][H, padded]: r * h, or the unprojected output
-    const S **h_rows, **c_rows, **x_rows;       // rows of h_{t-1}, c_{t-1} and x
-    Panels<O> h_right, x_right, operand_right;  // packed for dW
-  };
 
  public:
-  Backward(const RecurrentArgs& args, const RecurrentPlan& plan)
-      : args_(args), plan_(plan), cell_(cell_ops<S, O>(args.cell)) {
-    lay_out();
-    arena_.allocate();
-    lay_out();
-    steps_.fill(plan.batch_parts);
-    meetings_.fill();
-    for (int d = 0; d < args.directions; ++d) {
-      const RecurrentDirection& t = args.direction[d];
-      const size_t gate_rows = size_t(cell_.gates * args.hidden_size);
-      advise_large_pages(t.grad_weight_ih, gate_rows * size_t(args.input_size) * sizeof(S));
-      advise_large_pages(t.grad_weight_hh, gate_rows * size_t(width()) * sizeof(S));
-    }
-    advise_large_pages(args.grad_input.data, size_t(steps_.all_rows() * args.input_size) * sizeof(S));
-  }
+  using Layout::Layout;
 
   bool run() {
     return run_team(
@@ -70,100 +37,26 @@ class Backward {
   }
 
  private:
-  int team_size() const { return plan_.direction_parts * plan_.batch_parts * plan_.unit_parts; }
-  bool two_products() const { return cell_.first_gates < cell_.gates; }
-  int64_t width() const { return args_.proj_size ? args_.proj_size : args_.hidden_size; }
-  int slots() const { return cell_.saved + (cell_.cell_state ? 1 : 0); }
-  int64_t all_rows() const {
-    int64_t rows = args_.shape.steps * args_.shape.batch;
-    if (args_.shape.batch_sizes) {
-      rows = 0;
-      for (int64_t t = 0; t < args_.shape.steps; ++t) rows += args_.shape.batch_sizes[t];
-    }
-    return rows;
-  }
-  // Sums of 16-bit gradients are kept apart in float; others grow where they will stay.
-  Scalar* sum_of(void* gradient, int64_t count) {
-    if (!gradient) return nullptr;
-    if constexpr (sizeof(S) == sizeof(Scalar)) return static_cast<Scalar*>(gradient);
-    return arena_.take<Scalar>(count);
-  }
-
-  void lay_out() {
-    const int64_t hidden = args_.hidden_size, batch = args_.shape.batch, inputs = args_.input_size;
-    const int64_t rows = all_rows(), gate_rows = cell_.gates * hidden;
-    const int64_t rows_of_step = args_.shape.batch_sizes ? batch : group_count(batch, plan_.batch_parts);
-    const int panel = panel_vectors(rows_of_step);
-    const auto cut = [&](int64_t n) {
-      return Blocks{n, kWidth * unit_vectors<Scalar>(n, 1, plan_.unit_parts, rows_of_step, panel)};
-    };
-    units_ = cut(hidden), outputs_ = cut(width());
-    chunk_rows_ = least(rows, most(plan_.chunk_rows, batch));
-    depth_ = least(chunk_rows_, kChunkDepth);
-    hidden_stride_ = round_up(hidden, kWidth);
-    width_stride_ = round_up(width(), kWidth);
-    d_stride_ = cell_.grads * hidden_stride_ + kWidth;
-    meetings_.take(arena_, plan_);
-    steps_.take(arena_, args_.shape, plan_.batch_parts);
-    for (int i = 0; i < args_.directions; ++i) {
-      const RecurrentDirection& t = args_.direction[i];
-      DirectionState& s = direction_[i];
-      s.recurrent_first = {nullptr, nullptr, outputs_, 1, hidden, cell_.first_gates, panel};
-      s.recurrent_first.take(arena_, false);
-      s.recurrent_rest = {nullptr, nullptr, units_, 1, hidden, cell_.gates - cell_.first_gates, panel};
-      s.recurrent_rest.take(arena_, false);
-      s.input = {nullptr, nullptr, {args_.grad_input.data ? inputs : 0, kPanelColumns},
-                 1,       hidden,  cell_.gates};
-      s.input.take(arena_, false);
-      s.projection = {nullptr, nullptr, {args_.proj_size ? hidden : 0, units_.width}, 1, width(), 1, panel};
-      s.projection.take(arena_, false);
-      s.dh = arena_.take<Scalar>(batch * width_stride_);
-      s.dc = arena_.take<Scalar>(cell_.cell_state ? batch * hidden_stride_ : 0);
-      s.dm = arena_.take<Scalar>(args_.proj_size ? batch * hidden_stride_ : 0);
-      s.bias_sum = arena_.take<double>(cell_.grads * hidden_stride_);
-      s.weight_ih_sum = sum_of(t.grad_weight_ih, gate_rows * inputs);
-      s.weight_hh_sum = sum_of(t.grad_weight_hh, gate_rows * width());
-      s.weight_hr_sum = sum_of(t.grad_weight_hr, width() * hidden);
-      const bool beside = i > 0 && plan_.direction_parts > 1 && args_.grad_input.data;
-      s.input_sum = beside ? arena_.take<Scalar>(rows * inputs) : nullptr;
-      s.d = arena_.take<O>(chunk_rows_ * d_stride_ + kPackSlack);
-      s.d_output = arena_.take<O>(args_.proj_size ? chunk_rows_ * width_stride_ + kPackSlack : 0);
-      s.operand = args_.proj_size || two_products() ? arena_.take<O>(chunk_rows_ * hidden_stride_) : nullptr;
-      s.h_rows = arena_.take<const S*>(chunk_rows_);
-      s.c_rows = arena_.take<const S*>(chunk_rows_);
-      s.x_rows = arena_.take<const S*>(chunk_rows_);
-      s.h_right = {nullptr, nullptr, {t.grad_weight_hh ? width() : 0, kPanelColumns}, 1, depth_, 1};
-      s.h_right.take(arena_, false);
-      s.x_right = {nullptr, nullptr, {t.grad_weight_ih ? inputs : 0, kPanelColumns}, 1, depth_, 1};
-      s.x_right.take(arena_, false);
-      const bool operand_used = (two_products() && t.grad_weight_hh) || t.grad_weight_hr;
-      s.operand_right = {nullptr, nullptr, {operand_used ? hidden : 0, kPanelColumns}, 1, depth_, 1};
-      s.operand_right.take(arena_, false);
-    }
-    left_size_ = kPackLeft<O> ? pairs<O>(depth_) * kBlockRows + kPackSlack : 0;
-    left_ = arena_.take<Element>(team_size() * left_size_);
-  }
-
   void run_thread(int thread) {
-    const Seat seat = seat_of(plan_, thread);
-    for (int d = seat.direction_part; d < args_.directions; d += plan_.direction_parts) {
+    const Seat seat = seat_of(plan, thread);
+    for (int d = seat.direction_part; d < args.directions; d += plan.direction_parts) {
       Worker(*this, d, seat, thread).run();
     }
-    if (direction_[args_.directions - 1].input_sum) {
-      meetings_.of_all(thread);
+    if (direction[args.directions - 1].input_sum) {
+      meetings.of_all(thread);
       add_second_direction(thread);
     }
   }
 
   // dx of the first direction += dx of the second.
   void add_second_direction(int thread) {
-    const Scalar* const second = direction_[1].input_sum;
-    for (int64_t t = thread; t < steps_.steps; t += team_size()) {
-      S* const to = steps_.at<S>(args_.grad_input, t);
-      for (int64_t b = 0; b < steps_.rows(t); ++b) {
-        S* const row = to + b * args_.grad_input.stride[1];
-        const Scalar* const add = second + (steps_.offset(t) + b) * args_.input_size;
-        for_each_vector<kWidth>(1, args_.input_size, [&](int64_t, int64_t i, int64_t n) FS_BODY {
+    const Scalar* const second = direction[1].input_sum;
+    for (int64_t t = thread; t < steps.steps; t += team_size()) {
+      S* const to = steps.template at<S>(args.grad_input, t);
+      for (int64_t b = 0; b < steps.rows(t); ++b) {
+        S* const row = to + b * args.grad_input.stride[1];
+        const Scalar* const add = second + (steps.offset(t) + b) * args.input_size;
+        for_each_vector<kWidth>(1, args.input_size, [&](int64_t, int64_t i, int64_t n) FS_BODY {
           store_upto(row + i, load_upto<V>(row + i, n) + load_upto<V>(add + i, n), n);
         });
       }
@@ -187,21 +80,21 @@ class Backward {
 
     Worker(Backward& pass, int d, const Seat& seat, int thread)
         : pass(pass),
-          args(pass.args_),
+          args(pass.args),
           tensors(args.direction[d]),
-          state(pass.direction_[d]),
-          cell(pass.cell_),
-          steps(pass.steps_),
+          state(pass.direction[d]),
+          cell(pass.cell),
+          steps(pass.steps),
           d(d),
           seat(seat),
           rank(seat.rank),
-          ranks(pass.plan_.batch_parts * pass.plan_.unit_parts),
-          own_units(share(pass.units_.count(), pass.plan_.unit_parts, seat.unit_part)),
-          own_outputs(share(pass.outputs_.count(), pass.plan_.unit_parts, seat.unit_part)),
-          left(pass.left_ + thread * pass.left_size_) {}
+          ranks(pass.plan.batch_parts * pass.plan.unit_parts),
+          own_units(share(pass.units.count(), pass.plan.unit_parts, seat.unit_part)),
+          own_outputs(share(pass.outputs.count(), pass.plan.unit_parts, seat.unit_part)),
+          left(pass.left + thread * pass.left_size) {}
 
-    void meet() const { pass.meetings_.of_units(seat); }
-    void meet_direction() const { pass.meetings_.of_direction(seat); }
+    void meet() const { pass.meetings.of_units(seat); }
+    void meet_direction() const { pass.meetings.of_direction(seat); }
     int64_t time(int64_t step) const { return d == 0 ? step : args.shape.steps - 1 - step; }
 
     void run() {
@@ -211,7 +104,7 @@ class Backward {
         int64_t begin = end, rows = 0;
         do {
           rows += steps.rows(time(--begin));
-        } while (begin > 0 && rows + steps.rows(time(begin - 1)) <= pass.chunk_rows_);
+        } while (begin > 0 && rows + steps.rows(time(begin - 1)) <= pass.chunk_rows);
         const int64_t first = d == 0 ? begin : time(end - 1), last = d == 0 ? end : time(begin) + 1;
         find_rows(first, last);
         meet_direction();
@@ -220,8 +113,8 @@ class Backward {
         }
         meet_direction();
         if (args.grad_input.data) input_gradient(first, rows);
-        for (int64_t k = 0; k < rows; k += pass.depth_) {
-          weight_gradients(k, least(pass.depth_, rows - k));
+        for (int64_t k = 0; k < rows; k += pass.depth) {
+          weight_gradients(k, least(pass.depth, rows - k));
           first_chunk = false;
         }
         end = begin;
@@ -252,22 +145,22 @@ class Backward {
             store(to + b * stride + i, load_strided<V>(row ? row + i : nullptr, 1, n - i));
           }
         };
-        start(state.dh, pass.width_stride_, tensors.grad_h_n, width);
-        if (cell.cell_state) start(state.dc, pass.hidden_stride_, tensors.grad_c_n, hidden);
+        start(state.dh, pass.width_stride, tensors.grad_h_n, width);
+        if (cell.cell_state) start(state.dc, pass.hidden_stride, tensors.grad_c_n, hidden);
       }
       if (Operand<O>::kPair == 2) {  // odd rows are read in pairs
-        for (int64_t row = rank; row < pass.chunk_rows_; row += ranks) {
-          std::memset(static_cast<void*>(state.d + row * pass.d_stride_), 0,
-                      size_t(pass.d_stride_) * sizeof(O));
+        for (int64_t row = rank; row < pass.chunk_rows; row += ranks) {
+          std::memset(static_cast<void*>(state.d + row * pass.d_stride), 0,
+                      size_t(pass.d_stride) * sizeof(O));
           if (args.proj_size) {
-            std::memset(static_cast<void*>(state.d_output + row * pass.width_stride_), 0,
-                        size_t(pass.width_stride_) * sizeof(O));
+            std::memset(static_cast<void*>(state.d_output + row * pass.width_stride), 0,
+                        size_t(pass.width_stride) * sizeof(O));
           }
         }
       }
       if (rank == 0) {
         std::memset(static_cast<void*>(state.bias_sum), 0,
-                    size_t(cell.grads * pass.hidden_stride_) * sizeof(double));
+                    size_t(cell.grads * pass.hidden_stride) * sizeof(double));
       }
     }
 
@@ -304,18 +197,21 @@ class Backward {
       if (args.proj_size) {
         sum_output_gradient(t, rows, chunk_row);
         meet();
-        product(state.projection, own_units, rows, state.d_output + chunk_row * pass.width_stride_,
-                pass.width_stride_, 0, state.dm, pass.hidden_stride_, false);
+        product(state.projection, own_units, rows, state.d_output + chunk_row * pass.width_stride,
+                pass.width_stride, 0, state.dm, pass.hidden_stride, false);
       }
       run_cell(t, rows, chunk_row);
       meet();
-      O* const gradients = state.d + chunk_row * pass.d_stride_;
+      O* const gradients = state.d + chunk_row * pass.d_stride;
       if (pass.two_products()) {
         run_first(t, rows, chunk_row);
         meet();
       }
-      product(state.recurrent_first, own_outputs, rows, gradients, pass.d_stride_, 0, state.dh,
-              pass.width_stride_, cell.direct);
+      // Before the first step there is only h0.
+      if (time(t) > 0 || tensors.grad_h0) {
+        product(state.recurrent_first, own_outputs, rows, gradients, pass.d_stride, 0, state.dh,
+                pass.width_stride, cell.direct);
+      }
       backwards = !backwards;
     }
 
@@ -334,11 +230,11 @@ class Backward {
         // Segments that follow one another without padding are one product.
         const int64_t block = grad_block(panels, first_gate + int(g));
         end = g + 1;
-        while (pass.hidden_stride_ == panels.depth && end < panels.segments &&
+        while (pass.hidden_stride == panels.depth && end < panels.segments &&
                grad_block(panels, first_gate + int(end)) == block + end - g) {
           ++end;
         }
-        const O* const a = from + r.begin * from_stride + block * pass.hidden_stride_;
+        const O* const a = from + r.begin * from_stride + block * pass.hidden_stride;
         multiply<O>(panels.cut(j), r.size(),
                     {pairs<O>(panels.depth) * (end - g), elements(a), row_elements<O>(from_stride), 1,
                      panels.at(j, g), sums, sums_stride, add || g > 0 ? sums : nullptr, sums_stride});
@@ -361,15 +257,15 @@ class Backward {
       const S* const grad_output = grad_output_at(t);
       const int64_t stride = args.grad_output.stride[2];
       for (int64_t j = own_outputs.begin; j < own_outputs.end; ++j) {
-        const int64_t column = pass.outputs_.begin(j);
+        const int64_t column = pass.outputs.begin(j);
         for (int64_t b = rows.begin; b < rows.end; ++b) {
-          for_each_vector<kWidth>(1, pass.outputs_.size(j), [&](int64_t, int64_t i, int64_t n) FS_BODY {
-            V sum = load<V>(state.dh + b * pass.width_stride_ + column + i);
+          for_each_vector<kWidth>(1, pass.outputs.size(j), [&](int64_t, int64_t i, int64_t n) FS_BODY {
+            V sum = load<V>(state.dh + b * pass.width_stride + column + i);
             if (grad_output) {
               const S* const row = grad_output + b * args.grad_output.stride[1] + (column + i) * stride;
               sum = sum + load_strided<V>(row, stride, n);
             }
-            store_upto(state.d_output + (chunk_row + b) * pass.width_stride_ + column + i, sum, n);
+            store_upto(state.d_output + (chunk_row + b) * pass.width_stride + column + i, sum, n);
           });
         }
       }
@@ -377,10 +273,10 @@ class Backward {
 
     StepGradTile<S, O> tile(int64_t t, Range r, int64_t chunk_row, int64_t j) const {
       const int64_t hidden = args.hidden_size, saved_stride = pass.slots() * hidden,
-                    unit = pass.units_.begin(j);
+                    unit = pass.units.begin(j);
       const bool projected = args.proj_size != 0;
       StepGradTile<S, O> tile;
-      tile.rows = r.size(), tile.units = pass.units_.size(j), tile.hidden = hidden, tile.unit = unit;
+      tile.rows = r.size(), tile.units = pass.units.size(j), tile.hidden = hidden, tile.unit = unit;
       tile.h = state.h_rows + chunk_row + r.begin, tile.c = state.c_rows + chunk_row + r.begin;
       tile.h_next_stride = args.output.stride[1];
       tile.h_next = steps.template at<const S>(args.output, t) + r.begin * tile.h_next_stride +
@@ -396,15 +292,15 @@ class Backward {
         tile.grad_output =
             grad_output + r.begin * args.grad_output.stride[1] + unit * args.grad_output.stride[2];
       }
-      tile.dh_stride = projected ? pass.hidden_stride_ : pass.width_stride_;
+      tile.dh_stride = projected ? pass.hidden_stride : pass.width_stride;
       tile.dh = (projected ? state.dm : state.dh) + r.begin * tile.dh_stride + unit;
-      tile.dc = cell.cell_state ? state.dc + r.begin * pass.hidden_stride_ + unit : nullptr;
-      tile.dc_stride = pass.hidden_stride_;
-      tile.d = state.d + (chunk_row + r.begin) * pass.d_stride_ + unit;
-      tile.d_stride = pass.d_stride_, tile.d_gate = pass.hidden_stride_;
+      tile.dc = cell.cell_state ? state.dc + r.begin * pass.hidden_stride + unit : nullptr;
+      tile.dc_stride = pass.hidden_stride;
+      tile.d = state.d + (chunk_row + r.begin) * pass.d_stride + unit;
+      tile.d_stride = pass.d_stride, tile.d_gate = pass.hidden_stride;
       tile.operand =
-          state.operand ? state.operand + (chunk_row + r.begin) * pass.hidden_stride_ + unit : nullptr;
-      tile.operand_stride = pass.hidden_stride_;
+          state.operand ? state.operand + (chunk_row + r.begin) * pass.hidden_stride + unit : nullptr;
+      tile.operand_stride = pass.hidden_stride;
       tile.d_operand = nullptr, tile.d_operand_stride = 0;
       return tile;
     }
@@ -417,13 +313,13 @@ class Backward {
 
     void run_first(int64_t t, Range rows, int64_t chunk_row) {
       TileBuffer<Scalar> sums;
-      const O* const gradients = state.d + chunk_row * pass.d_stride_;
+      const O* const gradients = state.d + chunk_row * pass.d_stride;
       for (int64_t j = own_units.begin; j < own_units.end; ++j) {
         for_each_row_block(rows, [&](Range r) {
           StepGradTile<S, O> first = tile(t, r, chunk_row, j);
           first.d_operand = sums.data, first.d_operand_stride = state.recurrent_rest.columns(j);
-          multiply_segments(state.recurrent_rest, j, r, gradients, pass.d_stride_, cell.first_gates,
-                            sums.data, first.d_operand_stride, false);
+          multiply_segments(state.recurrent_rest, j, r, gradients, pass.d_stride, cell.first_gates, sums.data,
+                            first.d_operand_stride, false);
           cell.first_grad(first);
         });
       }
@@ -439,7 +335,7 @@ class Backward {
         const int64_t column = panels.blocks.begin(j), n = panels.blocks.size(j), columns = panels.columns(j);
         int64_t t = first;
         for_each_row_block(own, [&](Range r) {
-          multiply_segments(panels, j, r, state.d, pass.d_stride_, 0, sums.data, columns, false);
+          multiply_segments(panels, j, r, state.d, pass.d_stride, 0, sums.data, columns, false);
           for (int64_t row = r.begin; row < r.end; ++row) {
             while (row - (steps.offset(t) - steps.offset(first)) >= steps.rows(t)) ++t;
             const int64_t b = row - (steps.offset(t) - steps.offset(first));
@@ -468,7 +364,7 @@ class Backward {
       deal_rows(state.x_right, state.x_rows + k, x_stride, depth);
       deal_operand(k, depth);
       if (tensors.grad_bias_ih || tensors.grad_bias_hh) {
-        add_column_sums(state.d + k * pass.d_stride_, pass.d_stride_, depth, cell.grads * pass.hidden_stride_,
+        add_column_sums(state.d + k * pass.d_stride, pass.d_stride, depth, cell.grads * pass.hidden_stride,
                         rank, ranks, state.bias_sum);
       }
       meet_direction();
@@ -476,20 +372,20 @@ class Backward {
       const auto add = [&](const O* a, int64_t a_stride, int64_t m, const Panels<O>& right, Scalar* sum) {
         add_transposed_product<O>({a, a_stride, m, &right, sum, !first_chunk}, depth, rank, ranks, left);
       };
-      const O* const d_rows = state.d + k * pass.d_stride_;
+      const O* const d_rows = state.d + k * pass.d_stride;
       for (int g = 0; g < cell.gates; ++g) {
         if (tensors.grad_weight_ih) {
-          add(d_rows + cell.input_grad[g] * pass.hidden_stride_, pass.d_stride_, hidden, state.x_right,
+          add(d_rows + cell.input_grad[g] * pass.hidden_stride, pass.d_stride, hidden, state.x_right,
               state.weight_ih_sum + g * hidden * args.input_size);
         }
         if (tensors.grad_weight_hh) {
-          add(d_rows + cell.recurrent_grad[g] * pass.hidden_stride_, pass.d_stride_, hidden,
+          add(d_rows + cell.recurrent_grad[g] * pass.hidden_stride, pass.d_stride, hidden,
               g < cell.first_gates ? state.h_right : state.operand_right,
               state.weight_hh_sum + g * hidden * width);
         }
       }
       if (tensors.grad_weight_hr) {
-        add(state.d_output + k * pass.width_stride_, pass.width_stride_, width, state.operand_right,
+        add(state.d_output + k * pass.width_stride, pass.width_stride, width, state.operand_right,
             state.weight_hr_sum);
       }
       meet_direction();
@@ -506,7 +402,7 @@ class Backward {
       Panels<O>& right = state.operand_right;
       const O* rows[kChunkDepth];
       for (int64_t i = 0; i < depth && right.blocks.n; ++i)
-        rows[i] = state.operand + (k + i) * pass.hidden_stride_;
+        rows[i] = state.operand + (k + i) * pass.hidden_stride;
       for (int64_t j = rank; j < right.blocks.count(); j += ranks) {
         pack_rows<O>(rows, right.blocks.begin(j), 1, right.blocks.size(j), depth, right.vectors(j),
                      right.at(j));
@@ -520,10 +416,10 @@ class Backward {
       const int64_t hidden = args.hidden_size, width = pass.width();
       for (int64_t b = rank; b < args.shape.batch; b += ranks) {
         if (tensors.grad_h0) {
-          put(state.dh + b * pass.width_stride_, width, static_cast<S*>(tensors.grad_h0) + b * width);
+          put(state.dh + b * pass.width_stride, width, static_cast<S*>(tensors.grad_h0) + b * width);
         }
         if (tensors.grad_c0) {
-          put(state.dc + b * pass.hidden_stride_, hidden, static_cast<S*>(tensors.grad_c0) + b * hidden);
+          put(state.dc + b * pass.hidden_stride, hidden, static_cast<S*>(tensors.grad_c0) + b * hidden);
         }
       }
       for (int g = rank; g < cell.gates; g += ranks) {
@@ -541,7 +437,7 @@ class Backward {
 
     void put_bias(int block, void* gradient, int64_t at) {
       if (!gradient) return;
-      const double* const sum = state.bias_sum + block * pass.hidden_stride_;
+      const double* const sum = state.bias_sum + block * pass.hidden_stride;
       for (int64_t i = 0; i < args.hidden_size; ++i)
         narrow(Scalar(sum[i]), static_cast<S*>(gradient)[at + i]);
     }
@@ -557,18 +453,6 @@ class Backward {
       }
     }
   };
-
-  const RecurrentArgs& args_;
-  const RecurrentPlan& plan_;
-  const CellOps<S, O>& cell_;
-  Arena arena_;
-  Steps steps_;
-  Meetings meetings_;
-  Blocks units_, outputs_;  // of H and of R
-  int64_t chunk_rows_, depth_, hidden_stride_, width_stride_, d_stride_;
-  DirectionState direction_[2];
-  Element* left_;  // [thread]: a block of d^T, where kPackLeft
-  int64_t left_size_;
 };
 
 }  // namespace

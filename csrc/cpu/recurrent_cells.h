@@ -216,24 +216,29 @@ struct CellTile {
   }
 };
 
-template <template <class> class Cell>
-constexpr bool fits(CellKind kind) {
-  using C = Cell<Vec<float>>;
-  const CellFacts& facts = facts_of(kind);
-  return facts.gates == C::kGates && facts.products == (C::kFirstGates < C::kGates ? 2 : 1) &&
-         facts.saved == C::kSaved + C::kCellState && facts.cell_state == C::kCellState;
-}
-static_assert(fits<RNNTanh>(CellKind::kRnnTanh) && fits<RNNRelu>(CellKind::kRnnRelu) &&
-                  fits<LSTM>(CellKind::kLstm) && fits<GRU>(CellKind::kGru) &&
-                  fits<GRUResetBefore>(CellKind::kGruResetBefore),
-              "kCellFacts and csrc/cells disagree");
+// The cells in the order of CellKind.
+template <template <class> class... Cells>
+struct CellList {
+  template <class S, class O>
+  static constexpr CellOps<S, O> kOps[] = {CellTile<Cells, S, O>::ops()...};
+
+  template <template <class> class Cell>
+  static constexpr bool fits(const CellFacts& facts) {
+    using C = Cell<Vec<float>>;
+    return facts.gates == C::kGates && facts.products == (C::kFirstGates < C::kGates ? 2 : 1) &&
+           facts.saved == C::kSaved + C::kCellState && facts.cell_state == C::kCellState;
+  }
+  static constexpr bool all_fit() {
+    int kind = 0;
+    return sizeof...(Cells) == kCells && (fits<Cells>(kCellFacts[kind++]) && ...);
+  }
+};
+using AllCells = CellList<RNNTanh, RNNRelu, LSTM, GRU, GRUResetBefore>;
+static_assert(AllCells::all_fit(), "kCellFacts and csrc/cells disagree");
 
 template <class S, class O>
 const CellOps<S, O>& cell_ops(CellKind cell) {
-  static constexpr CellOps<S, O> kOps[kCells] = {
-      CellTile<RNNTanh, S, O>::ops(), CellTile<RNNRelu, S, O>::ops(), CellTile<LSTM, S, O>::ops(),
-      CellTile<GRU, S, O>::ops(), CellTile<GRUResetBefore, S, O>::ops()};
-  return kOps[static_cast<int>(cell)];
+  return AllCells::kOps<S, O>[static_cast<int>(cell)];
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

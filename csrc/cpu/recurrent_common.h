@@ -37,6 +37,13 @@ inline void for_each_row_block(Range rows, Body body) {
   }
 }
 
+inline int64_t rows_of(const SequenceShape& shape) {
+  if (!shape.batch_sizes) return shape.steps * shape.batch;
+  int64_t rows = 0;
+  for (int64_t t = 0; t < shape.steps; ++t) rows += shape.batch_sizes[t];
+  return rows;
+}
+
 // Which rows each step has, and which of them each batch part owns.
 struct Steps {
   int64_t steps, batch;
@@ -103,9 +110,7 @@ inline void for_each_block(Range blocks, bool backwards, Body body) {
 
 // Vectors of all gates of a block, at most. A block may have several panels where they are narrow.
 constexpr int kBlockVectors = 8;
-constexpr int block_vectors(int64_t rows) {
-  return kFewRegisters ? kBlockVectors : panel_vectors(rows);
-}
+constexpr int block_vectors(int64_t rows) { return kFewRegisters ? kBlockVectors : panel_vectors(rows); }
 
 // How many vectors of hidden units a block has, if each takes `gates` vectors, up to `most` in all, and panels
 // have up to panel_vectors(rows): wide panels run faster, but all parts should get the same number of units.
@@ -139,7 +144,7 @@ struct Panels {
   int64_t depth;  // of one segment
   int64_t segments;
   int widest = kPanelVectors;  // panel, in vectors
-  bool one_slot = false;     // only one block is there at a time
+  bool one_slot = false;       // only one block is there at a time
 
   int vectors(int64_t j) const {
     return gates * int((gates > 1 ? blocks.width : round_up(blocks.size(j), kWidth)) / kWidth);
@@ -293,6 +298,45 @@ class Meetings {
   const RecurrentPlan* plan_;
   Barrier* barriers_;
   Barrier::Flag* flags_;
+};
+
+// What the forward and the backward pass of a layer begin with.
+template <class S, class O>
+struct RecurrentPass {
+  const RecurrentArgs& args;
+  const RecurrentPlan& plan;
+  const CellOps<S, O>& cell;
+  Arena arena;
+  Steps steps;
+  Meetings meetings;
+
+  RecurrentPass(const RecurrentArgs& args, const RecurrentPlan& plan)
+      : args(args), plan(plan), cell(cell_ops<S, O>(args.cell)) {}
+
+  int team_size() const { return plan.direction_parts * plan.batch_parts * plan.unit_parts; }
+  bool two_products() const { return cell.first_gates < cell.gates; }
+  int64_t width() const { return args.proj_size ? args.proj_size : args.hidden_size; }  // R
+  int slots() const { return cell.saved + (cell.cell_state ? 1 : 0); }
+  // Rows of a step that a batch part owns, at most. Parts of a packed sequence are cut by length, not by rows.
+  int64_t most_rows() const {
+    return args.shape.batch_sizes ? args.shape.batch : group_count(args.shape.batch, plan.batch_parts);
+  }
+
+  // lay_out() takes the buffers: once to learn their size, once more to place them.
+  template <class LayOut>
+  void allocate(LayOut lay_out) {
+    lay_out(arena);
+    arena.allocate();
+    lay_out(arena);
+    steps.fill(plan.batch_parts);
+    meetings.fill();
+  }
+
+ protected:
+  void take_shared() {
+    meetings.take(arena, plan);
+    steps.take(arena, args.shape, plan.batch_parts);
+  }
 };
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -22,7 +22,10 @@ namespace fastseq::FASTSEQ_ISA {
 namespace {
 
 template <class S, class O>
-class Forward {
+class Forward : RecurrentPass<S, O> {
+  using Base = RecurrentPass<S, O>;
+  using Base::args, Base::plan, Base::cell, Base::steps, Base::meetings;
+  using Base::most_rows, Base::slots, Base::team_size, Base::two_products, Base::width;
   using Scalar = typename Operand<O>::Scalar;
   static constexpr int kWidth = Vec<Scalar>::kWidth;
 
@@ -43,17 +46,9 @@ class Forward {
 
  public:
   Forward(const RecurrentArgs& args, const RecurrentPlan& plan)
-      : args_(args),
-        plan_(plan),
-        cell_(cell_ops<S, O>(args.cell)),
-        in_place_(args.one_step),
-        single_step_(args.shape.steps == 1 && !in_place_) {
-    lay_out();
-    arena_.allocate();
-    lay_out();
-    steps_.fill(plan.batch_parts);
-    meetings_.fill();
-    const size_t rows = size_t(steps_.all_rows()), hidden = size_t(args.hidden_size);
+      : Base(args, plan), in_place(args.one_step), single_step(args.shape.steps == 1 && !in_place) {
+    this->allocate([this](Arena& arena) { lay_out(arena); });
+    const size_t rows = size_t(steps.all_rows()), hidden = size_t(args.hidden_size);
     advise_large_pages(args.output.data, rows * size_t(args.directions * width()) * sizeof(S));
     for (int d = 0; d < args.directions; ++d) {
       advise_large_pages(args.direction[d].saved, rows * size_t(slots()) * hidden * sizeof(S));
@@ -66,59 +61,53 @@ class Forward {
   }
 
  private:
-  int team_size() const { return plan_.direction_parts * plan_.batch_parts * plan_.unit_parts; }
-  bool packs_ahead() const { return !in_place_ && !single_step_; }
-  int phases() const { return cell_.first_gates < cell_.gates ? 2 : 1; }
-  int64_t width() const { return args_.proj_size ? args_.proj_size : args_.hidden_size; }
-  int slots() const { return cell_.saved + (cell_.cell_state ? 1 : 0); }
+  bool packs_ahead() const { return !in_place && !single_step; }
+  int phases() const { return two_products() ? 2 : 1; }
 
-  void lay_out() {
-    const int64_t hidden = args_.hidden_size, batch = args_.shape.batch;
-    const int most_gates = phases() == 2 ? cell_.first_gates : cell_.gates;
-    const int64_t rows_of_step = args_.shape.batch_sizes ? batch : group_count(batch, plan_.batch_parts);
-    units_ = {hidden, kWidth * unit_vectors<Scalar>(hidden, most_gates, plan_.unit_parts, rows_of_step,
-                                                    block_vectors(rows_of_step))};
-    projected_ = {args_.proj_size, kPanelVectors * kWidth};
-    // At least the rows of one step that a part owns; parts of a packed sequence are cut by length, not by rows.
-    chunk_rows_ = most(plan_.chunk_rows, rows_of_step);
-    input_stride_ = round_up(args_.input_size, kWidth);
-    state_stride_ =
+  void lay_out(Arena& arena) {
+    const int64_t hidden = args.hidden_size, batch = args.shape.batch;
+    const int most_gates = phases() == 2 ? cell.first_gates : cell.gates;
+    units = {hidden, kWidth * unit_vectors<Scalar>(hidden, most_gates, plan.unit_parts, most_rows(),
+                                                   block_vectors(most_rows()))};
+    projected = {args.proj_size, kPanelVectors * kWidth};
+    chunk_rows = most(plan.chunk_rows, most_rows());
+    input_stride = round_up(args.input_size, kWidth);
+    state_stride =
         round_up(width(), kWidth) + kWidth;  // an odd number of lines: rows spread over the cache's sets
-    middle_stride_ = round_up(hidden, kWidth) + kWidth;
-    meetings_.take(arena_, plan_);
-    steps_.take(arena_, args_.shape, plan_.batch_parts);
-    for (int d = 0; d < args_.directions; ++d) {
-      DirectionState& state = direction_[d];
+    middle_stride = round_up(hidden, kWidth) + kWidth;
+    this->take_shared();
+    for (int d = 0; d < args.directions; ++d) {
+      DirectionState& state = direction[d];
       for (int p = 0; p < phases(); ++p) {
-        const int first = p == 0 ? 0 : cell_.first_gates;
-        const int gates = (p == 0 ? cell_.first_gates : cell_.gates) - first;
-        state.phase[p] = {first, gates, p == phases() - 1 ? cell_.step : cell_.first, {}, {}};
+        const int first = p == 0 ? 0 : cell.first_gates;
+        const int gates = (p == 0 ? cell.first_gates : cell.gates) - first;
+        state.phase[p] = {first, gates, p == phases() - 1 ? cell.step : cell.first, {}, {}};
         Phase& phase = state.phase[p];
-        phase.input = {nullptr, nullptr, units_, gates, args_.input_size, 1};
-        if (packs_ahead()) phase.input.take(arena_, args_.direction[d].bias_ih != nullptr);
-        phase.recurrent = {nullptr, nullptr, units_, gates, width(), 1, panel_vectors(rows_of_step)};
-        if (packs_ahead()) phase.recurrent.take(arena_, args_.direction[d].bias_hh != nullptr);
+        phase.input = {nullptr, nullptr, units, gates, args.input_size, 1};
+        if (packs_ahead()) phase.input.take(arena, args.direction[d].bias_ih != nullptr);
+        phase.recurrent = {nullptr, nullptr, units, gates, width(), 1, panel_vectors(most_rows())};
+        if (packs_ahead()) phase.recurrent.take(arena, args.direction[d].bias_hh != nullptr);
       }
-      state.projection = {nullptr, nullptr, projected_, 1, hidden, 1};
-      if (args_.proj_size) state.projection.take(arena_, false);
-      for (O*& buffer : state.state) buffer = arena_.take<O>(batch * state_stride_);
-      state.middle = args_.proj_size || phases() == 2 ? arena_.take<O>(batch * middle_stride_) : nullptr;
-      const bool stand_in = phases() == 2 && !args_.direction[d].saved;
-      state.saved_step = stand_in ? arena_.take<S>(batch * slots() * hidden) : nullptr;
+      state.projection = {nullptr, nullptr, projected, 1, hidden, 1};
+      if (args.proj_size) state.projection.take(arena, false);
+      for (O*& buffer : state.state) buffer = arena.take<O>(batch * state_stride);
+      state.middle = args.proj_size || phases() == 2 ? arena.take<O>(batch * middle_stride) : nullptr;
+      const bool stand_in = phases() == 2 && !args.direction[d].saved;
+      state.saved_step = stand_in ? arena.take<S>(batch * slots() * hidden) : nullptr;
     }
-    const int64_t rows = plan_.direction_parts * plan_.batch_parts * chunk_rows_;
-    projected_input_ = arena_.take<Scalar>(rows * cell_.gates * units_.count() * units_.width);
-    staged_ = arena_.take<O>(rows * input_stride_);
-    const int64_t depth = single_step_ ? most(args_.input_size, width()) : 0;
-    slot_ = {nullptr, nullptr, {1, units_.width}, most_gates, depth, 1, kPanelVectors, true};
-    slot_size_ = slot_.block_size();
-    slot_memory_ = arena_.take<O>(team_size() * slot_size_);
-    slot_bias_ = arena_.take<Scalar>(team_size() * most_gates * units_.width);
+    const int64_t rows = plan.direction_parts * plan.batch_parts * chunk_rows;
+    projected_input = arena.take<Scalar>(rows * cell.gates * units.count() * units.width);
+    staged = arena.take<O>(rows * input_stride);
+    const int64_t depth = single_step ? most(args.input_size, width()) : 0;
+    slot = {nullptr, nullptr, {1, units.width}, most_gates, depth, 1, kPanelVectors, true};
+    slot_size = slot.block_size();
+    slot_memory = arena.take<O>(team_size() * slot_size);
+    slot_bias = arena.take<Scalar>(team_size() * most_gates * units.width);
   }
 
   void run_thread(int thread) {
-    const Seat seat = seat_of(plan_, thread);
-    for (int d = seat.direction_part; d < args_.directions; d += plan_.direction_parts) {
+    const Seat seat = seat_of(plan, thread);
+    for (int d = seat.direction_part; d < args.directions; d += plan.direction_parts) {
       Worker(*this, d, seat, thread).run();
     }
   }
@@ -141,35 +130,35 @@ class Forward {
 
     Worker(Forward& pass, int d, const Seat& seat, int thread)
         : pass(pass),
-          args(pass.args_),
+          args(pass.args),
           tensors(args.direction[d]),
-          state(pass.direction_[d]),
-          steps(pass.steps_),
+          state(pass.direction[d]),
+          steps(pass.steps),
           d(d),
           seat(seat),
           own_rows{steps.boundaries[seat.batch_part], steps.boundaries[seat.batch_part + 1]},
-          own_units(share(pass.units_.count(), pass.plan_.unit_parts, seat.unit_part)),
-          own_projected(share(pass.projected_.count(), pass.plan_.unit_parts, seat.unit_part)),
-          projected_input(pass.projected_input_ + part() * pass.chunk_rows_ * pass.cell_.gates *
-                                                      pass.units_.count() * pass.units_.width),
-          staged(pass.staged_ + part() * pass.chunk_rows_ * pass.input_stride_),
-          slot_memory(pass.slot_memory_ + thread * pass.slot_size_),
-          slot_bias(pass.slot_bias_ + thread * pass.slot_.gates * pass.units_.width) {}
+          own_units(share(pass.units.count(), pass.plan.unit_parts, seat.unit_part)),
+          own_projected(share(pass.projected.count(), pass.plan.unit_parts, seat.unit_part)),
+          projected_input(pass.projected_input +
+                          part() * pass.chunk_rows * pass.cell.gates * pass.units.count() * pass.units.width),
+          staged(pass.staged + part() * pass.chunk_rows * pass.input_stride),
+          slot_memory(pass.slot_memory + thread * pass.slot_size),
+          slot_bias(pass.slot_bias + thread * pass.slot.gates * pass.units.width) {}
 
-    int part() const { return seat.direction_part * pass.plan_.batch_parts + seat.batch_part; }
-    void meet() const { pass.meetings_.of_units(seat); }
+    int part() const { return seat.direction_part * pass.plan.batch_parts + seat.batch_part; }
+    void meet() const { pass.meetings.of_units(seat); }
     int64_t time(int64_t step) const { return d == 0 ? step : args.shape.steps - 1 - step; }
     int64_t rows_at(int64_t step) const { return steps.rows(time(step), seat.batch_part).size(); }
 
     void run() {
       pack_weights();
       start_states();
-      pass.meetings_.of_direction(seat);
+      pass.meetings.of_direction(seat);
       for (int64_t begin = 0; begin < args.shape.steps;) {
         int64_t end = begin, rows = 0;
         do {
           rows += rows_at(end++);
-        } while (end < args.shape.steps && rows + rows_at(end) <= pass.chunk_rows_);
+        } while (end < args.shape.steps && rows + rows_at(end) <= pass.chunk_rows);
         project_input(begin, end, rows);
         int64_t row = d == 0 ? 0 : rows;  // of the chunk; chunks lie in the order of time
         for (int64_t step = begin; step < end; ++step) {
@@ -185,7 +174,7 @@ class Forward {
     }
 
     void pack_weights() {
-      const auto mine = [&](int64_t i) { return i % pass.plan_.batch_parts == seat.batch_part; };
+      const auto mine = [&](int64_t i) { return i % pass.plan.batch_parts == seat.batch_part; };
       for (int p = 0; p < pass.phases(); ++p) {
         Phase& phase = state.phase[p];
         for (int64_t j = own_units.begin; j < own_units.end; ++j) {
@@ -207,18 +196,18 @@ class Forward {
     void start_states() {
       // Rows are dealt out among the threads that share them; everybody meets before the first step.
       const int64_t hidden = args.hidden_size, width = pass.width();
-      for (int64_t b = own_rows.begin + seat.unit_part; b < own_rows.end; b += pass.plan_.unit_parts) {
+      for (int64_t b = own_rows.begin + seat.unit_part; b < own_rows.end; b += pass.plan.unit_parts) {
         const S* const h0 = tensors.h0 ? static_cast<const S*>(tensors.h0) + b * width : nullptr;
         for (O* buffer : state.state) {
-          O* const row = buffer + b * pass.state_stride_;
-          std::memset(static_cast<void*>(row), 0, size_t(pass.state_stride_) * sizeof(O));
+          O* const row = buffer + b * pass.state_stride;
+          std::memset(static_cast<void*>(row), 0, size_t(pass.state_stride) * sizeof(O));
           stage_row(h0, 1, width, row);
         }
         if (state.middle) {
-          std::memset(static_cast<void*>(state.middle + b * pass.middle_stride_), 0,
-                      size_t(pass.middle_stride_) * sizeof(O));
+          std::memset(static_cast<void*>(state.middle + b * pass.middle_stride), 0,
+                      size_t(pass.middle_stride) * sizeof(O));
         }
-        if (pass.cell_.cell_state) {
+        if (pass.cell.cell_state) {
           S* const c = static_cast<S*>(tensors.c_n) + b * hidden;
           if (tensors.c0) {
             std::memcpy(static_cast<void*>(c), static_cast<const S*>(tensors.c0) + b * hidden,
@@ -236,7 +225,7 @@ class Forward {
       const auto& input = args.input;
       if constexpr (sizeof(S) == sizeof(O) && Operand<O>::kPair == 1) {
         const int64_t between = steps.batch_sizes || steps.batch > 1 ? input.stride[1] : input.stride[0];
-        const bool all_rows = pass.plan_.batch_parts == 1;
+        const bool all_rows = pass.plan.batch_parts == 1;
         const bool even =
             last - first == 1 || (all_rows && (steps.batch_sizes || steps.batch == 1 ||
                                                input.stride[0] == steps.batch * input.stride[1]));
@@ -245,14 +234,14 @@ class Forward {
           return {steps.template at<const S>(input, first) + at.begin * input.stride[1], between};
         }
       }
-      const Range mine = share(rows, pass.plan_.unit_parts, seat.unit_part);
+      const Range mine = share(rows, pass.plan.unit_parts, seat.unit_part);
       int64_t row = 0;
       for (int64_t t = first; t < last && row < mine.end; ++t) {
         const Range at = steps.rows(t, seat.batch_part);
         const S* const from = steps.template at<const S>(input, t);
         for (int64_t b = at.begin; b < at.end; ++b, ++row) {
           if (row < mine.begin || row >= mine.end) continue;
-          O* const to = staged + row * pass.input_stride_;
+          O* const to = staged + row * pass.input_stride;
           if (Operand<O>::kPair == 2 && args.input_size % 2) {
             std::memset(static_cast<void*>(to + args.input_size), 0, sizeof(O));
           }
@@ -260,14 +249,14 @@ class Forward {
         }
       }
       meet();
-      return {staged, pass.input_stride_};
+      return {staged, pass.input_stride};
     }
 
     // Sums of block j of phase p for the chunk: [row][gate][unit], blocks and phases one after another.
     Scalar* projected_at(int p, int64_t j, int64_t rows) const {
       const Phase& phase = state.phase[p];
       return projected_input +
-             rows * pass.units_.width * (phase.first_gate * pass.units_.count() + j * phase.gates);
+             rows * pass.units.width * (phase.first_gate * pass.units.count() + j * phase.gates);
     }
 
     void project_input(int64_t begin, int64_t end, int64_t rows) {
@@ -289,7 +278,7 @@ class Forward {
     // now.
     Panels<O> ready(const Panels<O>& panels, int64_t j, const void* weight, const void* bias,
                     int first_gate) const {
-      if (!pass.single_step_) return panels;
+      if (!pass.single_step) return panels;
       Panels<O> slot = panels;
       slot.one_slot = true, slot.data = slot_memory, slot.bias = bias ? slot_bias : nullptr;
       slot.pack_transposed_rows(j, static_cast<const S*>(weight), static_cast<const S*>(bias), first_gate);
@@ -300,7 +289,7 @@ class Forward {
     void fill_tile(const Panels<O>& panels, int64_t j, int64_t rows, const O* a, int64_t stride,
                    int first_gate, const void* weight, const void* bias, Scalar* to) {
       const int64_t columns = panels.columns(j);
-      if (!pass.in_place_) {
+      if (!pass.in_place) {
         multiply<O>(panels.cut(j), rows,
                     {pairs<O>(panels.depth), elements(a), row_elements<O>(stride), 1, panels.at(j), to,
                      columns, panels.bias_at(j), 0});
@@ -324,13 +313,12 @@ class Forward {
       O* const h = state.state[now];
       O* const h_next = state.state[1 - now];
       const bool two = pass.phases() == 2;
-      run_phase(0, t, rows, chunk_row, chunk_rows, h, pass.state_stride_,
-                state.middle ? state.middle : h_next,
-                state.middle ? pass.middle_stride_ : pass.state_stride_);
+      run_phase(0, t, rows, chunk_row, chunk_rows, h, pass.state_stride, state.middle ? state.middle : h_next,
+                state.middle ? pass.middle_stride : pass.state_stride);
       if (two) {
         meet();
-        run_phase(1, t, rows, chunk_row, chunk_rows, state.middle, pass.middle_stride_, h_next,
-                  pass.state_stride_);
+        run_phase(1, t, rows, chunk_row, chunk_rows, state.middle, pass.middle_stride, h_next,
+                  pass.state_stride);
       }
       if (args.proj_size) {
         meet();
@@ -355,17 +343,17 @@ class Forward {
       for_each_block(own_units, now == 1, [&](int64_t j) {
         const Panels<O> panels =
             ready(phase.recurrent, j, tensors.weight_hh, tensors.bias_hh, phase.first_gate);
-        const int64_t unit = pass.units_.begin(j), columns = panels.columns(j);
+        const int64_t unit = pass.units.begin(j), columns = panels.columns(j);
         const Scalar* const x = projected_at(p, j, chunk_rows) + chunk_row * columns;
         for_each_row_block(rows, [&](Range r) {
           fill_tile(panels, j, r.size(), from + r.begin * from_stride, from_stride, phase.first_gate,
                     tensors.weight_hh, tensors.bias_hh, sums.data);
           StepTile<S, O> tile;
-          tile.rows = r.size(), tile.units = pass.units_.size(j);
+          tile.rows = r.size(), tile.units = pass.units.size(j);
           tile.block = columns / phase.gates, tile.hidden = hidden;
           tile.x = x + (r.begin - rows.begin) * columns, tile.u = sums.data;
-          tile.h = state.state[now] + r.begin * pass.state_stride_ + unit;
-          tile.h_stride = pass.state_stride_;
+          tile.h = state.state[now] + r.begin * pass.state_stride + unit;
+          tile.h_stride = pass.state_stride;
           tile.c = tensors.c_n ? static_cast<S*>(tensors.c_n) + r.begin * hidden + unit : nullptr;
           tile.c_stride = hidden;
           tile.saved = saved ? saved + r.begin * saved_stride + unit : nullptr,
@@ -385,14 +373,13 @@ class Forward {
       for (int64_t j = own_projected.begin; j < own_projected.end; ++j) {
         const int64_t column = panels.blocks.begin(j), n = panels.blocks.size(j), columns = panels.columns(j);
         for_each_row_block(rows, [&](Range r) {
-          multiply<O>(
-              panels.cut(j), r.size(),
-              {pairs<O>(panels.depth), elements(state.middle + r.begin * pass.middle_stride_),
-               row_elements<O>(pass.middle_stride_), 1, panels.at(j), sums.data, columns, nullptr, 0});
+          multiply<O>(panels.cut(j), r.size(),
+                      {pairs<O>(panels.depth), elements(state.middle + r.begin * pass.middle_stride),
+                       row_elements<O>(pass.middle_stride), 1, panels.at(j), sums.data, columns, nullptr, 0});
           for_each_vector<kWidth>(r.size(), n, [&](int64_t row, int64_t i, int64_t valid) FS_BODY {
             const auto h = load<Vec<Scalar>>(sums.data + row * columns + i);
             store_upto(output + (r.begin + row) * args.output.stride[1] + column + i, h, valid);
-            store_upto(h_next + (r.begin + row) * pass.state_stride_ + column + i, rounded<S>(h), valid);
+            store_upto(h_next + (r.begin + row) * pass.state_stride + column + i, rounded<S>(h), valid);
           });
         });
       }
@@ -412,7 +399,7 @@ class Forward {
     void finish_row(int64_t b, const S* last) {
       if (!tensors.h_n) return;
       const int64_t width = pass.width();
-      const Blocks& blocks = args.proj_size ? pass.projected_ : pass.units_;
+      const Blocks& blocks = args.proj_size ? pass.projected : pass.units;
       const Range& own = args.proj_size ? own_projected : own_units;
       const int64_t begin = least(own.begin * blocks.width, width),
                     end = least(own.end * blocks.width, width);
@@ -426,23 +413,17 @@ class Forward {
     }
   };
 
-  const RecurrentArgs& args_;
-  const RecurrentPlan& plan_;
-  const CellOps<S, O>& cell_;
-  const bool in_place_;     // no weight is packed
-  const bool single_step_;  // each block is packed into the thread's slot just before its use
-  Arena arena_;
-  Steps steps_;
-  Meetings meetings_;
-  Blocks units_, projected_;
-  int64_t chunk_rows_, input_stride_, state_stride_, middle_stride_;
-  DirectionState direction_[2];
-  Scalar* projected_input_;  // [direction and batch part][chunk row, gate, unit]
-  O* staged_;                // [direction and batch part][chunk row][input_stride_]
-  Panels<O> slot_;           // the shape of a slot
-  int64_t slot_size_;
-  O* slot_memory_;     // [thread]
-  Scalar* slot_bias_;  // [thread]
+  const bool in_place;     // no weight is packed
+  const bool single_step;  // each block is packed into the thread's slot just before its use
+  Blocks units, projected;
+  int64_t chunk_rows, input_stride, state_stride, middle_stride;
+  DirectionState direction[2];
+  Scalar* projected_input;  // [direction and batch part][chunk row, gate, unit]
+  O* staged;                // [direction and batch part][chunk row][input_stride]
+  Panels<O> slot;           // the shape of a slot
+  int64_t slot_size;
+  O* slot_memory;     // [thread]
+  Scalar* slot_bias;  // [thread]
 };
 
 }  // namespace

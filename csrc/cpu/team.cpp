@@ -5,6 +5,10 @@
 #include <sched.h>
 #include <sys/mman.h>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include <climits>
 #include <cstdlib>
 #include <new>
@@ -126,6 +130,18 @@ Arena::~Arena() { scratch_free(base_); }
 void Arena::allocate() {
   base_ = static_cast<char*>(scratch_allocate(used_));
   used_ = 0;
+}
+
+void* Arena::take_bytes(size_t bytes) {
+  constexpr size_t kLine = 64;
+  size_t end = used_ + bytes;
+#if defined(__SANITIZE_ADDRESS__)
+  if (base_) __asan_poison_memory_region(base_ + end, kLine);
+  end += kLine;
+#endif
+  char* const at = base_ ? base_ + used_ : nullptr;
+  used_ = (end + kLine - 1) / kLine * kLine;
+  return at;
 }
 
 }  // namespace fastseq

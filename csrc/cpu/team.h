@@ -63,12 +63,13 @@ class Arena {
 
   template <class T>
   T* take(int64_t count) {
-    T* const at = reinterpret_cast<T*>(base_ + used_);
-    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return at;
+    return static_cast<T*>(take_bytes(size_t(count) * sizeof(T)));
   }
 
  private:
+  // Under AddressSanitizer with a poisoned gap behind each buffer, so that it sees an overrun into the next one.
+  void* take_bytes(size_t bytes);
+
   char* base_ = nullptr;
   size_t used_ = 0;
 };

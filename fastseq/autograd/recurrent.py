@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from .. import ops
 from ..checks import problem
@@ -74,12 +76,36 @@ def _gradients(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of [input, h0, c0, *weights], None where not wanted."""
+    if not is_compiling() and any(map(_is_batched, grad_outputs)):
+        return _batched_gradients(grad_outputs, tensors, weights, constants, wanted)
     if torch.is_grad_enabled():  # create_graph=True
         grads = _RecurrentBackward.apply(*constants, wanted, *grad_outputs, *tensors, *weights)
     else:
         grads = _backward_op(*constants, wanted, *grad_outputs, *tensors, *weights)
     remaining = iter(grads)
     return [next(remaining) if want else None for want in wanted]
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    return grad is not None and is_legacy_batchedtensor(grad)
+
+
+def _batched_gradients(grad_outputs: Sequence[Tensor | None], *rest: Any) -> list[Tensor | None]:
+    """_gradients for each entry of a batch of gradients, which torch.autograd.grad(is_grads_batched=True) and
+    torch.autograd.functional.jacobian(vectorize=True) hide in tensors without memory of their own."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    batches = [torch._remove_batch_dim(grad, level, 0, 0) for grad in grad_outputs if _is_batched(grad)]
+    size = batches[0].shape[0]
+    entries = [
+        [None] * size if grad is None else torch._remove_batch_dim(grad, level, size, 0).unbind(0)
+        for grad in grad_outputs
+    ]
+    columns = zip(*(_gradients(entry, *rest) for entry in zip(*entries, strict=True)), strict=True)
+    return [
+        None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level)
+        for column in columns
+    ]
 
 
 def _backward_op(

@@ -8,6 +8,21 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from ..checks import problem
+
+
+def _check_batch(hx: Any, batch: int) -> None:
+    """Raises RuntimeError where putting the states' rows into another order would fail, or lose some."""
+    for state in (hx,) if isinstance(hx, Tensor) else hx:
+        if state.dim() != 3 or state.shape[1] != batch:
+            raise RuntimeError(
+                problem(
+                    f"hx of shape {tuple(state.shape)} for a packed batch of {batch}",
+                    f"shape (layers * directions, {batch}, size)",
+                    "a state for each sequence of the PackedSequence",
+                )
+            )
+
 
 class RecurrentModule(RNNBase):
     """torch.nn's parameters, names and initial values, without its flat buffer of weights.
@@ -22,6 +37,8 @@ class RecurrentModule(RNNBase):
             return self._run(input, hx, None)
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is not None:
+            if sorted_indices is not None:
+                _check_batch(hx, sorted_indices.shape[0])
             hx = self.permute_hidden(hx, sorted_indices)
         output, hidden = self._run(data, hx, batch_sizes)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
