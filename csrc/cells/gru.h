@@ -18,13 +18,16 @@ struct GRU {
   static constexpr bool kCellState = false, kDirect = true, kGradOfOutput = false;
   static constexpr int kInputGrad[] = {0, 1, 2}, kRecurrentGrad[] = {0, 1, 3};
   enum { R, Z, N, U };  // saved; U is u_n. Among the gradients N is that of x_n and U that of u_n.
+  static constexpr int kCarry = 3, kEndSaves = N;
 
-  FS_HD static void step(const V* x, const V* u, V h, V, V* saved, V& h_next, V&) {
-    saved[R] = sigmoid(x[R] + u[R]);
-    saved[Z] = sigmoid(x[Z] + u[Z]);
-    saved[N] = tanh(x[N] + saved[R] * u[N]);
-    saved[U] = u[N];
-    h_next   = (1 - saved[Z]) * saved[N] + saved[Z] * h;
+  FS_HD static void begin(const V* x, const V* u, V, V, V* saved, V* carry, V&) {
+    carry[R] = saved[R] = sigmoid(x[R] + u[R]);
+    carry[Z] = saved[Z] = sigmoid(x[Z] + u[Z]);
+    carry[N] = saved[U] = u[N];
+  }
+  FS_HD static void end(const V* x, V h, const V* carry, V& n, V& h_next) {
+    n      = tanh(x[N] + carry[R] * carry[N]);
+    h_next = (1 - carry[Z]) * n + carry[Z] * h;
   }
 
   FS_HD static void step_grad(const V* saved, V h, V, V, V, V dh, V, V* d, V& dh_direct, V&) {

@@ -17,18 +17,21 @@ struct LSTM {
   static constexpr bool kCellState = true, kDirect = false, kGradOfOutput = false;
   static constexpr int kInputGrad[] = {0, 1, 2, 3}, kRecurrentGrad[] = {0, 1, 2, 3};
   enum { I, F, G, O };
+  static constexpr int kCarry = 2, kEndSaves = -1;
 
-  FS_HD static void step(const V* x, const V* u, V, V c, V* gate, V& h_next, V& c_next) {
-    gate[I] = sigmoid(x[I] + u[I]);
-    gate[F] = sigmoid(x[F] + u[F]);
-    gate[G] = tanh(x[G] + u[G]);
-    gate[O] = sigmoid(x[O] + u[O]);
-    c_next  = gate[F] * c + gate[I] * gate[G];
-    h_next  = output(gate, c_next);
+  FS_HD static void begin(const V* x, const V* u, V, V c, V* gate, V* carry, V& c_next) {
+    gate[I]  = sigmoid(x[I] + u[I]);
+    gate[F]  = sigmoid(x[F] + u[F]);
+    gate[G]  = tanh(x[G] + u[G]);
+    gate[O]  = sigmoid(x[O] + u[O]);
+    c_next   = gate[F] * c + gate[I] * gate[G];
+    carry[0] = gate[O];
+    carry[1] = c_next;
   }
+  FS_HD static void end(const V*, V, const V* carry, V&, V& h_next) { h_next = output(carry[0], carry[1]); }
 
   // h' before the projection, if there is one.
-  FS_HD static V output(const V* gate, V c_next) { return gate[O] * tanh(c_next); }
+  FS_HD static V output(V o, V c_next) { return o * tanh(c_next); }
 
   FS_HD static void step_grad(const V* gate, V, V, V c, V c_next, V dh, V dc, V* d, V&, V& dc_prev) {
     const V tanh_c   = tanh(c_next);

@@ -6,6 +6,8 @@
 // double).
 #pragma once
 
+#include <type_traits>
+
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
@@ -23,7 +25,7 @@ struct StepTile {
   int64_t block;        // columns of a gate in x and u
   int64_t hidden;       // H: distance of saved slots
   const Scalar* x;      // [rows][gates of the phase][block]  W x + b_ih
-  const Scalar* u;      // likewise                           U h + b_hh
+  Scalar* u;            // likewise                           U h + b_hh; overwritten
   const O* h;           // previous state, row stride h_stride
   int64_t h_stride;
   S* c;  // cell state, updated in place
@@ -97,6 +99,11 @@ inline V rounded(V x) {
   }
 }
 
+template <class C, class = void>
+constexpr bool kTwoStages = false;
+template <class C>
+constexpr bool kTwoStages<C, std::void_t<decltype(&C::begin)>> = true;
+
 template <template <class> class Cell, class S, class O>
 struct CellTile {
   using V = Vec<typename Operand<O>::Scalar>;
@@ -121,24 +128,54 @@ struct CellTile {
   }
 
   static void step(const StepTile<S, O>& t) {
+    if constexpr (kTwoStages<C>) {
+      step_in_stages(t);
+    } else {
+      step_at_once(t);
+    }
+  }
+
+  static void step_at_once(const StepTile<S, O>& t) {
     for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
       constexpr int kBegin = kFirst ? C::kFirstGates : 0;
-      V x[kMaxGates], u[kMaxGates], saved[kSlots], c(0), h_next, c_next(0);
+      V x[kMaxGates], u[kMaxGates], saved[kSlots], c_next, h_next;
       load_gates<kBegin, C::kGates>(t, row, i, x, u);
       S* const keep = t.saved ? t.saved + row * t.saved_stride + i : nullptr;
       if constexpr (kFirst) {
         for (int g = 0; g < kBegin; ++g) saved[g] = load_upto<V>(keep + g * t.hidden, n);
       }
-      const V h = C::kDirect ? load_upto<V>(t.h + row * t.h_stride + i, n) : V(0);
+      C::step(x, u, load_state(t, row, i, n), V(0), saved, h_next, c_next);
+      for (int g = kBegin; g < C::kSaved && keep; ++g) store_upto(keep + g * t.hidden, saved[g], n);
+      store_output(t, row, i, n, h_next);
+    });
+  }
+
+  // The functions of one vector wait for each other longer than the processor looks ahead. So all vectors of
+  // the tile begin before the first one ends; what goes from one stage to the other overwrites u.
+  static void step_in_stages(const StepTile<S, O>& t) {
+    for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
+      V x[kMaxGates], u[kMaxGates], saved[kSlots], carry[C::kCarry], c(0), c_next(0);
+      load_gates<0, C::kGates>(t, row, i, x, u);
       if constexpr (C::kCellState) c = load_upto<V>(t.c + row * t.c_stride + i, n);
-      C::step(x, u, h, c, saved, h_next, c_next);
+      C::begin(x, u, load_state(t, row, i, n), c, saved, carry, c_next);
+      for (int g = 0; g < C::kCarry; ++g) store(t.u + (row * C::kGates + g) * t.block + i, carry[g]);
       if constexpr (C::kCellState) store_upto(t.c + row * t.c_stride + i, c_next, n);
-      if (keep) {
-        for (int g = kBegin; g < C::kSaved; ++g) store_upto(keep + g * t.hidden, saved[g], n);
-        if constexpr (C::kCellState) store_upto(keep + C::kSaved * t.hidden, c_next, n);
+      if (S* const keep = t.saved) {
+        S* const at = keep + row * t.saved_stride + i;
+        for (int g = 0; g < C::kSaved; ++g) {
+          if (g != C::kEndSaves) store_upto(at + g * t.hidden, saved[g], n);
+        }
+        if constexpr (C::kCellState) store_upto(at + C::kSaved * t.hidden, c_next, n);
       }
-      store_upto(t.operand + row * t.operand_stride + i, rounded<S>(h_next), n);
-      if (t.output) store_upto(t.output + row * t.output_stride + i, h_next, n);
+    });
+    for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
+      V x[kMaxGates], carry[kMaxGates], saved, h_next;
+      load_gates<0, C::kGates>(t, row, i, x, carry);
+      C::end(x, load_state(t, row, i, n), carry, saved, h_next);
+      if (C::kEndSaves >= 0 && t.saved) {
+        store_upto(t.saved + row * t.saved_stride + C::kEndSaves * t.hidden + i, saved, n);
+      }
+      store_output(t, row, i, n, h_next);
     });
   }
 
@@ -183,7 +220,7 @@ struct CellTile {
       if constexpr (C::kDirect) store(dh_at, dh_direct);
       if constexpr (C::kCellState) {
         store(t.dc + row * t.dc_stride + i, dc_prev);
-        if (t.operand) store_upto(t.operand + row * t.operand_stride + i, C::output(saved, c_next), n);
+        if (t.operand) store_upto(t.operand + row * t.operand_stride + i, C::output(saved[C::O], c_next), n);
       }
     });
   }
@@ -198,6 +235,14 @@ struct CellTile {
   static constexpr int step_grads() {
     if constexpr (kFirst) return C::kStepGrads;
     return 0;
+  }
+
+  static V load_state(const StepTile<S, O>& t, int64_t row, int64_t i, int64_t n) {
+    return C::kDirect ? load_upto<V>(t.h + row * t.h_stride + i, n) : V(0);
+  }
+  static void store_output(const StepTile<S, O>& t, int64_t row, int64_t i, int64_t n, V h_next) {
+    store_upto(t.operand + row * t.operand_stride + i, rounded<S>(h_next), n);
+    if (t.output) store_upto(t.output + row * t.output_stride + i, h_next, n);
   }
 
   template <int kBegin, int kEnd>
