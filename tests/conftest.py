@@ -20,7 +20,7 @@ settings.load_profile("fastseq")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than half a minute")
+    config.addinivalue_line("markers", "slow: takes long, or starts what does; the sanitizers leave it out")
     config.addinivalue_line("markers", "smoke: small, and run again on every instruction set by test_isas.py")
     config.stderr_for_stacks = os.dup(2)  # capture is off here; later file 2 is pytest's
 

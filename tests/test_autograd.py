@@ -1,11 +1,28 @@
 """How the modules sit in autograd: when a graph is built, what it refuses, and torch.compile."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 import fastseq
-from harness import Case, as_leaves, cell_class, make_data, make_module, states_of
-from reference import MODES
+from fastseq import ops
+from fastseq.checks import CELLS
+from harness import (
+    Case,
+    as_leaves,
+    assert_same_bits,
+    cell_class,
+    check,
+    make_data,
+    make_module,
+    run_module,
+    states_of,
+    with_gradients,
+)
+from reference import GATES, MODES
+from tolerances import SAME_FLOAT64
 
 
 def run(mode, **fields):
@@ -118,6 +135,117 @@ def test_gradient_layout_matches_its_tensor(mode):
         assert x.grad.is_contiguous()
 
 
+def laid_out_anew(x):
+    """The same values in another layout, as a hook that keeps saved tensors elsewhere may return them."""
+    if x.dim() > 1:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    return x.repeat_interleave(2)[::2]
+
+
+LAYERS = [Case(mode, bidirectional=True, num_layers=2, packed=p) for mode in MODES for p in ("", "unsorted")]
+LAYERS += [Case(proj_size=3, bidirectional=True, packed=packed) for packed in ("", "unsorted")]
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_saved_tensors_may_come_back_in_another_layout(case):
+    module, data = make_module(case), make_data(case)
+    expected = run_module(case, module, data)
+    with saved_tensors_hooks(lambda x: x, laid_out_anew):
+        assert_same_bits(run_module(case, module, data), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_saved_tensors_of_a_cell_may_come_back_in_another_layout(mode):
+    case = Case(mode)
+    cell, data, leaves = cell_with_data(case)
+    expected = with_gradients(call_cell(cell, data), leaves, case.dtype)
+    with saved_tensors_hooks(lambda x: x, laid_out_anew):
+        assert_same_bits(with_gradients(call_cell(cell, data), leaves, case.dtype), expected)
+
+
+def cell_with_data(case):
+    """A cell, its input and its states, and all of them with the parameters by name."""
+    cls, arguments = cell_class(fastseq, case.mode)
+    cell = cls(case.input_size, case.hidden_size, dtype=case.dtype, **arguments)
+    data = {name: x[0].detach().requires_grad_() for name, x in make_data(case).items()}
+    return cell, data, {**data, **dict(cell.named_parameters())}
+
+
+def call_cell(cell, data):
+    result = cell(data["input"], states_of(data))
+    return dict(zip("hc", result, strict=True)) if isinstance(result, tuple) else {"h": result}
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "GRU_RESET_BEFORE"])
+def test_backward_operator_takes_an_expanded_saved_tensor(mode, one_step):
+    """One number with strides of 0 in the place of all gates."""
+    shape, rows, hidden, gates = ((6,), 6, 5, GATES[mode]) if one_step else ((2, 3), 6, 5, GATES[mode])
+    lead = () if one_step else (1,)
+    x, output, grad = torch.randn(*shape, 4), torch.randn(*shape, hidden), torch.randn(*shape, hidden)
+    h0 = torch.randn(*lead, shape[-1], hidden)
+    c0 = torch.randn_like(h0) if mode == "LSTM" else None
+    weights = [torch.randn(gates * hidden, n) for n in (4, hidden)] + [torch.randn(gates * hidden)] * 2
+    expanded = torch.tensor([0.3]).expand(*lead, rows, CELLS[mode].saved, hidden)
+
+    def gradients(operator, saved):
+        wanted = [True, True, c0 is not None, True, True, True, True]
+        tensors = (grad, None, None, x, None, h0, c0, weights, output, saved)
+        return {str(i): g for i, g in enumerate(operator(*tensors, mode, 1, True, wanted))}
+
+    for operator in (ops.recurrent_backward, torch.ops.fastseq.recurrent_backward):
+        expected = gradients(operator, expanded.contiguous())
+        assert all(g.any() for g in expected.values())
+        assert_same_bits(gradients(operator, expanded), expected)
+
+
+# One step, where the initial state is all of the recurrent product's input.
+ONE_STEP = [
+    replace(Case(steps=1, proj_size=proj_size), mode=mode, packed=packed, bidirectional=both, batch=batch)
+    for mode, proj_size in [*((mode, 0) for mode in MODES), ("LSTM", 3)]
+    for packed in ("", "unsorted")
+    for both in (False, True)
+    for batch in (1, 7)
+]
+
+
+def choices_of_states(data):
+    """None of the initial states, each, and both if there are two: which of them want a gradient."""
+    states = [name for name in ("h0", "c0") if name in data]
+    return [(), *((name,) for name in states), tuple(states)]
+
+
+@pytest.mark.parametrize("case", ONE_STEP, ids=str)
+def test_one_step_is_right_whether_or_not_the_initial_state_wants_a_gradient(case):
+    """What costs nothing where it is not wanted must not be missing elsewhere."""
+    module, data = make_module(case), make_data(case)
+    everything = run_module(case, module, data)
+    check(case, module, data)
+    for wanted in choices_of_states(data):
+        for name in {"h0", "c0"} & data.keys():
+            data[name].requires_grad_(name in wanted)
+        results = run_module(case, module, data)
+        missing = {f"grad of {name}" for name in {"h0", "c0"} & data.keys() - set(wanted)}
+        assert everything.keys() - results.keys() == missing
+        assert_same_bits(results, {name: everything[name] for name in results})
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("mode", MODES)
+def test_cell_is_right_whether_or_not_its_state_wants_a_gradient(mode, batch):
+    """That the gradients of all are right is tested in test_cells.py."""
+    case = Case(mode, batch=batch)
+    cell, data, leaves = cell_with_data(case)
+    everything = with_gradients(call_cell(cell, data), leaves, case.dtype)
+    for wanted in choices_of_states(data):
+        for name in {"h0", "c0"} & data.keys():
+            data[name].requires_grad_(name in wanted)
+        results = with_gradients(call_cell(cell, data), leaves, case.dtype)
+        missing = {f"grad of {name}" for name in {"h0", "c0"} & data.keys() - set(wanted)}
+        assert everything.keys() - results.keys() == missing
+        assert_same_bits(results, {name: everything[name] for name in results})
+
+
 @pytest.mark.parametrize("mode", ["LSTM", "GRU_RESET_BEFORE"])
 def test_torch_compile_sees_one_graph(mode):
     """fullgraph=True fails at any graph break; forward and backward are compared with the eager call."""
@@ -135,7 +263,7 @@ def test_torch_compile_sees_one_graph(mode):
         gradients = torch.autograd.grad(output.sum(), [*leaves.values(), *module.parameters()])
         results.append([output, *gradients])
     for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-12)
+        torch.testing.assert_close(compiled, eager, **SAME_FLOAT64)
 
 
 def test_torch_compile_of_a_cell_in_a_loop():

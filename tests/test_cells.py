@@ -20,6 +20,7 @@ from harness import (
     with_gradients,
 )
 from reference import MODES
+from tolerances import SAME_STATES_FLOAT64, WORKED_EXAMPLE
 
 VARIANTS = [
     Case(),
@@ -29,6 +30,9 @@ VARIANTS = [
     Case(batched=False, states=False, bias=False),
     Case(batch=1, hidden_size=1, input_size=1),
     Case(batch=33, hidden_size=65, input_size=129),
+    Case(input_size=0),
+    Case(input_size=0, states=False, batch=1),
+    Case(input_size=0, bias=False, batched=False),
 ]
 
 
@@ -109,7 +113,7 @@ def test_cell_in_a_loop_is_the_module(mode):
     for t in range(case.steps):
         state = cell(x[t], state)
         outputs.append(state[0] if mode == "LSTM" else state)
-    torch.testing.assert_close(torch.stack(outputs), module(x)[0], rtol=0, atol=1e-14)
+    torch.testing.assert_close(torch.stack(outputs), module(x)[0], **SAME_STATES_FLOAT64)
 
 
 def test_batch_of_no_rows():
@@ -175,6 +179,6 @@ def test_worked_example_in_all_its_decimals(kind):
         h += [cell(x, h[-1])]
         h += [cell(x, h[-1])]
         h = torch.stack(h)
-    assert (h - numbers(H)).abs().max() < 1e-10
-    assert (h.softmax(-1) - numbers(SOFTMAX)).abs().max() < 1e-10
+    torch.testing.assert_close(h, numbers(H), **WORKED_EXAMPLE)
+    torch.testing.assert_close(h.softmax(-1), numbers(SOFTMAX), **WORKED_EXAMPLE)
     assert h.argmax(-1).tolist() == [0, 1, 2]

@@ -15,17 +15,20 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fastseq
 from harness import (
     Case,
+    assert_same_bits,
     call_module,
     cell_class,
     make_data,
     make_module,
     module_class,
+    named_outputs,
     run_module,
     run_torch,
     states_of,
+    with_gradients,
 )
 from reference import MODES
-from tolerances import assert_as_accurate_as_torch
+from tolerances import SAME_FLOAT32, SAME_FLOAT64, TRAINING_CURVE, assert_as_accurate_as_torch
 
 TORCH_MODES = [mode for mode in MODES if mode != "GRU_RESET_BEFORE"]
 CONSTRUCTIONS = [
@@ -105,7 +108,7 @@ def test_state_dict_goes_both_ways(mode):
     torchs.load_state_dict(ours.state_dict())
     data = make_data(case)
     for name, x in call_module(case, ours, data).items():
-        torch.testing.assert_close(x, call_module(case, torchs, data)[name])
+        torch.testing.assert_close(x, call_module(case, torchs, data)[name], **SAME_FLOAT32)
 
 
 def test_reset_parameters_and_all_weights_are_torchs():
@@ -209,7 +212,7 @@ def test_parametrized_weights(mode, parametrize):
         chained = torch.autograd.grad(getattr(module, name), originals, through)
         ours = torch.autograd.grad(output.sum(), originals, retain_graph=True)
         for a, b in zip(ours, chained, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+            torch.testing.assert_close(a, b, **SAME_FLOAT64)
 
 
 def test_parametrized_weights_in_training_follow_an_optimizer():
@@ -234,7 +237,7 @@ def test_tied_weights_share_their_gradient(mode):
     assert torch.equal(*outputs)
     (tied,) = torch.autograd.grad(outputs[0].sum(), module.weight_hh_l0)
     apart = torch.autograd.grad(outputs[1].sum(), [untied.weight_hh_l0, untied.weight_hh_l1])
-    torch.testing.assert_close(tied, sum(apart), rtol=0, atol=1e-12)
+    torch.testing.assert_close(tied, sum(apart), **SAME_FLOAT64)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -277,7 +280,7 @@ def test_dropout_between_layers_is_torchs_for_the_same_seed(mode, fields):
         torch.manual_seed(5)
         results.append(run_module(case, module, data))
     for name, x in results[0].items():
-        torch.testing.assert_close(x, results[1][name], rtol=0, atol=1e-12)
+        torch.testing.assert_close(x, results[1][name], **SAME_FLOAT64)
     assert not torch.equal(call_module(case, ours, data)["output"], results[0]["output"]), (
         "another mask each time"
     )
@@ -325,7 +328,7 @@ def test_training_follows_the_same_curve(mode):
             loss.backward()
             optimizer.step()
             losses[-1].append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    torch.testing.assert_close(*losses, **TRAINING_CURVE)
     assert losses[0][-1] < losses[0][0]
 
 
@@ -350,13 +353,33 @@ def test_data_may_be_given_by_keyword():
     assert torch.equal(cell(input=x[0], hx=h[0]), cell(x[0]))
 
 
-def test_packed_sequence_made_by_hand_with_an_empty_tail():
+def test_packed_sequence_made_by_hand():
     """Only data and batch_sizes, as older code builds it."""
     x = torch.randn(4, 2, 3)
     packed = pack_padded_sequence(x, torch.tensor([4, 2]))
     bare = PackedSequence(packed.data, packed.batch_sizes)
     module = fastseq.GRU(3, 5)
     assert torch.equal(module(bare)[0].data, module(packed)[0].data)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_sequence_with_steps_of_no_rows_at_its_end(mode, bidirectional):
+    """torch.nn takes it; the reverse direction then starts where there is nothing."""
+    case = Case(mode, torch.float64, batch=2, num_layers=2, bidirectional=bidirectional)
+    x, states = torch.randn(5, case.input_size, dtype=case.dtype), states_of(make_data(case))
+
+    def run(library, sizes):
+        module, data = make_module(case, library), x.clone().requires_grad_()
+        packed, hidden = module(PackedSequence(data, torch.tensor(sizes)), states)
+        assert packed.batch_sizes.tolist() == sizes
+        leaves = {"input": data, **dict(module.named_parameters())}
+        return with_gradients(named_outputs(packed.data, hidden), leaves, case.dtype)
+
+    ours = run(fastseq, [2, 2, 1, 0, 0])
+    assert_same_bits(ours, run(fastseq, [2, 2, 1]))
+    if mode in TORCH_MODES:
+        torch.testing.assert_close(ours, run(nn, [2, 2, 1, 0, 0]), **SAME_FLOAT64)
 
 
 @pytest.mark.parametrize("mode", MODES)

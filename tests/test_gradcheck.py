@@ -20,6 +20,7 @@ from harness import (
     with_gradients,
 )
 from reference import MODES
+from tolerances import GRADCHECK
 
 SMALL = Case(dtype=torch.float64, steps=3, batch=2, input_size=2, hidden_size=3)
 VARIANTS = [
@@ -30,6 +31,7 @@ VARIANTS = [
     replace(SMALL, proj_size=2),
     replace(SMALL, proj_size=2, packed="sorted", bidirectional=True, num_layers=2, bias=False),
 ]
+CASES = [replace(v, mode=mode) for v in VARIANTS for mode in (["LSTM"] if v.proj_size else MODES)]
 
 
 def gradcheck_module(case, module, data):
@@ -45,15 +47,11 @@ def gradcheck_module(case, module, data):
 
         return tuple(call_module(case, Bound(), given).values())
 
-    return gradcheck(call, tuple({**data, **parameters}.values()), nondet_tol=0.0)
+    return gradcheck(call, tuple({**data, **parameters}.values()), **GRADCHECK)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_gradients_of_modules(variant, mode):
-    if variant.proj_size and mode != "LSTM":
-        pytest.skip("projections are for the LSTM")
-    case = replace(variant, mode=mode)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_of_modules(case):
     assert gradcheck_module(case, make_module(case), make_data(case))
 
 
@@ -71,7 +69,7 @@ def test_gradients_of_cells(mode, bias):
         parameters = {name: given[name] for name, _ in cell.named_parameters()}
         return functional_call(cell, parameters, (given["input"], states_of(given)))
 
-    assert gradcheck(call, (*data.values(), *cell.parameters()), nondet_tol=0.0)
+    assert gradcheck(call, (*data.values(), *cell.parameters()), **GRADCHECK)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -108,4 +106,4 @@ def test_outputs_that_are_not_used_count_as_zero_gradients(mode, packed):
 def test_lstm_cell_with_one_of_its_two_results_used(used):
     cell = fastseq.LSTMCell(2, 3, dtype=torch.float64)
     x, h, c = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (2, 3, 3))
-    assert gradcheck(lambda x, h, c: cell(x, (h, c))["hc".index(used)], (x, h, c))
+    assert gradcheck(lambda x, h, c: cell(x, (h, c))["hc".index(used)], (x, h, c), **GRADCHECK)

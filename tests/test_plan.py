@@ -1,13 +1,25 @@
 """The plan is data: a pure function of shape, dtype and thread count, tested without running it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq import _C
+from harness import (
+    Case,
+    assert_all_as_accurate_as_torch,
+    assert_same_bits,
+    make_data,
+    make_module,
+    run_module,
+    run_reference,
+    run_torch,
+)
+from reference import MODES
 
 SIZES = st.sampled_from([1, 2, 3, 8, 31, 64, 100, 129, 512, 1024])
 
@@ -70,14 +82,12 @@ def test_cells_and_dtypes_are_named_as_in_torch():
         assert cell["cell_state"] == (mode == "LSTM")
 
 
-PARTITIONS = ["1x1x4", "1x4x1", "1x2x2", "2x1x2", "2x2x1", "2x1x1", "1x3x1"]
-MODULES = {
-    "LSTM": lambda: fastseq.LSTM(19, 150, bidirectional=True),
-    "projected LSTM": lambda: fastseq.LSTM(19, 150, proj_size=37, bidirectional=True),
-    "GRU": lambda: fastseq.GRU(19, 150, bidirectional=True),
-    "reset-before GRU": lambda: fastseq.GRU(19, 150, bidirectional=True, reset_after=False),
-    "RNN": lambda: fastseq.RNN(19, 150, bidirectional=True),
-}
+PARTITIONS = ["1x1x4", "1x4x1", "1x2x2", "2x1x2", "2x2x1", "2x1x1", "1x3x1"]  # directions x batch x units
+BIDIRECTIONAL = Case(steps=9, batch=11, input_size=19, hidden_size=150, bidirectional=True)
+ALL_ROWS = BIDIRECTIONAL.steps * BIDIRECTIONAL.batch
+# Chunks of less than a step, of no whole number of steps and of all steps, alone and in parts.
+CHUNKS = ["1x1x1x1", "1x1x1x8", f"1x1x1x{ALL_ROWS}", "1x2x1x8", "2x1x2x1", f"2x2x1x{ALL_ROWS}"]
+NETWORKS = [replace(BIDIRECTIONAL, mode=mode) for mode in MODES] + [replace(BIDIRECTIONAL, proj_size=37)]
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
@@ -87,29 +97,54 @@ def test_forced_partition_is_the_plan(monkeypatch, partition):
     assert f"{got['direction_parts']}x{got['batch_parts']}x{got['unit_parts']}" == partition
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("rows", [1, 8, ALL_ROWS])
+def test_forced_chunk_is_in_the_plan(monkeypatch, rows, backward):
+    monkeypatch.setenv("FASTSEQ_PLAN", f"1x2x1x{rows}")
+    got = plan(threads=4, backward=backward)
+    assert (got["batch_parts"], got["chunk_rows"]) == (2, rows)
+
+
 @pytest.mark.smoke
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
-def test_every_partition_gives_the_same_results(monkeypatch, dtype, tolerance, name, packed):
-    """The same bits forward; backward, sums over rows may be cut differently."""
+@pytest.mark.parametrize("packed", ["", "sorted"])
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_partition_gives_the_same_results(monkeypatch, dtype, network, packed):
+    """The same bits forward; backward, sums over rows may be cut differently, each as exact as torch's."""
     torch.set_num_threads(4)
-    module, lengths = MODULES[name]().to(dtype), torch.tensor([9, 9, 8, 7, 7, 5, 4, 2, 1, 1, 1])
-    x = torch.randn(9, 11, 19, dtype=dtype, requires_grad=True)
+    case = replace(network, dtype=dtype, packed=packed)
+    module, data = make_module(case), make_data(case)
+    parameters = dict(module.named_parameters())
+    exact, torchs = run_reference(case, parameters, data), run_torch(case, parameters, data)
+    forward = {}
+    for forced in ("1x1x1", *PARTITIONS, *CHUNKS):
+        monkeypatch.setenv("FASTSEQ_PLAN", forced)
+        results, what = run_module(case, module, data), f" with FASTSEQ_PLAN={forced}"
+        assert_all_as_accurate_as_torch(results, torchs, exact, dtype, what)
+        outputs = {name: x for name, x in results.items() if not name.startswith("grad of")}
+        forward = forward or outputs
+        assert_same_bits(outputs, forward, what)
 
-    def run(partition):
-        monkeypatch.setenv("FASTSEQ_PLAN", partition)
-        output, state = module(pack_padded_sequence(x, lengths) if packed else x)
-        output = output.data if packed else output
-        states = state if isinstance(state, tuple) else (state,)
-        loss = output.square().sum() + sum(s.sum() for s in states)
-        return [output, *states], torch.autograd.grad(loss, [x, *module.parameters()])
 
-    outputs, gradients = run("1x1x1")
-    for partition in PARTITIONS:
-        other_outputs, other_gradients = run(partition)
-        for other, expected in zip(other_outputs, outputs, strict=True):
-            assert torch.equal(other, expected), partition
-        for other, expected in zip(other_gradients, gradients, strict=True):
-            atol = tolerance * float(expected.abs().max())
-            torch.testing.assert_close(other, expected, rtol=tolerance, atol=atol)
+@pytest.mark.parametrize("forced", ["2", "axbxc", "1x2x1x", "1x2x1x4x5", "0x1x1"])
+def test_malformed_forced_plan_is_an_error_of_the_next_call(monkeypatch, forced):
+    """Of modules and of cells, forward and backward, and of the plan itself; never a guess."""
+    module, cell, x = fastseq.GRU(3, 5), fastseq.GRUCell(3, 5), torch.randn(4, 2, 3)
+    output, state = module(x)[0], cell(x[0])
+    monkeypatch.setenv("FASTSEQ_PLAN", forced)
+    for call in (
+        plan,
+        lambda: module(x),
+        lambda: cell(x[0]),
+        torch.no_grad()(lambda: cell(x[0], state.detach())),
+        output.sum().backward,
+        state.sum().backward,
+    ):
+        with pytest.raises(RuntimeError) as error:
+            call()
+        message = str(error.value)
+        assert len(message.splitlines()) == 3, message
+        assert "FASTSEQ_PLAN" in message
+        assert forced in message
+    monkeypatch.delenv("FASTSEQ_PLAN")
+    assert torch.equal(module(x)[0], output)

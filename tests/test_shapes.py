@@ -24,6 +24,7 @@ from harness import (
     threads,
 )
 from reference import MODES
+from tolerances import SAME_FLOAT64
 
 ODD = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 96, 127, 129])
 
@@ -141,7 +142,7 @@ def test_one_strided_tensor_as_input_and_state(mode):
     (gradient,) = torch.autograd.grad(module(x, (x, x) if mode == "LSTM" else x)[0].square().sum(), x)
     output, _ = module(copies[0], tuple(copies[1:]) if mode == "LSTM" else copies[1])
     separate = torch.autograd.grad(output.square().sum(), copies, allow_unused=True)
-    torch.testing.assert_close(gradient, sum(g for g in separate if g is not None))
+    torch.testing.assert_close(gradient, sum(g for g in separate if g is not None), **SAME_FLOAT64)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -199,6 +200,23 @@ def test_batch_of_none_and_of_one(mode, batch_first, batch):
         gradient = results[f"grad of {name}"]
         assert gradient.shape == weight.shape
         assert not gradient.any()
+
+
+NO_FEATURES = [
+    Case(input_size=0),
+    Case(input_size=0, states=False, bias=False),
+    Case(input_size=0, batched=False),
+    Case(input_size=0, num_layers=2, bidirectional=True, batch_first=True, batch=33),
+    Case(input_size=0, bidirectional=True, packed="unsorted"),
+    Case(input_size=0, steps=1, batch=1, hidden_size=65),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("variant", NO_FEATURES, ids=str)
+def test_layer_without_input_features_goes_by_its_states_and_biases(variant, mode, dtype):
+    check(replace(variant, mode=mode, dtype=dtype))
 
 
 @pytest.mark.parametrize("mode", sorted(set(MODES) - {"GRU_RESET_BEFORE"}))

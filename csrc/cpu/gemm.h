@@ -32,16 +32,17 @@ constexpr bool kFewRegisters = kVectorRegisters < 32;
 constexpr int kPanelVectors = kFewRegisters ? 3 : 4;
 
 // One or two rows need wider panels, or the latency of their few accumulators would be what they wait for.
-constexpr int kWidestPanel = 8;
+constexpr int kWidestPanel = 12;
 constexpr int panel_vectors(int64_t rows) {
-  if (rows == 1) return kWidestPanel;
-  return rows == 2 && kFewRegisters ? 4 : kPanelVectors;
+  if (rows == 1) return kFewRegisters ? kWidestPanel : 8;
+  return rows == 2 && kFewRegisters ? 6 : kPanelVectors;
 }
 
 // Rows of the register tile for a panel of so many vectors: accumulators, panel vectors and a broadcast fit.
 constexpr int tile_rows(int vectors) {
-  constexpr int kMany[] = {0, 14, 12, 8, 6, 1, 1, 1, 1}, kFew[] = {0, 8, 6, 4, 2, 1, 1, 1, 1};
-  return kFewRegisters ? kFew[vectors] : kMany[vectors];
+  constexpr int kMany[] = {0, 14, 12, 8, 6}, kFew[] = {0, 8, 6, 4, 2, 2, 2};
+  if (kFewRegisters) return vectors <= 6 ? kFew[vectors] : 1;
+  return vectors <= 4 ? kMany[vectors] : 1;
 }
 
 // How a b of so many vectors is cut into panels of at most `most`, as equal as can be.
@@ -116,7 +117,7 @@ void micro_kernel(const TileArgs<O>& t) {
   V acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int n = 0; n < kVectors; ++n) acc[m][n] = V(0);
   }
   const typename Operand<O>::Element* a = t.a;
@@ -128,11 +129,11 @@ void micro_kernel(const TileArgs<O>& t) {
       for (int i = 0; i < t.ahead_lines; ++i, ahead += kLineBytes) __builtin_prefetch(ahead, 0, 2);
     }
     typename M::Loaded panel[kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int n = 0; n < kVectors; ++n) panel[n] = M::load_panel(b + n * V::kWidth * kPair);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int n = 0; n < kVectors; ++n) acc[m][n] = M::multiply_add(a[m * row], panel[n], acc[m][n]);
     }
     a += step;
@@ -140,7 +141,7 @@ void micro_kernel(const TileArgs<O>& t) {
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int n = 0; n < kVectors; ++n) {
       if (t.init) acc[m][n] = load<V>(t.init + m * t.init_stride + n * V::kWidth) + acc[m][n];
       store(t.c + m * t.c_stride + n * V::kWidth, acc[m][n]);

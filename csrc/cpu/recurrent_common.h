@@ -117,14 +117,14 @@ constexpr int block_vectors(int64_t rows) { return kFewRegisters ? kBlockVectors
 template <class Scalar>
 int64_t unit_vectors(int64_t hidden, int gates, int parts, int64_t rows, int most) {
   constexpr int kWidth = Vec<Scalar>::kWidth;
-  constexpr double kEfficiency[kWidestPanel + 1] = {0, 0.8, 0.94, 1, 1, 1, 1, 1, 1};
+  constexpr double kEfficiency[] = {0, 0.8, 0.94, 1};
   const int64_t vectors = (hidden + kWidth - 1) / kWidth;
   int64_t best = 1;
   double best_time = 1e300;
   for (int n = 1; n * gates <= most && n <= vectors; ++n) {
     const PanelCut cut{n * gates, panel_vectors(rows)};
     double block = 0;
-    for (int p = 0; p < cut.count(); ++p) block += cut.size(p) / kEfficiency[cut.size(p)];
+    for (int p = 0; p < cut.count(); ++p) block += cut.size(p) / kEfficiency[least(cut.size(p), 3)];
     const double time = double(((vectors + n - 1) / n + parts - 1) / parts) * block;
     if (time <= best_time) best_time = time, best = n;
   }
