@@ -26,17 +26,21 @@ class ReportError(Exception):
     pass
 
 
-def latest_results():
-    """The newest complete, not quick, results.json under benchmarks/results."""
+def full_results():
+    """The complete, not quick, runs under benchmarks/results, the newest first."""
     found = {path: json.loads(path.read_text()) for path in RESULTS.glob("*/results.json")}
     full = [path for path, results in found.items() if results["complete"] and not results["quick"]]
-    if not full:
-        raise ReportError(
-            f"given no --results, and no complete run under {RESULTS}\n"
-            "accepted: a folder that benchmarks/run.py wrote\n"
-            "try python benchmarks/run.py first, or --results DIR"
-        )
-    return max(full, key=lambda path: found[path]["environment"]["date"])
+    return {path: found[path] for path in sorted(full, key=lambda p: found[p]["environment"]["date"])[::-1]}
+
+
+def latest_results():
+    for path in full_results():
+        return path
+    raise ReportError(
+        f"given no --results, and no complete run under {RESULTS}\n"
+        "accepted: a folder that benchmarks/run.py wrote\n"
+        "try python benchmarks/run.py first, or --results DIR"
+    )
 
 
 def read_results(folder):
@@ -88,11 +92,25 @@ def group_table(records):
     return table(["", "cases", "geometric mean", "smallest"], rows)
 
 
+def measured_on(results):
+    environment = results["environment"]
+    cpu = f"{environment['cpu']} ({environment['isa']}), {environment['threads']} threads"
+    versions = f"torch {environment['torch']}, Python {environment['python']}"
+    return f"{cpu}; {versions}; {environment['date'][:10]}, commit {(environment['commit'] or 'none')[:7]}"
+
+
+def other_machines(shown):
+    """The means of every other full run that is kept."""
+    lines = []
+    for path, results in full_results().items():
+        if path.parent.resolve() != shown:
+            lines += ["", f"On {measured_on(results)}:", "", *group_table(results["cases"])]
+    return lines
+
+
 def section(results, folder):
     """What stands between the markers, without them."""
-    environment, records = results["environment"], results["cases"]
-    cpu = f"{environment['cpu']} ({environment['isa']}), {environment['threads']} threads"
-    versions = f"torch {environment['torch']}, Python {environment['python']}, {environment['date'][:10]}"
+    records, others = results["cases"], other_machines(folder)
     folder = Path(os.path.relpath(folder, ROOT)).as_posix()
     lines = ["Times as fast as `torch.nn`, float32:", ""]
     lines += shape_table(summary.select(records, group="table"))
@@ -100,13 +118,13 @@ def section(results, folder):
     lines += group_table(records)
     lines += [
         "",
-        f"Measured on {cpu}; {versions}. Both libraries in turn in one process, median of the ratios of",
-    ]
-    lines += [
-        "neighbouring samples; training is forward and backward with the gradients of input and parameters."
+        f"Measured on {measured_on(results)}.",
+        "Both libraries in turn in one process, median of the ratios of neighbouring samples; training is",
+        "forward and backward with the gradients of input and parameters.",
     ]
     lines += [f"Every number: [{folder}/results.json]({folder}/results.json)."]
     lines += ["", f"![Speed-up per shape]({folder}/speedup_table.png)"]
+    lines += others
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ def parse_arguments():
         "--out",
         type=Path,
         metavar="DIR",
-        help="where to write (default: benchmarks/results/<name of the CPU>)",
+        help="where to write (default: benchmarks/results/<CPU, instruction set, threads>)",
     )
     add("--cells", nargs="+", choices=grid.CELLS, metavar="CELL", help="of RNN, LSTM, GRU (default: all)")
     add("--case", metavar="PATTERN", help="only cases whose name contains this regular expression")
@@ -77,7 +77,8 @@ def choose_cases(parser, arguments):
 
 
 def default_folder(quick):
-    name = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
+    cpu = f"{cpu_model()} {fastseq._C.cpu_info()['isa']}"  # some machines tell no more than the maker's name
+    name = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
     return RESULTS / f"{name}-{torch.get_num_threads()}-threads{'-quick' if quick else ''}"
 
 
