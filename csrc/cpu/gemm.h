@@ -189,7 +189,7 @@ void multiply_panel(int vectors, int64_t rows, const TileArgs<O>& t) {
       g.a += packed ? begin * t.k + k * size : begin * t.row_stride + k * t.k_stride;
       if (packed) g.k_stride = size;
       g.panel += k * columns;
-      if (groups >= kManyGroups) {
+      if (groups >= kManyGroups && g.k > 0) {
         const int64_t lines = group_count(g.k * columns * int64_t(sizeof(O)), kLineBytes);
         const int64_t steps = group_count(g.k, kPrefetchSteps);
         g.ahead_lines = int(group_count(lines, groups * steps));
