@@ -1,13 +1,14 @@
 // The Python module fastseq._C: addresses and sizes in, structs filled, the GIL released. No math, no torch.
 //
-// One step of a cell is the exception: it takes the tensors themselves, because collecting their addresses in
-// Python would take longer than the step.
+// One step of a cell takes the tensors themselves instead of addresses, because collecting those in Python would
+// take longer than the step.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -110,9 +111,9 @@ void read_forced_plan(int (&forced)[4]) {
   }
   if (!good || text[read + rest] || forced[0] < 1 || forced[1] < 1 || forced[2] < 1) {
     throw std::runtime_error(
-        "FASTSEQ_PLAN is \"" + std::string(text) +
-        "\".\nAccepted are parts of directions, batch and units, DxBxU, and rows of a chunk, DxBxUxR.\n"
-        "Set it to three or four positive numbers, 1x2x1 say, or unset it.");
+        "given: FASTSEQ_PLAN=\"" + std::string(text) +
+        "\"\naccepted: parts of directions, batch and units, DxBxU, or these and rows of a chunk, DxBxUxR\n"
+        "try: three or four positive numbers, 1x2x1 say, or unset it");
   }
 }
 
@@ -136,7 +137,7 @@ void require_memory(const RecurrentArgs& args) {
   }
   if (!complete) {
     throw std::runtime_error(
-        "given: input or weights without memory of their own\naccepted: dense tensors on the CPU\n"
+        "given: input, output or weights without memory of their own\naccepted: dense tensors on the CPU\n"
         "try: tensor.clone()");
   }
 }
@@ -172,45 +173,43 @@ fastseq::TensorReader g_tensors;
 // into h [B, H], c, and saved [B, slots, H] (None where there is none), and True. False, and nothing was done,
 // if anything about the tensors is not as usual: who calls then asks the operator, which says what.
 bool run_cell(PyObject* const* arguments) {
-  PyObject *const input = arguments[2], *const none = Py_None;
-  const int64_t code = PyLong_AsLong(arguments[0]);
-  if (!g_tensors || code < 0 || code >= fastseq::kCells) return false;
+  const long code = PyLong_AsLong(arguments[0]), threads = PyLong_AsLong(arguments[1]);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  PyObject *const input = arguments[2], *const weight_hh = arguments[6], *const none = Py_None;
+  if (!g_tensors || code < 0 || code >= fastseq::kCells || threads < 1 || threads > 1 << 20) return false;
   const fastseq::CellFacts& facts = fastseq::kCellFacts[code];
 
   TensorView x, weight;
   RecurrentArgs args = {};
   RecurrentDirection& to = args.direction[0];
   if (!g_tensors.read(input, x) || x.rank != 2 || !fastseq::dtype_of(x, args.dtype)) return false;
-  if (!g_tensors.read(arguments[6], weight) || weight.rank != 2) return false;
-  const int64_t batch = x.shape[0], inputs = x.shape[1], hidden = weight.shape[1],
-                rows = facts.gates * hidden;
-  // A negated view (the imaginary part of a conjugate) skips every other number: it is dense only if it has
-  // one element, which no tensor has if hidden > 1. The input need not be dense.
-  if (hidden < 2 || !weight.data || (!x.data && batch * inputs > 0)) return false;
-  PyObject* const negated = PyObject_CallMethod(input, "is_neg", nullptr);
-  Py_XDECREF(negated);  // True and False stay
-  if (negated != Py_False) return PyErr_Clear(), false;
+  if (!g_tensors.read(weight_hh, weight) || weight.rank != 2) return false;
+  const int64_t batch = x.shape[0], inputs = x.shape[1], rows = weight.shape[0], hidden = rows / facts.gates;
+  if (hidden < 1 || rows % facts.gates) return false;
 
   const auto take = [&](PyObject* object, const auto& shape, auto& pointer) {
     TensorView view;
-    if (object == none) return true;
     if (!g_tensors.read(object, view) || !view.has_type(x) || !view.is_dense(shape)) return false;
     pointer = view.data;
     return true;
   };
+  const auto take_any = [&](PyObject* object, const auto& shape, auto& pointer) {
+    return object == none || take(object, shape, pointer);
+  };
   const int64_t state[] = {batch, hidden}, bias[] = {rows}, input_weight[] = {rows, inputs},
                 recurrent_weight[] = {rows, hidden}, slots[] = {batch, facts.saved, hidden};
   void* output = nullptr;
-  PyObject *const c0 = arguments[4], *const bias_ih = arguments[7], *const bias_hh = arguments[8];
-  if ((bias_ih == none) != (bias_hh == none) || (c0 != none && !facts.cell_state) ||
-      !take(arguments[3], state, to.h0) || !take(c0, state, to.c0) ||
-      !take(arguments[5], input_weight, to.weight_ih) ||
-      !take(arguments[6], recurrent_weight, to.weight_hh) || !take(bias_ih, bias, to.bias_ih) ||
-      !take(bias_hh, bias, to.bias_hh) || !take(arguments[9], state, output) ||
-      !take(arguments[10], state, to.c_n) || !take(arguments[11], slots, to.saved)) {
-    return false;
-  }
-  args.cell = CellKind(code), args.threads = int(PyLong_AsLong(arguments[1]));
+  PyObject *const c0 = arguments[4], *const bias_ih = arguments[7], *const bias_hh = arguments[8],
+                  *const c = arguments[10];
+  const bool fits = take_any(arguments[3], state, to.h0) && take_any(c0, state, to.c0) &&
+                    take(arguments[5], input_weight, to.weight_ih) &&
+                    take(weight_hh, recurrent_weight, to.weight_hh) && take_any(bias_ih, bias, to.bias_ih) &&
+                    take_any(bias_hh, bias, to.bias_hh) && take(arguments[9], state, output) &&
+                    take_any(c, state, to.c_n) && take_any(arguments[11], slots, to.saved) &&
+                    (bias_ih == none) == (bias_hh == none) && (c != none) == facts.cell_state &&
+                    (c0 == none || facts.cell_state);
+  if (!fits) return false;
+  args.cell = CellKind(code), args.threads = int(threads);
   read_forced_plan(args.forced_plan);
   args.shape = {1, batch, nullptr};
   args.input_size = inputs, args.hidden_size = hidden, args.directions = 1, args.one_step = true;
@@ -223,13 +222,20 @@ bool run_cell(PyObject* const* arguments) {
 
 // Without pybind11's conversions, which would take as long as the rest.
 PyObject* recurrent_cell(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 12)
-    return PyErr_Format(PyExc_TypeError, "12 arguments; the signatures are in _C.pyi"), nullptr;
+  if (count != 12) {
+    PyErr_SetString(PyExc_TypeError, "12 arguments are needed; the signatures are in _C.pyi");
+    return nullptr;
+  }
   try {
     return PyBool_FromLong(run_cell(arguments));
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
   } catch (const std::exception& error) {
-    return PyErr_SetString(PyExc_RuntimeError, error.what()), nullptr;
+    PyErr_SetString(PyExc_RuntimeError, error.what());
   }
+  return nullptr;
 }
 PyMethodDef g_fast_calls[] = {
     {"recurrent_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(recurrent_cell)), METH_FASTCALL,
@@ -283,7 +289,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("recurrent_forward", &recurrent_forward);
   m.def("recurrent_backward", &recurrent_backward);
-  PyModule_AddFunctions(m.ptr(), g_fast_calls);
+  if (PyModule_AddFunctions(m.ptr(), g_fast_calls)) throw py::error_already_set();
   m.def("use_tensors",
         [](py::handle tensor, py::handle parameter) { return g_tensors.use(tensor.ptr(), parameter.ptr()); });
   m.def("recurrent_plan", &recurrent_plan);

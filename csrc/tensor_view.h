@@ -24,20 +24,27 @@ struct TensorView {
   const int64_t* strides;  // in elements
   uint64_t byte_offset;
 
-  bool has_type(const TensorView& other) const { return type_code == other.type_code && bits == other.bits; }
+  bool has_type(const TensorView& other) const {
+    return type_code == other.type_code && bits == other.bits && lanes == other.lanes;
+  }
+  bool is_empty() const {
+    for (int i = 0; i < rank; ++i) {
+      if (shape[i] == 0) return true;
+    }
+    return false;
+  }
   // Whether it has this shape and lies in memory without gaps. Strides of dimensions of size 1 do not count.
   template <int kRank>
   bool is_dense(const int64_t (&wanted)[kRank]) const {
     if (rank != kRank) return false;
-    bool empty = false, even = true;
+    bool even = true;
     int64_t stride = 1;
     for (int i = kRank - 1; i >= 0; --i) {
       if (shape[i] != wanted[i]) return false;
-      empty |= shape[i] == 0;
       even &= shape[i] == 1 || strides[i] == stride;
       stride *= shape[i];
     }
-    return even || empty;
+    return even || is_empty();
   }
 };
 
@@ -57,44 +64,54 @@ class TensorReader {
   // The classes that may be read: torch.Tensor and torch.nn.Parameter; subclasses may be anything. Returns
   // whether this torch publishes the table.
   bool use(PyObject* tensor, PyObject* parameter) {
-    tensor_ = reinterpret_cast<PyTypeObject*>(tensor),
+    tensor_ = reinterpret_cast<PyTypeObject*>(tensor);
     parameter_ = reinterpret_cast<PyTypeObject*>(parameter);
+    is_neg_ = PyUnicode_InternFromString("is_neg");
     PyObject* const capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
     if (capsule) table_ = static_cast<const Table*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
     Py_XDECREF(capsule);
     PyErr_Clear();
     if (table_ && (table_->version.major != 1 || !table_->view)) table_ = nullptr;
-    return table_;
+    return table_ && is_neg_;
   }
 
-  // False if it is not a tensor in the memory of the CPU.
+  // False if it is not a tensor that lies, as it is, in the memory of the CPU: one may lie elsewhere, be a view
+  // of negated numbers (the imaginary part of a conjugate), or have no memory at all. Leaves no Python error.
   bool read(PyObject* object, TensorView& view) const {
     if (Py_TYPE(object) != tensor_ && Py_TYPE(object) != parameter_) return false;
     if (table_->view(object, &view) != 0) {
       PyErr_Clear();
       return false;
     }
+    PyObject* const negated = PyObject_CallMethodNoArgs(object, is_neg_);
+    Py_XDECREF(negated);  // True and False outlive it
+    if (negated != Py_False) {
+      PyErr_Clear();
+      return false;
+    }
+    if (!view.data) return view.device_type == 1 && view.is_empty();
     view.data = static_cast<char*>(view.data) + view.byte_offset;
     return view.device_type == 1;
   }
 
-  explicit operator bool() const { return table_; }
+  explicit operator bool() const { return table_ && is_neg_; }
 
  private:
   struct Version {
     uint32_t major, minor;
   };
-  struct Table {
+  struct Table {  // DLPackExchangeAPI; only the members that are used have their types
     Version version;
-    const void* older;
-    void (*allocate)();
-    void (*take_from_python)();
-    void (*give_to_python)();
-    int (*view)(void* object, TensorView* out);
-    void (*current_stream)();
+    const void* prev_api;
+    void (*managed_tensor_allocator)();
+    void (*managed_tensor_from_py_object_no_sync)();
+    void (*managed_tensor_to_py_object_no_sync)();
+    int (*view)(void* object, TensorView* out);  // dltensor_from_py_object_no_sync
+    void (*current_work_stream)();
   };
 
-  PyTypeObject* tensor_ = nullptr;
+  PyObject* is_neg_ = nullptr;
+  PyTypeObject* tensor_ = nullptr;  // classes of a package that is never unloaded
   PyTypeObject* parameter_ = nullptr;
   const Table* table_ = nullptr;
 };

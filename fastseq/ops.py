@@ -190,10 +190,7 @@ def _step(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> 
     code, _, slots, cell_state = CELLS[mode]
     batch, input_size = input.shape
     hidden = weight_hh.shape[1]
-    if save or h0 is None:
-        results = _allocate_step(input, batch, hidden, mode, save)
-    else:
-        results = [torch.empty_like(h0), torch.empty_like(h0)] if cell_state else [torch.empty_like(h0)]
+    results = _allocate_step(input, batch, hidden, mode, save)
     row, feature = input.stride()
     _C.recurrent_forward(
         code,
@@ -264,24 +261,22 @@ def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, 
     Dispatching takes longer than a small step does. So where nobody listens, the compiled module looks at the
     tensors; whatever is unusual or wrong it leaves to the operator.
     """
-    if _READS_TENSORS and input.dim() == weight_hh.dim() == 2 and _nobody_listens():
-        cell = CELLS[mode]
-        if save or h0 is None:
+    tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
+    if not _nobody_listens():
+        return torch.ops.fastseq.recurrent_cell.default(*tensors, mode, save)
+    if _READS_TENSORS and input.dim() == weight_hh.dim() == 2:
+        code, _, slots, cell_state = CELLS[mode]
+        if save or h0 is None or h0.layout is not torch.strided:
             results = _allocate_step(input, input.shape[0], weight_hh.shape[1], mode, save)
+        elif cell_state:
+            results = [torch.empty_like(h0), torch.empty_like(h0)]  # the fastest call
         else:
-            results = (
-                [torch.empty_like(h0), torch.empty_like(h0)] if cell.cell_state else [torch.empty_like(h0)]
-            )
-        c = results[1] if cell.cell_state else None
-        saved = results[-1] if save and cell.saved else None
-        threads = torch.get_num_threads()
-        if _C.recurrent_cell(
-            cell.code, threads, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, results[0], c, saved
-        ):
+            results = [torch.empty_like(h0)]
+        c, saved = results[1] if cell_state else None, results[-1] if save and slots else None
+        if _C.recurrent_cell(code, torch.get_num_threads(), *tensors, results[0], c, saved):
             return results
-    return torch.ops.fastseq.recurrent_cell.default(
-        input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save
-    )
+    plain = _plain(*tensors)
+    return (_recurrent_cell if plain else torch.ops.fastseq.recurrent_cell.default)(*tensors, mode, save)
 
 
 # ------------------------------------------------------------------------------------------------ gradients

@@ -291,3 +291,28 @@ def test_meta_tensors_get_the_shapes_and_strides_of_real_ones(mode, batch_first)
             assert z.is_meta
             assert y.shape == z.shape
             assert y.stride() == z.stride()
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_batched_gradients_are_those_of_each_entry(name):
+    module = getattr(fastseq, name)(3, 5)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    output, grads = module(x)[0], torch.randn(3, 4, 2, 5)
+    wanted = [x, *module.parameters()]
+    batched = torch.autograd.grad(output, wanted, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        one = torch.autograd.grad(output, wanted, grad, retain_graph=True)
+        assert all(torch.equal(a[i], b) for a, b in zip(batched, one, strict=True))
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_vectorized_jacobian_is_the_jacobian(name):
+    module = getattr(fastseq, name)(3, 5)
+    x = torch.randn(2, 3)
+
+    def call(x):
+        result = module(x)
+        return result[0] if isinstance(result, tuple) else result
+
+    jacobian = torch.autograd.functional.jacobian
+    assert torch.equal(jacobian(call, x, vectorize=True), jacobian(call, x))

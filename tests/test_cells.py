@@ -8,6 +8,7 @@ from torch import nn
 
 import fastseq
 import reference
+from fastseq import _C
 from harness import (
     DTYPES,
     Case,
@@ -182,3 +183,51 @@ def test_worked_example_in_all_its_decimals(kind):
     torch.testing.assert_close(h, numbers(H), **WORKED_EXAMPLE)
     torch.testing.assert_close(h.softmax(-1), numbers(SOFTMAX), **WORKED_EXAMPLE)
     assert h.argmax(-1).tolist() == [0, 1, 2]
+
+
+def cell_arguments(mode):
+    """A cell's function and its arguments by name: input (2, 3), states (2, 5)."""
+    torch.manual_seed(0)
+    rows = 5 * _C.CELLS[mode]["gates"]
+    state = {"h": torch.randn(2, 5)} | ({"c": torch.randn(2, 5)} if mode == "LSTM" else {})
+    weights = {"w_ih": (rows, 3), "w_hh": (rows, 5), "b_ih": (rows,), "b_hh": (rows,)}
+    arguments = {"input": torch.randn(2, 3), **state, **{n: torch.randn(s) for n, s in weights.items()}}
+    function = {"LSTM": fastseq.functional.lstm_cell, "GRU": fastseq.functional.gru_cell}.get(
+        mode, fastseq.functional.rnn_cell
+    )
+
+    def call(input, h, w_ih, w_hh, b_ih, b_hh, c=None):
+        result = function(input, h if c is None else (h, c), w_ih, w_hh, b_ih, b_hh)
+        return result if isinstance(result, tuple) else (result,)
+
+    return call, arguments
+
+
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
+def test_negated_views_count_with_their_sign(mode):
+    call, arguments = cell_arguments(mode)
+    expected = call(**arguments)
+    for name, tensor in arguments.items():
+        result = call(**arguments | {name: torch._neg_view(-tensor)})
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)), name
+
+
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
+def test_tensors_without_memory_are_zeros_or_an_error_and_never_read(mode):
+    call, arguments = cell_arguments(mode)
+    for name, tensor in arguments.items():
+        without_memory = arguments | {name: torch._efficientzerotensor(tensor.shape)}
+        if name in ("input", "w_ih", "w_hh"):
+            with pytest.raises(RuntimeError, match="memory"):
+                call(**without_memory)
+        else:
+            expected = call(**arguments | {name: torch.zeros_like(tensor)})
+            assert all(torch.equal(a, b) for a, b in zip(call(**without_memory), expected, strict=True)), name
+
+
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
+@pytest.mark.parametrize("missing", ["input", "w_ih", "w_hh"])
+def test_missing_tensor_is_an_error(mode, missing):
+    call, arguments = cell_arguments(mode)
+    with pytest.raises((TypeError, AttributeError, RuntimeError)):
+        call(**arguments | {missing: None})

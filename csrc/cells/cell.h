@@ -9,7 +9,8 @@
 //   kGrads          how many different pre-activation gradients there are; kInputGrad[g] is the index of that
 //                   of x[g], kRecurrentGrad[g] that of u[g]
 //   kGradOfOutput   whether step_grad reads h_next
-//   kDirect         whether h enters h_next other than through U: step reads h, step_grad makes dh_direct
+//   kDirect         whether h enters h_next other than through U: the step reads h, step_grad
+//                   makes dh_direct
 //
 // and has
 //

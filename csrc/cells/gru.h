@@ -18,7 +18,7 @@ struct GRU {
   static constexpr bool kCellState = false, kDirect = true, kGradOfOutput = false;
   static constexpr int kInputGrad[] = {0, 1, 2}, kRecurrentGrad[] = {0, 1, 3};
   enum { R, Z, N, U };  // saved; U is u_n. Among the gradients N is that of x_n and U that of u_n.
-  static constexpr int kCarry = 3, kEndSaves = N;
+  static constexpr int kCarry = 3, kEndSaves = N;  // r, z and, in the place of n, u_n are carried
 
   FS_HD static void begin(const V* x, const V* u, V, V, V* saved, V* carry, V&) {
     carry[R] = saved[R] = sigmoid(x[R] + u[R]);

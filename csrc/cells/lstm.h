@@ -17,7 +17,7 @@ struct LSTM {
   static constexpr bool kCellState = true, kDirect = false, kGradOfOutput = false;
   static constexpr int kInputGrad[] = {0, 1, 2, 3}, kRecurrentGrad[] = {0, 1, 2, 3};
   enum { I, F, G, O };
-  static constexpr int kCarry = 2, kEndSaves = -1;
+  static constexpr int kCarry = 2, kEndSaves = -1;  // o and c' are carried
 
   FS_HD static void begin(const V* x, const V* u, V, V c, V* gate, V* carry, V& c_next) {
     gate[I]  = sigmoid(x[I] + u[I]);

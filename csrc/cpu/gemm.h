@@ -32,9 +32,9 @@ constexpr bool kFewRegisters = kVectorRegisters < 32;
 constexpr int kPanelVectors = kFewRegisters ? 3 : 4;
 
 // One or two rows need wider panels, or the latency of their few accumulators would be what they wait for.
-constexpr int kWidestPanel = 12;
+constexpr int kWidestPanel = kFewRegisters ? 12 : 8;
 constexpr int panel_vectors(int64_t rows) {
-  if (rows == 1) return kFewRegisters ? kWidestPanel : 8;
+  if (rows == 1) return kWidestPanel;
   return rows == 2 && kFewRegisters ? 6 : kPanelVectors;
 }
 

@@ -153,6 +153,7 @@ struct CellTile {
   // The functions of one vector wait for each other longer than the processor looks ahead. So all vectors of
   // the tile begin before the first one ends; what goes from one stage to the other overwrites u.
   static void step_in_stages(const StepTile<S, O>& t) {
+    static_assert(C::kCarry <= C::kGates, "what is carried takes the place of u");
     for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
       V x[kMaxGates], u[kMaxGates], saved[kSlots], carry[C::kCarry], c(0), c_next(0);
       load_gates<0, C::kGates>(t, row, i, x, u);

@@ -211,7 +211,7 @@ struct Panels {
   }
 };
 
-// One tile of sums, on the stack of the thread that makes it.
+// One tile of sums, on the stack of the thread that makes it. Only few rows have the widest blocks.
 template <class Scalar>
 struct alignas(64) TileBuffer {
   Scalar data[kBlockRows * kBlockVectors * Vec<Scalar>::kWidth];

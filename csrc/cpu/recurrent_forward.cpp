@@ -70,7 +70,7 @@ class Forward : RecurrentPass<S, O> {
     units = {hidden, kWidth * unit_vectors<Scalar>(hidden, most_gates, plan.unit_parts, most_rows(),
                                                    block_vectors(most_rows()))};
     projected = {args.proj_size, kPanelVectors * kWidth};
-    chunk_rows = most(plan.chunk_rows, most_rows());
+    chunk_rows = least(rows_of(args.shape), most(plan.chunk_rows, most_rows()));
     input_stride = round_up(args.input_size, kWidth);
     state_stride =
         round_up(width(), kWidth) + kWidth;  // an odd number of lines: rows spread over the cache's sets

@@ -5,8 +5,12 @@
 #include <sched.h>
 #include <sys/mman.h>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(FASTSEQ_SANITIZE)
 #include <sanitizer/asan_interface.h>
+constexpr size_t kArenaGap = 64;
+#else
+#define ASAN_POISON_MEMORY_REGION(memory, size)
+constexpr size_t kArenaGap = 0;
 #endif
 
 #include <climits>
@@ -134,13 +138,11 @@ void Arena::allocate() {
 
 void* Arena::take_bytes(size_t bytes) {
   constexpr size_t kLine = 64;
-  size_t end = used_ + bytes;
-#if defined(__SANITIZE_ADDRESS__)
-  if (base_) __asan_poison_memory_region(base_ + end, kLine);
-  end += kLine;
-#endif
   char* const at = base_ ? base_ + used_ : nullptr;
-  used_ = (end + kLine - 1) / kLine * kLine;
+  if (at) {
+    ASAN_POISON_MEMORY_REGION(at + bytes, kArenaGap);
+  }
+  used_ += (bytes + kArenaGap + kLine - 1) / kLine * kLine;
   return at;
 }
 

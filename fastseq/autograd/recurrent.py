@@ -93,10 +93,15 @@ def _is_batched(grad: Tensor | None) -> bool:
 def _batched_gradients(grad_outputs: Sequence[Tensor | None], *rest: Any) -> list[Tensor | None]:
     """_gradients for each entry of a batch of gradients, which torch.autograd.grad(is_grads_batched=True) and
     torch.autograd.functional.jacobian(vectorize=True) hide in tensors without memory of their own."""
-    level = torch._C._vmapmode_increment_nesting() - 1
+    level = torch._C._vmapmode_increment_nesting() - 1  # the only way to read it
     torch._C._vmapmode_decrement_nesting()
-    batches = [torch._remove_batch_dim(grad, level, 0, 0) for grad in grad_outputs if _is_batched(grad)]
-    size = batches[0].shape[0]
+    batched = [grad for grad in grad_outputs if grad is not None and _is_batched(grad)]
+    size = 0
+    while level > 0 and size == 0:  # removing a level that is not there gives a batch of the size asked for
+        size = max(torch._remove_batch_dim(grad, level, 0, 0).shape[0] for grad in batched)
+        level -= size == 0
+    if size == 0:
+        raise RuntimeError(problem("a batch of no gradients", "at least one", "torch.zeros_like(tensor)"))
     entries = [
         [None] * size if grad is None else torch._remove_batch_dim(grad, level, size, 0).unbind(0)
         for grad in grad_outputs

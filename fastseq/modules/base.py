@@ -12,9 +12,9 @@ from ..checks import problem
 
 
 def _check_batch(hx: Any, batch: int) -> None:
-    """Raises RuntimeError where putting the states' rows into another order would fail, or lose some."""
+    """Raises RuntimeError where the states' rows could not be put into another order."""
     for state in (hx,) if isinstance(hx, Tensor) else hx:
-        if state.dim() != 3 or state.shape[1] != batch:
+        if state.dim() != 3 or state.shape[1] < batch:
             raise RuntimeError(
                 problem(
                     f"hx of shape {tuple(state.shape)} for a packed batch of {batch}",
