@@ -31,16 +31,18 @@ inline int64_t group_count(int64_t n, int64_t most) { return (n + most - 1) / mo
 constexpr bool kFewRegisters = kVectorRegisters < 32;
 constexpr int kPanelVectors = kFewRegisters ? 3 : 4;
 
-// One or two rows need wider panels, or the latency of their few accumulators would be what they wait for.
+// Few rows need wider panels, or the latency of their few accumulators would be what they wait for; with sixteen
+// registers five and six rows are one tile of narrow ones.
 constexpr int kWidestPanel = kFewRegisters ? 12 : 8;
 constexpr int panel_vectors(int64_t rows) {
-  if (rows == 1) return kWidestPanel;
-  return rows == 2 && kFewRegisters ? 6 : kPanelVectors;
+  constexpr int kFew[] = {kPanelVectors, kWidestPanel, 6, 4, kPanelVectors, 2, 2};
+  if (kFewRegisters && rows < 7) return kFew[rows];
+  return rows == 1 ? kWidestPanel : kPanelVectors;
 }
 
 // Rows of the register tile for a panel of so many vectors: accumulators, panel vectors and a broadcast fit.
 constexpr int tile_rows(int vectors) {
-  constexpr int kMany[] = {0, 14, 12, 8, 6}, kFew[] = {0, 8, 6, 4, 2, 2, 2};
+  constexpr int kMany[] = {0, 14, 12, 8, 6}, kFew[] = {0, 8, 6, 4, 3, 2, 2};
   if (kFewRegisters) return vectors <= 6 ? kFew[vectors] : 1;
   return vectors <= 4 ? kMany[vectors] : 1;
 }
