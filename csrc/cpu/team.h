@@ -42,7 +42,8 @@ class Barrier {
   std::atomic<uint32_t> alarm_{0};  // changes when sleepers should look again
 };
 
-// Scratch memory, aligned to 64 bytes, on large pages where that pays. Throws std::bad_alloc.
+// Scratch memory, aligned to 64 bytes, on large pages where that pays. Throws std::bad_alloc. The process keeps one
+// block, of 64 MB at most, from one call to the next.
 void* scratch_allocate(size_t bytes);
 void scratch_free(void* memory);
 
