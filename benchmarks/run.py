@@ -53,8 +53,15 @@ def parse_arguments():
     add("--list", action="store_true", help="print the names of the cases and stop")
     add("--threads", type=int, metavar="N", help="for both libraries (default: torch's choice)")
     add("--budget", type=float, metavar="SECONDS", help="time for a case (default: 3, with --quick 0.3)")
+    add(
+        "--longest",
+        type=float,
+        metavar="SECONDS",
+        default=10.0,
+        help="leave out a case of which one call takes torch longer, after that call (default: 10)",
+    )
     arguments = parser.parse_args()
-    for name in ("threads", "budget"):
+    for name in ("threads", "budget", "longest"):
         value = getattr(arguments, name)
         if value is not None and value <= 0:
             parser.error(f"argument --{name}: given {value}, accepted is a number above 0")
@@ -88,9 +95,14 @@ def difference(theirs, ours):
     return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-6)).item() for a, b in pairs)
 
 
-def measure_case(case, budget, least_pairs):
+def measure_case(case, budget, least_pairs, longest):
+    """The record of a case, or None if one call takes torch longer than `longest` seconds."""
     theirs, ours = case.functions()
-    results = theirs(), ours()
+    started = time.perf_counter()
+    expected = theirs()
+    if time.perf_counter() - started > longest:
+        return None
+    results = expected, ours()
     # The two GRUs of the reset_before group are different networks.
     apart = None if case.group == "reset_before" else difference(*results)
     code, threads = fastseq._C.DTYPES[case.dtype], torch.get_num_threads()
@@ -141,22 +153,30 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
     results = {"environment": environment(), "quick": arguments.quick, "complete": False, "cases": []}
+    results["left_out"] = []  # names of cases that take torch too long
     budget = arguments.budget or (0.3 if arguments.quick else 3.0)
     started = time.perf_counter()
     try:
         with tqdm(chosen, unit="case", dynamic_ncols=True) as bar:
             for case in bar:
                 bar.set_description(case.name)
-                results["cases"].append(measure_case(case, budget, least_pairs=3 if arguments.quick else 5))
+                record = measure_case(case, budget, 3 if arguments.quick else 5, arguments.longest)
+                if record:
+                    results["cases"].append(record)
+                else:
+                    results["left_out"].append(case.name)
                 results["environment"]["load_at_end"] = os.getloadavg()
                 results["environment"]["minutes"] = (time.perf_counter() - started) / 60
-                results["complete"] = len(results["cases"]) == len(chosen)
+                results["complete"] = len(results["cases"]) + len(results["left_out"]) == len(chosen)
                 save(results, path)
-                last, mean = results["cases"][-1]["ratio"], summary.geometric_mean(results["cases"])
-                bar.set_postfix_str(f"last {last:.2f}x, mean {mean:.2f}x", refresh=False)
+                if results["cases"]:
+                    last, mean = results["cases"][-1]["ratio"], summary.geometric_mean(results["cases"])
+                    bar.set_postfix_str(f"last {last:.2f}x, mean {mean:.2f}x", refresh=False)
     except KeyboardInterrupt:
         print(f"\nstopped after {len(results['cases'])} of {len(chosen)} cases", file=sys.stderr)
     print("\n" + summary.text(results["cases"]) + "\n")
+    for name in results["left_out"]:
+        print(f"left out, over {arguments.longest:g} s for one call of torch: {name}")
     if results["cases"]:
         print("\n".join(f"wrote {written}" for written in [path, *figures.draw(results, folder)]))
     return 0 if results["complete"] else 130
