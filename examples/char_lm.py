@@ -113,9 +113,10 @@ def detach(state):
 
 
 def default_text():
-    """The English of Python's own help(), each paragraph once (several topics repeat each other)."""
+    """The English of Python's own help(), without tables, and each paragraph once; topics repeat some."""
     topics = pydoc_data.topics.topics
     paragraphs = [paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n")]
+    paragraphs = [paragraph for paragraph in paragraphs if not paragraph.lstrip().startswith(("+", "|"))]
     return "\n\n".join(dict.fromkeys(paragraphs))
 
 
@@ -222,7 +223,7 @@ def parse_arguments():
 
     add("--cell", "recurrent layer", choices=["lstm", "gru", "rnn"], default="lstm")
     add("--text", "UTF-8 text to learn (default: Python's own documentation)", type=Path, metavar="FILE")
-    add("--steps", "optimizer steps", type=size, default=1200)
+    add("--steps", "optimizer steps", type=size, default=800)
     add("--batch-size", "streams read side by side", type=size, default=16)
     add("--length", "characters per stream and step", type=size, default=64)
     add("--embedding-size", "features of a character", type=size, default=64)
