@@ -83,7 +83,8 @@ def results(tmp_path_factory):
 @pytest.mark.slow
 def test_benchmark_writes_each_case_and_where_it_was_measured(results):
     written = json.loads((results / "results.json").read_text())
-    assert written.keys() == {"environment", "quick", "complete", "cases"}
+    assert written.keys() == {"environment", "quick", "complete", "cases", "left_out"}
+    assert written["left_out"] == []
     assert written["complete"] is True
     assert written["quick"] is False
     for fact in ("date", "cpu", "logical_cpus", "system", "python", "torch_config", "load_at_start"):
@@ -107,6 +108,17 @@ def test_benchmark_writes_each_case_and_where_it_was_measured(results):
         assert figure.read_bytes().startswith(PNG)
     assert (results / "speedup_table.png").exists()
     assert not list(results.glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_benchmark_names_the_cases_that_take_torch_too_long(tmp_path):
+    arguments = ("--case", f"^{re.escape(CASE)}$", "--longest", 1e-9, "--threads", 1, "--out", tmp_path)
+    code, output = run(ROOT / "benchmarks" / "run.py", *arguments, cwd=tmp_path)
+    assert code == 0, output
+    assert CASE in output
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["complete"] is True
+    assert (written["cases"], written["left_out"]) == ([], [CASE])
 
 
 @pytest.mark.slow
