@@ -7,10 +7,10 @@
 
 #if defined(FASTSEQ_SANITIZE)
 #include <sanitizer/asan_interface.h>
-constexpr size_t kArenaGap = 64;
+constexpr size_t kArenaGap = 64, kMostKept = 0;  // poisoned gaps; what is freed stays freed
 #else
 #define ASAN_POISON_MEMORY_REGION(memory, size)
-constexpr size_t kArenaGap = 0;
+constexpr size_t kArenaGap = 0, kMostKept = size_t(64) << 20;
 #endif
 
 #include <climits>
@@ -63,11 +63,6 @@ constexpr size_t kLargePage = size_t(1) << 21;
 struct alignas(64) Block {
   size_t bytes;  // behind this header
 };
-#if defined(FASTSEQ_SANITIZE)
-constexpr size_t kMostKept = 0;  // what is freed stays freed
-#else
-constexpr size_t kMostKept = size_t(64) << 20;
-#endif
 std::atomic<Block*> g_kept{nullptr};
 
 }  // namespace

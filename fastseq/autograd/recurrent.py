@@ -95,7 +95,7 @@ def _batched_gradients(grad_outputs: Sequence[Tensor | None], *rest: Any) -> lis
     torch.autograd.functional.jacobian(vectorize=True) hide in tensors without memory of their own."""
     level = torch._C._vmapmode_increment_nesting() - 1  # the only way to read it
     torch._C._vmapmode_decrement_nesting()
-    batched = [grad for grad in grad_outputs if grad is not None and _is_batched(grad)]
+    batched = [grad for grad in grad_outputs if _is_batched(grad)]
     size = 0
     while level > 0 and size == 0:  # removing a level that is not there gives a batch of the size asked for
         size = max(torch._remove_batch_dim(grad, level, 0, 0).shape[0] for grad in batched)
