@@ -15,14 +15,24 @@
 #include <type_traits>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/engine.h"
+#include "cuda/plan_bindings.h"
 #include "cuda/probe.h"
 #include "fastseq.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
+
+namespace fastseq::cuda {
+void bind(py::module_& m);  // csrc/cuda/bindings.cpp, where CUDA is built
+}
+using fastseq::cell_of;
 using fastseq::CellKind;
 using fastseq::DType;
+using fastseq::dtype_of;
+using fastseq::Integers;
+using fastseq::read_sequence;
 using fastseq::RecurrentArgs;
 using fastseq::RecurrentDirection;
 using fastseq::RecurrentPlan;
@@ -36,34 +46,6 @@ struct Named {
   int code;
 };
 constexpr Named kDTypeNames[] = {{"float32", 0}, {"float64", 1}, {"bfloat16", 2}, {"float16", 3}};
-
-// Reads integers off a tuple, in order. pybind11's own conversion of forty arguments takes longer than a
-// small step of a network does.
-class Integers {
- public:
-  explicit Integers(py::handle tuple) : tuple_(tuple.ptr()), size_(PyTuple_GET_SIZE(tuple_)) {}
-  int64_t next() {
-    if (at_ == size_) throw py::type_error("too few integers; the signatures are in _C.pyi");
-    const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple_, at_++));
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-  template <class T>
-  T* pointer() {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(next()));
-  }
-  // The tuple that comes next.
-  Integers nested() {
-    if (at_ == size_ || !PyTuple_Check(PyTuple_GET_ITEM(tuple_, at_)))
-      throw py::type_error("expected a tuple");
-    return Integers(PyTuple_GET_ITEM(tuple_, at_++));
-  }
-  py::ssize_t left() const { return size_ - at_; }
-
- private:
-  PyObject* tuple_;
-  py::ssize_t size_, at_ = 0;
-};
 
 // The members of RecurrentDirection are pointers, and come in the order of the contract.
 constexpr int kForwardPointers = 10, kPointers = 19;
@@ -81,22 +63,6 @@ void read_directions(Integers& from, int pointers, RecurrentArgs& args) {
     std::memcpy(&args.direction[d], addresses, sizeof addresses);
   }
   if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
-}
-
-template <class Pointer>
-void read_sequence(Integers& from, int strides, SequenceTensor<Pointer>& tensor) {
-  tensor.data = from.pointer<std::remove_pointer_t<Pointer>>();
-  tensor.stride[2] = 1;
-  for (int i = 0; i < strides; ++i) tensor.stride[i] = from.next();
-}
-
-CellKind cell_of(int64_t code) {
-  if (code < 0 || code >= fastseq::kCells) throw py::value_error("cell: unknown code");
-  return CellKind(code);
-}
-DType dtype_of(int64_t code) {
-  if (code < 0 || code >= fastseq::kDTypes) throw py::value_error("dtype: unknown code");
-  return DType(code);
 }
 
 // FASTSEQ_PLAN=DxBxU or DxBxUxR forces the parts of the plan and the rows of a chunk. Read here, where the GIL
@@ -300,6 +266,17 @@ PYBIND11_MODULE(_C, m) {
     d["compiled_isas"] = split(fastseq::compiled_isas());
     return d;
   });
+  if constexpr (FASTSEQ_CUDA_BUILT) {
+    fastseq::cuda::bind(m);
+    m.def("cuda_device_facts", [](int device) {
+      fastseq::DeviceFacts facts;
+      if (const char* error = fastseq::cuda_device_facts(device, facts)) throw std::runtime_error(error);
+      return py::make_tuple(facts.major, facts.minor, facts.multiprocessors, facts.shared_bytes,
+                            facts.l2_bytes);
+    });
+  } else {
+    fastseq::bind_loop_plan(m);
+  }
   m.def("cuda_info", [] {
     py::dict d;
     d["built"] = bool(FASTSEQ_CUDA_BUILT);

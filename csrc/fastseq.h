@@ -102,4 +102,53 @@ struct RecurrentArgs {
   SequenceTensor<void*> grad_input;         // [T, B, I], feature stride 1, or null: not wanted
 };
 
+// ---- the time loop alone, as the CUDA engine runs it ----
+//
+// Matrix products over all steps at once (W x before the loop, weight gradients and dx after it) are the
+// caller's; the loop is what lies between: U h of each step, the cell, and their gradients.
+//
+// Rows are those of the sequence, all steps one after another: row t * B + b, or sum(batch_sizes[:t]) + b.
+// All tensors are on the device and dense where no stride is given; `shape.batch_sizes` alone is on the host.
+
+struct LoopDirection {
+  const void* weight_hh;  // [G*H, R]
+  const void* bias_hh;    // [G*H] or null; forward pass only
+  const void* weight_hr;  // [R, H] or null: the projection of an LSTM
+  const void* h0;         // [B, R] or null: zeros
+  const void* c0;         // [B, H] or null: zeros; LSTM only
+  void* h_n;              // [B, R] or null: not wanted; forward pass only, like c_n
+  void* c_n;              // [B, H]; LSTM only
+  void* saved;            // [rows, saved slots, H] as in RecurrentDirection; null in inference
+
+  const void* grad_h_n;  // [B, R] or null: zeros
+  const void* grad_c_n;  // [B, H] or null: zeros; LSTM only
+  void* grad_h0;         // [B, R] or null: not wanted
+  void* grad_c0;         // [B, H] or null: not wanted; LSTM only
+  // The factors of weight gradients that `grad_pre` is not; each null: not wanted.
+  void* previous;        // [rows, R]  h_{t-1} of each row
+  void* grad_candidate;  // [rows, H]  gradient of U_n h + b_n; GRU only
+  void* grad_hidden;     // [rows, R]  gradient of h_t; projected LSTM only
+};
+
+struct RecurrentLoopArgs {
+  CellKind cell;
+  DType dtype;  // of every tensor in here
+  bool tf32;    // float32 may be rounded to tf32 in products
+  SequenceShape shape;
+  int64_t hidden_size;  // H >= 1
+  int64_t proj_size;    // 0: no projection
+  int directions;       // D; direction 1 runs from the last step to the first
+  LoopDirection direction[2];
+
+  // [rows, D, G, H]: W x + b_ih, read by the forward pass; its gradient, written by the backward pass.
+  void* pre;
+  // [T, B, D*R], feature stride 1; rows of a packed sequence are stride[1] apart. The backward pass reads it.
+  SequenceTensor<void*> output;
+  SequenceTensor<const void*> grad_output;  // [T, B, D*R] or null: zeros
+
+  int device;
+  void* stream;
+  void* workspace;  // of the size that the plan says, 256-byte aligned
+};
+
 }  // namespace fastseq

@@ -214,12 +214,20 @@ def no_batch_sizes() -> str:
     return problem("batch_sizes of length 0", "one size for each step, at least one", "pack_padded_sequence")
 
 
+def batch_sizes_elsewhere(batch_sizes: Tensor) -> str:
+    return problem(
+        f"batch_sizes on device {batch_sizes.device}", "batch_sizes on the CPU", "batch_sizes.cpu()"
+    )
+
+
 def check_batch_sizes(batch_sizes: Tensor, layer: Layer) -> None:
     """Raises RuntimeError if the values of batch_sizes would lead the kernels out of bounds.
 
     Every kernel that is about to run asks this, of subclasses of Tensor too; fake implementations, which
     read nothing, do not.
     """
+    if not batch_sizes.is_cpu:
+        raise RuntimeError(batch_sizes_elsewhere(batch_sizes))
     with torch._C.DisableTorchFunctionSubclass():
         sizes = batch_sizes.tolist()
     decreasing = all(a >= b for a, b in pairwise(sizes))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .checks import CELLS, check_like, no_batch_sizes, problem
+from .checks import CELLS, batch_sizes_elsewhere, check_like, no_batch_sizes, problem
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
@@ -438,11 +438,7 @@ def _packed_batch(batch_sizes: Tensor) -> int:
             )
         )
     if not batch_sizes.is_cpu:
-        raise RuntimeError(
-            problem(
-                f"batch_sizes on device {batch_sizes.device}", "batch_sizes on the CPU", "batch_sizes.cpu()"
-            )
-        )
+        raise RuntimeError(batch_sizes_elsewhere(batch_sizes))
     if batch_sizes.shape[0] == 0:
         raise RuntimeError(no_batch_sizes())
     batch = int(batch_sizes[0])

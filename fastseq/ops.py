@@ -14,14 +14,15 @@ T steps, B batch, I input_size, H hidden_size, R recurrent size (proj_size or H)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _C
+from . import _C, loops
 from .checks import CELLS, DTYPES, Layer, check_batch_sizes, check_layer, check_like, problem, unsupported
 
 _library = torch.library.Library("fastseq", "DEF")
@@ -120,16 +121,21 @@ def _recurrent_fake(
     return _allocate_layer(input, layer, batch_first, save)
 
 
-def _recurrent(
-    input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, save
+def _run_layer(
+    run, input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, save
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Checks, allocates, has run(layer, input, ..., output, h_n, c_n, saved) fill the results."""
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, layer)
-    output, h_n, c_n, saved = _allocate_layer(input, layer, batch_first, save)
-    batch_sizes, h0, c0 = _dense(batch_sizes), _dense(h0), _dense(c0)
+    results = _allocate_layer(input, layer, batch_first, save)
     weights = [weight.contiguous() for weight in weights]
-    states = _state_addresses((h0, c0, h_n, c_n, saved), directions)
+    run(layer, input, _dense(batch_sizes), _dense(h0), _dense(c0), weights, *results)
+    return results
+
+
+def _cpu_layer(layer, input, batch_sizes, h0, c0, weights, output, h_n, c_n, saved) -> None:
+    states = _state_addresses((h0, c0, h_n, c_n, saved), layer.directions)
     _C.recurrent_forward(
         layer.cell.code,
         DTYPES[input.dtype],
@@ -147,7 +153,6 @@ def _recurrent(
         *_strides(output)[:2],
         tuple([(*w, *s) for w, s in zip(_weight_addresses(weights, layer), states, strict=True)]),
     )
-    return output, h_n, c_n, saved
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -168,11 +173,15 @@ def _recurrent_cell_fake(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, 
     return _allocate_step(input, layer.batch, layer.hidden_size, mode, save)
 
 
-def _recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> list[Tensor]:
-    _check_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode)
-    weight_ih, weight_hh = weight_ih.contiguous(), weight_hh.contiguous()
-    bias_ih, bias_hh, h0, c0 = _dense(bias_ih), _dense(bias_hh), _dense(h0), _dense(c0)
-    return _step(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save)
+def _run_cell(run, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> list[Tensor]:
+    """Checks, allocates and has an engine take the step: run(layer, input, h0, c0, weights, h, c, saved)."""
+    layer = _check_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode)
+    results = _allocate_step(input, layer.batch, layer.hidden_size, mode, save)
+    weights = [w.contiguous() for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
+    c = results[1] if layer.cell.cell_state else None
+    saved = results[-1] if save and layer.cell.saved else None
+    run(layer, input, _dense(h0), _dense(c0), weights, results[0], c, saved)
+    return results
 
 
 def _allocate_step(input: Tensor, batch: int, hidden: int, mode: str, save: bool) -> list[Tensor]:
@@ -185,47 +194,29 @@ def _allocate_step(input: Tensor, batch: int, hidden: int, mode: str, save: bool
     return results
 
 
-def _step(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> list[Tensor]:
-    """One step with arguments that are checked and, but for the input, dense."""
-    code, _, slots, cell_state = CELLS[mode]
-    batch, input_size = input.shape
-    hidden = weight_hh.shape[1]
-    results = _allocate_step(input, batch, hidden, mode, save)
+def _cpu_cell(layer, input, h0, c0, weights, h, c, saved) -> None:
     row, feature = input.stride()
+    (weight_addresses,) = _weight_addresses(weights, layer)
     _C.recurrent_forward(
-        code,
+        layer.cell.code,
         DTYPES[input.dtype],
         torch.get_num_threads(),
         1,
-        batch,
+        layer.batch,
         0,
-        input_size,
-        hidden,
+        layer.input_size,
+        layer.hidden_size,
         0,
         True,
         input.data_ptr(),
         0,
         row,
         feature,
-        results[0].data_ptr(),
+        h.data_ptr(),
         0,
-        hidden,
-        (
-            (
-                weight_ih.data_ptr(),
-                weight_hh.data_ptr(),
-                0 if bias_ih is None else bias_ih.data_ptr(),
-                0 if bias_hh is None else bias_hh.data_ptr(),
-                0,
-                0 if h0 is None else h0.data_ptr(),
-                0 if c0 is None else c0.data_ptr(),
-                0,
-                results[1].data_ptr() if cell_state else 0,
-                results[-1].data_ptr() if save and slots else 0,
-            ),
-        ),
+        layer.hidden_size,
+        ((*weight_addresses, _address(h0), _address(c0), 0, _address(c), _address(saved)),),
     )
-    return results
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -242,13 +233,20 @@ def _nobody_listens() -> bool:
     )
 
 
-def _plain(*tensors: Tensor | None) -> bool:
-    """Whether all are dense tensors on the CPU as they come, so that the CPU kernel is the one to call."""
+def _plain_device(*tensors: Tensor | None) -> str:
+    """Where all are dense tensors as they come, so that its kernel is the one to call: a device type."""
     plain, strided = _PLAIN, torch.strided
+    device = ""
     for t in tensors:
-        if t is not None and not (type(t) in plain and t.is_cpu and t.layout is strided and not t.is_neg()):
-            return False
-    return True
+        if t is None:
+            continue
+        if not (type(t) in plain and t.layout is strided and not t.is_neg()):
+            return ""
+        where = "cpu" if t.is_cpu else "cuda" if t.is_cuda else ""
+        if not where or (device and where != device):
+            return ""
+        device = where
+    return device
 
 
 # Whether the compiled module reads this torch's tensors itself.
@@ -263,8 +261,8 @@ def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, 
     """
     tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
     if not _nobody_listens():
-        return torch.ops.fastseq.recurrent_cell.default(*tensors, mode, save)
-    if _READS_TENSORS and input.dim() == weight_hh.dim() == 2:
+        return _DISPATCHED.recurrent_cell(*tensors, mode, save)
+    if _READS_TENSORS and input.is_cpu and input.dim() == weight_hh.dim() == 2:
         code, _, slots, cell_state = CELLS[mode]
         if save or h0 is None or h0.layout is not torch.strided:
             results = _allocate_step(input, input.shape[0], weight_hh.shape[1], mode, save)
@@ -275,8 +273,8 @@ def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, 
         c, saved = results[1] if cell_state else None, results[-1] if save and slots else None
         if _C.recurrent_cell(code, torch.get_num_threads(), *tensors, results[0], c, saved):
             return results
-    plain = _plain(*tensors)
-    return (_recurrent_cell if plain else torch.ops.fastseq.recurrent_cell.default)(*tensors, mode, save)
+    kernels = KERNELS.get(_plain_device(*tensors), _DISPATCHED)
+    return kernels.recurrent_cell(*tensors, mode, save)
 
 
 # ------------------------------------------------------------------------------------------------ gradients
@@ -366,7 +364,8 @@ def _recurrent_backward_fake(
     return [grad for grad in _allocate_gradients(input, h0, c0, weights, wanted) if grad is not None]
 
 
-def _recurrent_backward(
+def _run_backward(
+    run,
     grad_output,
     grad_h_n,
     grad_c_n,
@@ -382,6 +381,7 @@ def _recurrent_backward(
     bias,
     wanted,
 ) -> list[Tensor]:
+    """Checks, allocates, has run(layer, mode, grad_output, ..., saved, grads) fill the gradients."""
     layer = _check_backward(
         grad_output,
         grad_h_n,
@@ -400,17 +400,35 @@ def _recurrent_backward(
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, layer)
     grads = _allocate_gradients(input, h0, c0, weights, wanted)
-    grad_input, grad_h0, grad_c0, *grad_weights = grads
-    batch_sizes, h0, c0 = _dense(batch_sizes), _dense(h0), _dense(c0)
-    grad_h_n, grad_c_n = _dense(grad_h_n), _dense(grad_c_n)
     # As the forward pass made them, unless a hook on saved tensors laid them out anew.
     saved, output = saved.contiguous(), output if output.stride(-1) == 1 else output.contiguous()
-    weights = [weight.contiguous() for weight in weights]
+    run(
+        layer,
+        mode,
+        grad_output,
+        _dense(grad_h_n),
+        _dense(grad_c_n),
+        input,
+        _dense(batch_sizes),
+        _dense(h0),
+        _dense(c0),
+        [weight.contiguous() for weight in weights],
+        output,
+        saved,
+        grads,
+    )
+    return [grad for grad in grads if grad is not None]
+
+
+def _cpu_backward(
+    layer, _, grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weights, output, saved, grads
+) -> None:
+    grad_input, grad_h0, grad_c0, *grad_weights = grads
     rows = zip(
         _weight_addresses(weights, layer),
-        _state_addresses((h0, c0, None, None, saved, grad_h_n, grad_c_n), directions),
+        _state_addresses((h0, c0, None, None, saved, grad_h_n, grad_c_n), layer.directions),
         _weight_addresses(grad_weights, layer),
-        _state_addresses((grad_h0, grad_c0), directions),
+        _state_addresses((grad_h0, grad_c0), layer.directions),
         strict=True,
     )
     _C.recurrent_backward(
@@ -433,24 +451,56 @@ def _recurrent_backward(
         *_strides(grad_input)[:2],
         tuple([(*w, *states, *grad_w, *grad_states) for w, states, grad_w, grad_states in rows]),
     )
-    return [grad for grad in grads if grad is not None]
 
 
 # --------------------------------------------------------------------------------------------- registration
 
 
-def _register(name: str, cpu, fake) -> None:
-    _library.impl(name, cpu, "CPU")
+class Kernels(NamedTuple):
+    """The three operators on one device."""
+
+    recurrent: Callable[..., Any]
+    recurrent_cell: Callable[..., Any]
+    recurrent_backward: Callable[..., Any]
+
+
+def loop_kernels(engine: loops.Engine) -> Kernels:
+    """The operators where time loops run on `engine`."""
+    return Kernels(
+        partial(_run_layer, partial(loops.forward, engine)),
+        partial(_run_cell, partial(loops.cell, engine)),
+        partial(_run_backward, partial(loops.backward, engine)),
+    )
+
+
+KERNELS = {
+    "cpu": Kernels(
+        partial(_run_layer, _cpu_layer), partial(_run_cell, _cpu_cell), partial(_run_backward, _cpu_backward)
+    )
+}
+if _C.cuda_info()["built"]:
+    KERNELS["cuda"] = loop_kernels(loops.CUDA)
+
+for _name, _fake in zip(
+    Kernels._fields, (_recurrent_fake, _recurrent_cell_fake, _recurrent_backward_fake), strict=True
+):
+    for _device, _kernels in KERNELS.items():
+        _library.impl(_name, getattr(_kernels, _name), _device.upper())
     # Every other device and layout ends here, unless an engine registers for it.
     _library.impl(
-        name, lambda *arguments: unsupported(f"fastseq.{name}", arguments), "CompositeExplicitAutograd"
+        _name,
+        lambda *arguments, _name=_name: unsupported(f"fastseq.{_name}", arguments),
+        "CompositeExplicitAutograd",
     )
-    torch.library.register_fake(f"fastseq::{name}", fake, lib=_library)
+    torch.library.register_fake(f"fastseq::{_name}", _fake, lib=_library)
 
 
-_register("recurrent", _recurrent, _recurrent_fake)
-_register("recurrent_cell", _recurrent_cell, _recurrent_cell_fake)
-_register("recurrent_backward", _recurrent_backward, _recurrent_backward_fake)
+def _kernels(*tensors: Tensor | None) -> Any:
+    """The operators of the tensors' device, or those that ask the dispatcher first."""
+    return KERNELS.get(_plain_device(*tensors), _DISPATCHED) if _nobody_listens() else _DISPATCHED
+
+
+_DISPATCHED = Kernels(*(getattr(torch.ops.fastseq, name).default for name in Kernels._fields))
 
 
 def recurrent(
@@ -462,9 +512,9 @@ def recurrent(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torch.ops.fastseq.recurrent, without the dispatcher where possible: see recurrent_cell."""
-    tensors = (input, batch_sizes, h0, c0)
-    plain = _nobody_listens() and _plain(*tensors, *weights)
-    return (_recurrent if plain else torch.ops.fastseq.recurrent.default)(*tensors, weights, *options)
+    # batch_sizes is on the CPU wherever the rest is.
+    kernels = _kernels(input, h0, c0, *weights)
+    return kernels.recurrent(input, batch_sizes, h0, c0, weights, *options)
 
 
 def recurrent_backward(
@@ -481,7 +531,6 @@ def recurrent_backward(
     *options: Any,
 ) -> list[Tensor]:
     """torch.ops.fastseq.recurrent_backward, without the dispatcher where possible: see recurrent_cell."""
+    kernels = _kernels(grad_output, grad_h_n, grad_c_n, input, h0, c0, *weights, output, saved)
     tensors = (grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0)
-    plain = _nobody_listens() and _plain(*tensors, *weights, output, saved)
-    op = _recurrent_backward if plain else torch.ops.fastseq.recurrent_backward.default
-    return op(*tensors, weights, output, saved, *options)
+    return kernels.recurrent_backward(*tensors, weights, output, saved, *options)

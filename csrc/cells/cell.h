@@ -30,8 +30,8 @@
 //       the operand again.
 #pragma once
 
-#if defined(__CUDACC__)
-#define FS_HD __host__ __device__ __forceinline__
+#if defined(FS_DEVICE)  // <prim.h> comes first where kernels are built
+#define FS_HD FS_DEVICE
 #else
 #define FS_HD inline
 #endif

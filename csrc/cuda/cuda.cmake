@@ -3,7 +3,16 @@
 #   FASTSEQ_CUDA_BUILT          0 or 1
 #   FASTSEQ_CUDA_REASON         a string literal: why it is not built, "" if it is
 #   FASTSEQ_CUDA_ARCHITECTURES  string literals separated by commas, nothing if it is not built
-set(cuda_sources csrc/cuda/skeleton.cu)
+#
+# The kernels, listed here once; csrc/cuda_host/cuda_host.cmake compiles the same for the CPU.
+set(cuda_sources csrc/cuda/recurrent.cu)  # for every architecture
+set(cuda_cluster_sources "")  # those that need thread-block clusters: for sm_90a alone
+foreach(arithmetic IN ITEMS bfloat16 float16 tf32 float32 float64)
+  list(APPEND cuda_sources csrc/cuda/recurrent_${arithmetic}.cu)
+  list(APPEND cuda_cluster_sources csrc/cuda/recurrent_cluster_${arithmetic}.cu)
+endforeach()
+set(cuda_kernel_sources ${cuda_sources} ${cuda_cluster_sources})
+
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)  # 80 with its PTX, which later GPUs can translate, not 90a's
 endif()
@@ -21,7 +30,7 @@ if(DEFINED ENV{CUDAHOSTCXX})
   set(nvcc_host $ENV{CUDAHOSTCXX})
 endif()
 
-# Compiles and links the skeleton by hand, since enable_language() stops everything where nvcc is broken, too
+# Compiles and links device.cu by hand, since enable_language() stops everything where nvcc is broken, too
 # old for an architecture, or refuses the C++ compiler. `reason` stays empty if all is well.
 function(try_nvcc reason)
   set(code "")
@@ -32,7 +41,7 @@ function(try_nvcc reason)
   execute_process(
     COMMAND ${nvcc} -ccbin ${nvcc_host} -std=c++17 ${code} -Xcompiler=-fPIC
             -cudart static -shared -o ${CMAKE_BINARY_DIR}/try_nvcc.so
-            ${PROJECT_SOURCE_DIR}/csrc/cuda/skeleton.cu
+            ${PROJECT_SOURCE_DIR}/csrc/cuda/device.cu
     RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
   set(line "")
   if(NOT result EQUAL 0)
@@ -73,10 +82,26 @@ if(cuda_reason STREQUAL "")
   set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 
-  add_library(fastseq_cuda OBJECT ${cuda_sources})
-  target_compile_options(fastseq_cuda PRIVATE -Xptxas=-v -Xcompiler=-Wall,-Wextra)
-  target_sources(_C PRIVATE $<TARGET_OBJECTS:fastseq_cuda>)
+  # The registers of every kernel are printed, and one that spills fails the build.
+  function(add_kernels name)
+    add_library(${name} OBJECT ${ARGN})
+    target_include_directories(${name} PRIVATE csrc/cuda csrc)
+    target_compile_definitions(${name} PRIVATE FASTSEQ_ISA=cuda)
+    target_compile_options(${name} PRIVATE
+      --expt-relaxed-constexpr -Xptxas=-v,-warn-spills,-Werror -Xcompiler=-Wall,-Wextra,-ffp-contract=off)
+    target_sources(_C PRIVATE $<TARGET_OBJECTS:${name}>)
+  endfunction()
+  add_kernels(fastseq_cuda csrc/cuda/device.cu ${cuda_sources})
+  if(cuda_cluster_sources)
+    add_kernels(fastseq_cuda_cluster ${cuda_cluster_sources})
+    set_target_properties(fastseq_cuda_cluster PROPERTIES CUDA_ARCHITECTURES 90a-real)
+  endif()
   set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+
+  add_library(fastseq_cuda_bindings OBJECT csrc/cuda/bindings.cpp)
+  target_link_libraries(fastseq_cuda_bindings PRIVATE fastseq_options pybind11::headers Python::Module)
+  target_compile_definitions(fastseq_cuda_bindings PRIVATE FASTSEQ_ISA=cuda)
+  target_sources(_C PRIVATE $<TARGET_OBJECTS:fastseq_cuda_bindings>)
 
   string(REGEX REPLACE "([0-9]+[a-z]?)(-real|-virtual)?" "\"sm_\\1\"" cuda_names
     "${CMAKE_CUDA_ARCHITECTURES}")

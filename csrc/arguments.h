@@ -1,0 +1,58 @@
+// How the bindings read what Python hands over: integers off tuples, in the order of the signatures in _C.pyi.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <type_traits>
+
+#include "fastseq.h"
+
+namespace fastseq {
+
+namespace py = pybind11;
+
+// Reads integers off a tuple, in order. pybind11's own conversion of forty arguments takes longer than a
+// small step of a network does.
+class Integers {
+ public:
+  explicit Integers(py::handle tuple) : tuple_(tuple.ptr()), size_(PyTuple_GET_SIZE(tuple_)) {}
+  int64_t next() {
+    if (at_ == size_) throw py::type_error("too few integers; the signatures are in _C.pyi");
+    const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple_, at_++));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  template <class T>
+  T* pointer() {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(next()));
+  }
+  // The tuple that comes next.
+  Integers nested() {
+    if (at_ == size_ || !PyTuple_Check(PyTuple_GET_ITEM(tuple_, at_)))
+      throw py::type_error("expected a tuple");
+    return Integers(PyTuple_GET_ITEM(tuple_, at_++));
+  }
+  py::ssize_t left() const { return size_ - at_; }
+
+ private:
+  PyObject* tuple_;
+  py::ssize_t size_, at_ = 0;
+};
+
+template <class Pointer>
+void read_sequence(Integers& from, int strides, SequenceTensor<Pointer>& tensor) {
+  tensor.data = from.pointer<std::remove_pointer_t<Pointer>>();
+  tensor.stride[2] = 1;
+  for (int i = 0; i < strides; ++i) tensor.stride[i] = from.next();
+}
+
+inline CellKind cell_of(int64_t code) {
+  if (code < 0 || code >= kCells) throw py::value_error("cell: unknown code");
+  return CellKind(code);
+}
+inline DType dtype_of(int64_t code) {
+  if (code < 0 || code >= kDTypes) throw py::value_error("dtype: unknown code");
+  return DType(code);
+}
+
+}  // namespace fastseq

@@ -1,0 +1,86 @@
+// Starting kernels. Nothing here allocates or waits for the GPU, so that all of it can be captured in a CUDA graph.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <prim.h>
+
+#include <cstddef>
+
+namespace fastseq::FASTSEQ_ISA {
+
+struct LaunchShape {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes = 0;
+  int cluster = 1;        // blocks of a cluster; divides `blocks`
+  bool together = false;  // all blocks must run at the same time, because they wait for each other
+  void* stream = nullptr;
+};
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, 1)
+    entry(const __grid_constant__ typename Kernel::Args args) {
+  Kernel::run(args);
+}
+
+// Null, or what the CUDA runtime says is wrong.
+template <class Kernel>
+const char* launch(const LaunchShape& shape, const typename Kernel::Args& args) {
+  static_assert(sizeof(typename Kernel::Args) <= 4096, "parameters of a kernel on sm_80");
+  const auto kernel = entry<Kernel>;
+  cudaError_t error = cudaSuccess;
+  if (shape.shared_bytes > 48 * 1024) {
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+  }
+  if (error == cudaSuccess && shape.cluster > 8) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(shape.blocks));
+  config.blockDim = dim3(unsigned(shape.threads));
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(shape.stream);
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(shape.cluster), 1, 1};
+  }
+  if (shape.together) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  error = cudaLaunchKernelEx(&config, kernel, args);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // it is reported here and must not surface in somebody else's check
+  return cudaGetErrorString(error);
+}
+
+inline const char* fill_zero(void* memory, size_t bytes, void* stream) {
+  const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Makes a device current, and the one that was so again.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    if (cudaGetDevice(&before_) != cudaSuccess) before_ = device;
+    if (before_ != device) cudaSetDevice(device);
+    changed_ = before_ != device;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+}  // namespace fastseq::FASTSEQ_ISA

@@ -1,0 +1,102 @@
+// The plan of the CUDA engine as Python sees it: an object that the loops take back, and its numbers in words.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "../arguments.h"
+#include "plan.h"
+
+namespace fastseq {
+
+// "grid", "grid:4", "grid:4x2": kernel, blocks of a group, columns of tiles; "" forces nothing.
+inline ForcedLoopPlan forced_loop_plan(const std::string& text) {
+  ForcedLoopPlan forced;
+  if (text.empty()) return forced;
+  const size_t colon = text.find(':');
+  const std::string name = text.substr(0, colon);
+  for (int i = 0; i < int(std::size(kLoopKernelNames)); ++i) {
+    if (name == kLoopKernelNames[i]) forced.kernel = i;
+  }
+  bool good = forced.kernel >= 0;
+  if (good && colon != std::string::npos) {
+    const std::string numbers = text.substr(colon + 1);
+    int read = 0;
+    good = std::sscanf(numbers.c_str(), "%d%n", &forced.blocks, &read) == 1 && forced.blocks > 0;
+    if (good && numbers[read] == 'x') {
+      int rest = 0;
+      good = std::sscanf(numbers.c_str() + read, "x%d%n", &forced.columns, &rest) == 1 && forced.columns > 0;
+      read += rest;
+    }
+    good = good && size_t(read) == numbers.size();
+  }
+  if (good) return forced;
+  throw std::runtime_error(
+      "given: FASTSEQ_CUDA_PLAN=\"" + text +
+      "\"\naccepted: a kernel (cluster, grid, stream), then, if wanted, the blocks of a group "
+      "and the columns of tiles\ntry: cluster, grid:64 or stream:64x2 say, or unset it");
+}
+
+inline py::dict describe_product(const ProductLayout& l, int in_registers) {
+  py::dict d;
+  d["exchange"] = l.scatter ? "partial sums" : "operand";
+  d["warps"] = py::make_tuple(l.warps_m, l.warps_k);
+  d["passes"] = l.passes;
+  d["units"] = l.units();
+  d["register_units"] = std::min(l.units(), in_registers);
+  d["shared_units"] = l.shared_units;
+  d["streamed_units"] = std::max(0, l.units() - in_registers - l.shared_units);
+  d["chunks"] = l.chunks;
+  return d;
+}
+
+inline py::dict describe_plan(const LoopPlan& plan, bool tensor) {
+  const LoopLayout& layout = plan.layout;
+  const int in_registers = register_units(tensor, layout.products, plan.columns, plan.kernel);
+  py::dict d;
+  d["kernel"] = kLoopKernelNames[int(plan.kernel)];
+  d["blocks"] = layout.blocks;
+  d["threads"] = layout.threads;
+  d["rows"] = layout.rows;
+  d["columns"] = plan.columns;
+  d["units"] = layout.units;
+  d["groups"] = plan.groups;
+  d["groups_at_once"] = plan.groups_at_once;
+  d["shared_bytes"] = layout.shared_bytes;
+  d["workspace_bytes"] = layout.workspace_bytes;
+  d["microseconds"] = plan.microseconds;
+  py::list products;
+  for (int i = 0; i < layout.products; ++i)
+    products.append(describe_product(layout.product[i], in_registers));
+  d["products"] = products;
+  return d;
+}
+
+struct BoundLoopPlan {
+  LoopPlan plan;
+  bool tensor;
+};
+
+inline void bind_loop_plan(py::module_& m) {
+  py::class_<BoundLoopPlan>(m, "LoopPlan", py::module_local())
+      .def_property_readonly("workspace_bytes",
+                             [](const BoundLoopPlan& p) { return p.plan.layout.workspace_bytes; })
+      .def("describe", [](const BoundLoopPlan& p) { return describe_plan(p.plan, p.tensor); });
+  m.def("loop_plan", [](int cell, int dtype, bool tf32, int64_t steps, int64_t batch, int64_t hidden_size,
+                        int64_t proj_size, int directions, bool packed, bool backward,
+                        const py::tuple& device, const std::string& forced) {
+    Integers facts(device);
+    DeviceFacts of_device = {};
+    of_device.major = int(facts.next()), of_device.minor = int(facts.next());
+    of_device.multiprocessors = int(facts.next());
+    of_device.shared_bytes = facts.next(), of_device.l2_bytes = facts.next();
+    const DType type = dtype_of(dtype);
+    const LoopProblem problem{cell_of(cell), type,        tf32,      steps,
+                              batch,         hidden_size, proj_size, directions,
+                              packed,        backward,    of_device, forced_loop_plan(forced)};
+    return BoundLoopPlan{loop_plan(problem), uses_tensor_cores(type, tf32)};
+  });
+}
+
+}  // namespace fastseq

@@ -1,0 +1,223 @@
+// What a kernel needs of the GPU: the only file with PTX and CUDA built-ins. csrc/cuda_host/prim.h implements the
+// same names on the CPU, so that every kernel also runs, and is checked, where there is no GPU. Kernels include
+// <prim.h>; the include path says which one they get.
+//
+// A kernel is a struct with
+//   struct Args              plain data, at most 4 KB
+//   kThreads                 the most threads that a block of it may have
+//   static FS_DEVICE void run(const Args&)
+// and is started by launch<Kernel>() of <launch.h>. Blocks and threads are numbered in one dimension.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#define FS_DEVICE __device__ __forceinline__
+#define FS_UNROLL _Pragma("unroll")
+#define FS_NO_UNROLL _Pragma("unroll 1")
+
+namespace fastseq::FASTSEQ_ISA {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+struct alignas(16) Vector16 {
+  uint32_t word[4];
+};
+
+// ---- who am I ----
+
+constexpr int kWarp = 32;
+FS_DEVICE int thread_index() { return threadIdx.x; }
+FS_DEVICE int thread_count() { return blockDim.x; }
+FS_DEVICE int block_index() { return blockIdx.x; }
+FS_DEVICE int block_count() { return gridDim.x; }
+
+// The block's dynamic shared memory, 128-byte aligned; holds anything until it is written.
+FS_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+
+// ---- meeting ----
+
+FS_DEVICE void sync_block() { __syncthreads(); }  // all threads of the block
+FS_DEVICE void sync_warp() { __syncwarp(); }
+
+// All threads of all blocks of a cluster: what was written before arriving, to any block's shared memory or to
+// global memory, is seen after waiting. Between the two a thread may do other work.
+FS_DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+FS_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// The same place in the shared memory of block `rank` of the cluster, to be written and read as any memory.
+template <class T>
+FS_DEVICE T* cluster_map(T* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t mapped;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
+  return reinterpret_cast<T*>(mapped);
+#else
+  return shared;
+#endif
+}
+
+// A flag in global memory: who sees the value set sees all that the block wrote before its sync_block() that came
+// before set_flag(). One thread sets; the threads that wait_flag() share it with theirs by sync_block().
+FS_DEVICE void set_flag(int* flag, int value) {
+  __threadfence();
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+FS_DEVICE void wait_flag(const int* flag, int value) {  // until it is at least `value`
+  int seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+  } while (seen < value);
+}
+
+// ---- memory ----
+
+// 16 bytes from global to shared memory, not through the first-level cache; there after copy_async_wait<n>(),
+// which leaves the n latest committed groups of the thread under way, and for other threads after a barrier too.
+FS_DEVICE void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+FS_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+FS_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// A value that is read once, or written once: it is not to push others out of the caches.
+template <class T>
+FS_DEVICE T load_once(const T* p) {
+  T value;
+  if constexpr (sizeof(T) == 2) {
+    const unsigned short word = __ldcs(reinterpret_cast<const unsigned short*>(p));
+    memcpy(&value, &word, 2);
+  } else if constexpr (sizeof(T) == 4) {
+    const unsigned word = __ldcs(reinterpret_cast<const unsigned*>(p));
+    memcpy(&value, &word, 4);
+  } else {
+    const unsigned long long word = __ldcs(reinterpret_cast<const unsigned long long*>(p));
+    memcpy(&value, &word, 8);
+  }
+  return value;
+}
+template <class T>
+FS_DEVICE void store_once(T* p, T value) {
+  if constexpr (sizeof(T) == 2) {
+    unsigned short word;
+    memcpy(&word, &value, 2);
+    __stcs(reinterpret_cast<unsigned short*>(p), word);
+  } else if constexpr (sizeof(T) == 4) {
+    unsigned word;
+    memcpy(&word, &value, 4);
+    __stcs(reinterpret_cast<unsigned*>(p), word);
+  } else {
+    unsigned long long word;
+    memcpy(&word, &value, 8);
+    __stcs(reinterpret_cast<unsigned long long*>(p), word);
+  }
+}
+
+// 16 bytes of global memory that no kernel writes meanwhile, kept out of the first-level cache.
+FS_DEVICE Vector16 load_constant(const Vector16* p) {
+  Vector16 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(p));
+  return v;
+}
+
+// ---- warps ----
+
+template <class T>
+FS_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Four 8 x 8 matrices of 16-bit elements, or 8 x 4 of 32-bit ones: lane l hands in the 16-byte row l % 8 of matrix
+// l / 8, in shared memory, and gets of matrix i the word l % 4 of row l / 4 as r[i].
+FS_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
+// d[16 x 8] += a[16 x k] b[k x 8], k 16 (bfloat16, float16) or 8 (float, rounded to tf32 before).
+//   a.word[i]  row l / 4 + 8 (i % 2), word l % 4 + 4 (i / 2) of the row
+//   b[i]       word l % 4 + 4 i of column l / 4
+//   d[i]       row l / 4 + 8 (i / 2), column 2 (l % 4) + i % 2
+// for lane l; a word is two 16-bit elements or one 32-bit element, along k.
+FS_DEVICE void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, bfloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b0), "r"(b1));
+}
+FS_DEVICE void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, float16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b0), "r"(b1));
+}
+FS_DEVICE void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, float) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b0), "r"(b1));
+}
+
+// ---- numbers ----
+
+FS_DEVICE float widen(float x) { return x; }
+FS_DEVICE double widen(double x) { return x; }
+FS_DEVICE float widen(bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+FS_DEVICE float widen(float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+FS_DEVICE void narrow(float x, float& y) { y = x; }
+FS_DEVICE void narrow(double x, double& y) { y = x; }
+FS_DEVICE void narrow(float x, bfloat16& y) { y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+FS_DEVICE void narrow(float x, float16& y) { y.bits = __half_as_ushort(__float2half_rn(x)); }
+// To the nearest number of 10 bits, which is what the tensor cores read of a float.
+FS_DEVICE float round_to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+}
+
+FS_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+FS_DEVICE double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
+
+// A few units in the last place; NaN stays NaN.
+FS_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
+FS_DEVICE double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
+FS_DEVICE float tanh(float x) { return tanhf(x); }
+FS_DEVICE double tanh(double x) { return ::tanh(x); }
+template <class T>
+FS_DEVICE T relu(T x) {
+  return x <= T(0) ? T(0) : x;
+}
+// dh where h = relu(a) is positive or NaN, else zero.
+template <class T>
+FS_DEVICE T relu_grad(T h, T dh) {
+  return h <= T(0) ? T(0) : dh;
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

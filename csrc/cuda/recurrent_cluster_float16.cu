@@ -1,0 +1,5 @@
+#include "recurrent_kernels.h"
+
+namespace fastseq::FASTSEQ_ISA {
+FASTSEQ_CLUSTER_KERNELS(Float16Math)
+}

@@ -1,0 +1,91 @@
+// What the forward and the backward pass share between products: which rows a step has, and which values of a step
+// a thread works on.
+//
+// The items of a block are its units times the rows of its batch tile, units first, so that neighbouring lanes read
+// neighbouring addresses. A thread has kAhead of them at a time; it loads what the first ones need one step ahead,
+// and stores what they made after it has told the other blocks that its part of the operand is there, since a
+// barrier waits for the stores before it.
+#pragma once
+
+#include "cells.h"
+#include "step_engine.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+constexpr int kAhead = 2;
+
+// One step of the sequence, as the rows lie.
+struct StepRows {
+  int64_t t, offset;  // row of the step's row 0
+  int64_t rows;       // of the step; 0 outside the sequence
+};
+
+FS_DEVICE StepRows rows_of(const LoopKernelArgs& args, int64_t t) {
+  if (t < 0 || t >= args.loop.shape.steps) return {t, 0, 0};
+  if (!args.loop.shape.batch_sizes) return {t, t * args.loop.shape.batch, args.loop.shape.batch};
+  const auto* const offsets = reinterpret_cast<const int64_t*>(
+      static_cast<const unsigned char*>(args.loop.workspace) + args.layout.offsets_at);
+  return {t, offsets[t], offsets[t + 1] - offsets[t]};
+}
+
+// A unit of a row. `inside`: both exist.
+struct Item {
+  int u, n;  // of the block, of the tile
+  int unit;
+  int64_t row;
+  bool inside;
+};
+
+// The items of a block: `units` of it times the rows of the tile, of `all_units` there are in the layer.
+template <int kRows>
+struct Items {
+  int units, all_units, rank;
+  int64_t first_row, batch;
+  Item first[kAhead];  // those of the first round, which in most layouts is the only one
+
+  FS_DEVICE Items(int units, int all_units, int rank, int64_t first_row, int64_t batch)
+      : units(units), all_units(all_units), rank(rank), first_row(first_row), batch(batch) {
+    FS_UNROLL
+    for (int a = 0; a < kAhead; ++a) first[a] = at(thread_index() + a * thread_count());
+  }
+  FS_DEVICE int count() const { return units * kRows; }
+  FS_DEVICE Item at(int i) const {
+    const int n = i / units, u = i - n * units, unit = rank * units + u;
+    const int64_t row = first_row + n;
+    return {u, n, unit, row, i < count() && unit < all_units && row < batch};
+  }
+  // body(a, item) for the thread's items of the round that begins with item `begin`.
+  template <class Body>
+  FS_DEVICE void for_each(int begin, Body body) const {
+    FS_UNROLL
+    for (int a = 0; a < kAhead; ++a) {
+      const int i = begin + thread_index() + a * thread_count();
+      if (i < count()) body(a, begin == 0 ? first[a] : at(i));
+    }
+  }
+};
+
+// Address of row 0 of a step in a [T, B, features] tensor, and the elements between rows, as in the contract.
+template <class S, class Pointer>
+FS_DEVICE S* row_at(const SequenceTensor<Pointer>& tensor, bool packed, const StepRows& step, int64_t row) {
+  const int64_t before =
+      packed ? (step.offset + row) * tensor.stride[1] : step.t * tensor.stride[0] + row * tensor.stride[1];
+  return static_cast<S*>(tensor.data) + before;
+}
+
+// x as it will be read back from storage.
+template <class S, class T>
+FS_DEVICE T rounded(T x) {
+  S stored;
+  narrow(x, stored);
+  return T(widen(stored));
+}
+
+template <class S, class T>
+FS_DEVICE void keep(S* p, T x) {
+  S stored;
+  narrow(x, stored);
+  store_once(p, stored);
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

@@ -1,0 +1,291 @@
+// What a block does in a step besides the cell: the exchange of operands, the product, the sums. It knows no cell.
+//
+// kCluster  The group is a thread-block cluster. gather: the operand lies whole in each block's shared memory, twice;
+//           a block writes its own part in all of them. scatter: a block multiplies its own part of the operand and
+//           writes the parts of sums into their owners' shared memory. One cluster barrier an exchange.
+// kGrid     The group is any blocks that run at the same time. The operand lies in global memory, twice; a block
+//           writes its part there, sets its flag, waits for the flags of the others, and copies the operand,
+//           chunk by chunk, into shared memory.
+//
+// Why one barrier is enough: what a block writes in exchange i lies in the half of the buffer that was read last
+// after exchange i - 2, and no block passes exchange i - 1 before all have read.
+#pragma once
+
+#include "../fastseq.h"
+#include "layout.h"
+#include "product.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+enum class Exchange { kCluster, kGrid };
+
+struct LoopKernelArgs {
+  RecurrentLoopArgs loop;
+  LoopLayout layout;
+  int64_t first_group;  // of this launch
+};
+
+// How a kernel is built: kRegisterUnits of a warp's weights in registers, kStreams if some may be in global memory.
+template <class Math, int kColumnTiles, Exchange kHow, bool kBackwardPass, int kProductsOfStep,
+          int kInRegisters, bool kFromGlobal>
+struct KernelTraits {
+  using M = Math;
+  static constexpr int kColumns = kColumnTiles, kProducts = kProductsOfStep, kRegisterUnits = kInRegisters;
+  static constexpr Exchange kExchange = kHow;
+  static constexpr bool kBackward = kBackwardPass, kStreams = kFromGlobal;
+  static constexpr bool kScatter = kHow == Exchange::kCluster && kBackwardPass;
+  static constexpr int kRows = kColumns * M::kRows;  // of a batch tile
+};
+
+template <class Traits>
+class StepEngine {
+  using M = typename Traits::M;
+  using Element = typename M::Element;
+  using Storage = typename M::Storage;
+  using Scalar = typename M::Scalar;
+  static constexpr bool kCluster = Traits::kExchange == Exchange::kCluster, kScatter = Traits::kScatter;
+
+ public:
+  static constexpr int kRows = Traits::kRows;
+
+  const LoopKernelArgs& args;
+  const int64_t group;  // of the whole grid of groups
+  const int rank, direction;
+  const int64_t first_row;  // of the batch tile
+
+  FS_DEVICE explicit StepEngine(const LoopKernelArgs& a)
+      : args(a),
+        group(a.first_group + block_index() / a.layout.blocks),
+        rank(block_index() % a.layout.blocks),
+        direction(int(group % a.loop.directions)),
+        first_row(group / a.loop.directions * kRows) {
+    load_product<0>();
+    if constexpr (Traits::kProducts == 2) load_product<1>();
+  }
+
+  FS_DEVICE const ProductLayout& product_layout(int p) const { return args.layout.product[p]; }
+  FS_DEVICE const LoopDirection& tensors() const { return args.loop.direction[direction]; }
+  template <class T>
+  FS_DEVICE T* shared(int at) const {
+    return reinterpret_cast<T*>(shared_memory() + at);
+  }
+
+  // Ends the preparations: the other blocks' memory may be written, and this one's be read by all its threads.
+  FS_DEVICE void start() {
+    if (kCluster && args.layout.blocks > 1) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      sync_block();
+    }
+  }
+
+  // Writes an element of this block's part of the operand: of segment (gate) `segment`, own unit u, row n.
+  FS_DEVICE void put(int p, int parity, int segment, int u, int n, Scalar value) {
+    const ProductLayout& layout = product_layout(p);
+    Element* const to = operand(layout, parity);
+    to[M::index(n, own_k(layout, segment) + u, layout.line_stride)] = M::element(value);
+  }
+
+  // The first product, whose operand is `initial`, [batch, width] in global memory or null: zeros.
+  FS_DEVICE void multiply_initial(const Storage* initial, int width) {
+    const ProductLayout& layout = product_layout(0);
+    multiply<0>(0, [&](int, int chunk) {
+      const int64_t k0 = int64_t(chunk) * layout.chunk_pairs * layout.warps_k * M::kPair;
+      const int64_t k = kCluster ? width : int64_t(layout.chunk_pairs) * layout.warps_k * M::kPair;
+      Element* const to = kCluster ? operand(layout, 0) : shared<Element>(layout.operand_at);
+      sync_block();
+      for (int64_t i = thread_index(); i < kRows * k; i += thread_count()) {
+        const int n = int(i / k);
+        const int64_t at = k0 + i % k, row = first_row + n;
+        const bool there = initial && at < width && row < args.loop.shape.batch;
+        const Scalar value = there ? Scalar(widen(initial[row * width + at])) : Scalar(0);
+        to[M::index(n, i % k, layout.chunk_line_stride)] = M::element(value);
+      }
+      sync_block();
+      return static_cast<const Element*>(to);
+    });
+    sync_block();
+  }
+
+  // Exchanges operand p, as all threads of all blocks have put it, and multiplies. between() runs while the blocks
+  // wait for each other. Afterwards sum() gives the results.
+  template <int p, class Between>
+  FS_DEVICE void transfer(int parity, Between between) {
+    const ProductLayout& layout = product_layout(p);
+    const bool alone = args.layout.blocks == 1;
+    if constexpr (kScatter) {
+      sync_block();
+      multiply<p>(parity, [&](int, int) { return static_cast<const Element*>(operand(layout, parity)); });
+      if (!alone) cluster_arrive();
+      between();
+      alone ? sync_block() : cluster_wait();
+    } else if constexpr (kCluster) {
+      if (!alone) {
+        sync_block();
+        push(layout, operand(layout, parity));
+        cluster_arrive();
+      }
+      between();
+      alone ? sync_block() : cluster_wait();
+      multiply<p>(parity, [&](int, int) { return static_cast<const Element*>(operand(layout, parity)); });
+      sync_block();
+    } else {
+      sync_block();
+      int* const flags =
+          reinterpret_cast<int*>(workspace() + args.layout.flags_at) + group * args.layout.blocks;
+      ++exchanges_;
+      if (thread_index() == 0) set_flag(flags + rank, exchanges_);
+      between();
+      for (int i = thread_index(); i < args.layout.blocks; i += thread_count())
+        wait_flag(flags + i, exchanges_);
+      sync_block();
+      multiply<p>(parity, [&](int pass, int chunk) { return acquire(layout, parity, pass, chunk); });
+      sync_block();
+    }
+  }
+
+  // Result m (gate * out_units + unit, or own unit if scatter) of row n, of the last exchange with this parity.
+  FS_DEVICE Scalar sum(int p, int parity, int m, int n) const {
+    const ProductLayout& layout = product_layout(p);
+    const Scalar* from = sums(layout, parity) + n * layout.sum_stride + m;
+    Scalar total = *from;
+    for (int slot = 1; slot < layout.slots; ++slot) total += from[slot * kRows * layout.sum_stride];
+    return total;
+  }
+
+ private:
+  template <int p>
+  FS_DEVICE auto& product() {
+    if constexpr (p == 0) {
+      return first_;
+    } else {
+      return second_;
+    }
+  }
+
+  template <int p>
+  FS_DEVICE void load_product() {
+    const ProductLayout& layout = product_layout(p);
+    const unsigned char* const tiles =
+        workspace() + layout.tiles_at + (int64_t(direction) * args.layout.blocks + rank) * layout.tiles_bytes;
+    product<p>().load_weights(layout, reinterpret_cast<const Vector16*>(tiles),
+                              shared<Vector16>(layout.weights_at));
+    if constexpr (kCluster) {
+      const int64_t vectors = operand_elements(layout) * (kScatter ? 1 : 2) / M::kVector;
+      auto* const memory = shared<Vector16>(layout.operand_at);
+      for (int64_t i = thread_index(); i < vectors; i += thread_count()) memory[i] = Vector16{};
+    }
+  }
+
+  FS_DEVICE unsigned char* workspace() const { return static_cast<unsigned char*>(args.loop.workspace); }
+
+  FS_DEVICE static int64_t operand_elements(const ProductLayout& layout) {
+    return int64_t(M::lines_of(kRows)) * layout.line_stride * M::kVector;
+  }
+  FS_DEVICE Element* operand(const ProductLayout& layout, int parity) const {
+    if constexpr (kScatter) {
+      return shared<Element>(layout.operand_at);
+    } else if constexpr (kCluster) {
+      return shared<Element>(layout.operand_at) + parity * operand_elements(layout);
+    } else {
+      return reinterpret_cast<Element*>(workspace() + layout.images_at +
+                                        ((group - args.first_group) * 2 + parity) * layout.image_bytes);
+    }
+  }
+  FS_DEVICE int own_k(const ProductLayout& layout, int segment) const {
+    return kScatter ? segment * layout.in_units : (segment * args.layout.blocks + rank) * layout.in_units;
+  }
+  FS_DEVICE Scalar* sums(const ProductLayout& layout, int parity) const {
+    return shared<Scalar>(layout.sums_at) +
+           (kScatter ? parity * layout.slots * kRows * layout.sum_stride : 0);
+  }
+
+  // Own part of the operand into the other blocks' shared memory. A thread sends the same 16 bytes to every block
+  // that is its turn; blocks begin with different ones, so that they do not all write to one at the same time.
+  FS_DEVICE void push(const ProductLayout& layout, Element* image) {
+    const int vectors = own_vectors(layout), others = args.layout.blocks - 1;
+    const int senders = thread_count() > vectors ? thread_count() / vectors : 1;
+    const int sender = thread_count() > vectors ? thread_index() / vectors : 0;
+    if (sender >= senders) return;
+    for (int v = thread_index() - sender * vectors; v < vectors; v += thread_count()) {
+      Vector16* const own = reinterpret_cast<Vector16*>(image) + own_vector(layout, v);
+      const Vector16 value = *own;
+      for (int i = sender; i < others; i += senders) {
+        const int to = rank + 1 + i;
+        *cluster_map(own, to < args.layout.blocks ? to : to - args.layout.blocks) = value;
+      }
+    }
+  }
+  FS_DEVICE static int own_vectors(const ProductLayout& layout) {
+    return layout.segments * M::lines_of(kRows) * int(M::vectors_of(layout.in_units));
+  }
+  FS_DEVICE int64_t own_vector(const ProductLayout& layout, int v) const {
+    const int lines = M::lines_of(kRows), per_line = int(M::vectors_of(layout.in_units));
+    const int line = v / per_line % lines, segment = v / (per_line * lines);
+    return int64_t(line) * layout.line_stride + M::vectors_of(own_k(layout, segment)) + v % per_line;
+  }
+
+  // The chunk of the operand in shared memory. Where there are several, one is on its way while another is used.
+  FS_DEVICE const Element* acquire(const ProductLayout& layout, int parity, int pass, int chunk) {
+    if (layout.chunks == 1) {
+      if (pass == 0) {
+        fetch(layout, parity, 0, 0);
+        copy_async_wait<0>();
+        sync_block();
+      }
+      return stage(layout, 0);
+    }
+    const int turn = pass * layout.chunks + chunk;
+    if (turn == 0) fetch(layout, parity, 0, 0);
+    sync_block();  // the other stage is free
+    if (turn + 1 < layout.passes * layout.chunks) {
+      fetch(layout, parity, (turn + 1) % layout.chunks, (turn + 1) % 2);
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
+    }
+    sync_block();
+    return stage(layout, turn % 2);
+  }
+  FS_DEVICE Element* stage(const ProductLayout& layout, int i) const {
+    return shared<Element>(layout.operand_at) +
+           i * M::lines_of(kRows) * layout.chunk_line_stride * M::kVector;
+  }
+  FS_DEVICE void fetch(const ProductLayout& layout, int parity, int chunk, int to) {
+    const int lines = M::lines_of(kRows), pairs = layout.chunk_pairs * layout.warps_k;
+    const int per_line = int(M::vectors_of(int64_t(pairs) * M::kPair));
+    const Vector16* const from =
+        reinterpret_cast<const Vector16*>(operand(layout, parity)) + int64_t(chunk) * per_line;
+    Vector16* const memory = reinterpret_cast<Vector16*>(stage(layout, to));
+    for (int i = thread_index(); i < lines * per_line; i += thread_count()) {
+      const int line = i / per_line, v = i % per_line;
+      copy_async(memory + line * layout.chunk_line_stride + v, from + int64_t(line) * layout.line_stride + v);
+    }
+    copy_async_commit();
+  }
+
+  template <int p, class Acquire>
+  FS_DEVICE void multiply(int parity, Acquire acquire) {
+    const ProductLayout& layout = product_layout(p);
+    Scalar* const own = sums(layout, parity);
+    product<p>().run(layout, acquire, [&](int slot, int m, int n, Scalar value) {
+      if constexpr (kScatter) {
+        const int owner = m / layout.out_units, u = m % layout.out_units;
+        if (owner >= args.layout.blocks) return;  // tiles end at multiples of 16
+        Scalar* const to = own + ((rank * layout.warps_k + slot) * kRows + n) * layout.sum_stride + u;
+        *(owner == rank ? to : cluster_map(to, owner)) = value;
+      } else {
+        own[(slot * kRows + n) * layout.sum_stride + m] = value;
+      }
+    });
+  }
+
+  using ProductOfStep = Product<M, Traits::kColumns, Traits::kRegisterUnits, Traits::kStreams>;
+  struct None {};
+  ProductOfStep first_;
+  std::conditional_t<Traits::kProducts == 2, ProductOfStep, None> second_;
+  int exchanges_ = 0;
+};
+
+}  // namespace fastseq::FASTSEQ_ISA

@@ -1,0 +1,387 @@
+"""The operators on CUDA: the time loop is a persistent kernel, what lies around it torch's products.
+
+    forward   pre = x W_ih^T + b_ih for all steps, then the loop
+    backward  the loop, which makes the gradient of pre and of U h, then the products that give the gradients
+              of input and weights
+
+An Engine is a device that runs loops: the GPU, and in the tests the kernels' host twin, to which CPU tensors
+are device memory. Nothing in here waits for the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .checks import DTYPES, Layer, problem
+
+
+class Engine(NamedTuple):
+    """Where loops run. Of a device index, `facts`: compute capability (two numbers), multiprocessors,
+    bytes of shared memory of a block, bytes of L2; `stream`: the address of the current stream."""
+
+    module: Any
+    facts: Callable[[int], tuple[int, ...]]
+    stream: Callable[[int], int]
+
+
+@lru_cache
+def _cuda_facts(index: int) -> tuple[int, ...]:
+    facts = _C.cuda_device_facts(index)
+    if facts[0] < 8:
+        raise NotImplementedError(
+            problem(
+                f"cuda:{index}, a GPU of compute capability {facts[0]}.{facts[1]}",
+                "compute capability 8.0 or later (A100, H100, ...)",
+                "module.cpu() and input.cpu(), or torch.nn's module with the same state_dict",
+            )
+        )
+    return facts
+
+
+CUDA = Engine(_C, _cuda_facts, lambda index: torch.cuda.current_stream(index).cuda_stream)
+
+
+# -------------------------------------------------------------------------------------------------- precision
+
+_get_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # from torch 2.9 on
+_set_precision = getattr(torch._C, "_set_fp32_precision_setter", None)
+
+
+def rnn_may_use_tf32() -> bool:
+    """What torch.backends.cudnn says of recurrent networks, fp32_precision or allow_tf32; by default yes."""
+    if _get_precision is None:
+        return torch.backends.cudnn.allow_tf32
+    return _get_precision("cuda", "rnn") == "tf32"
+
+
+@contextmanager
+def _products_as_rnn(tf32: bool) -> Iterator[None]:
+    """torch's matrix products, which have their own setting, follow that for recurrent networks, as those
+    within cuDNN do. It is the whole process's: another thread's products may see it meanwhile."""
+    if _get_precision is None or _set_precision is None:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+        return
+    precision = _get_precision("cuda", "matmul")
+    _set_precision("cuda", "matmul", "tf32" if tf32 else "ieee")
+    try:
+        yield
+    finally:
+        _set_precision("cuda", "matmul", precision)
+
+
+# ------------------------------------------------------------------------------------------------------ plans
+
+
+class Loop(NamedTuple):
+    """What a plan is made for."""
+
+    cell: int
+    dtype: int
+    tf32: bool
+    steps: int
+    batch: int
+    hidden_size: int
+    proj_size: int
+    directions: int
+    packed: bool
+    backward: bool
+
+
+@lru_cache(maxsize=1024)
+def _plan(module: Any, loop: Loop, facts: tuple[int, ...], forced: str) -> Any:
+    return module.loop_plan(*loop, facts, forced)
+
+
+def _loop_of(layer: Layer, dtype: torch.dtype, packed: bool, backward: bool) -> Loop:
+    tf32 = dtype is torch.float32 and rnn_may_use_tf32()
+    proj_size = layer.width if layer.projected else 0
+    return Loop(
+        layer.cell.code,
+        DTYPES[dtype],
+        tf32,
+        layer.steps,
+        layer.batch,
+        layer.hidden_size,
+        proj_size,
+        layer.directions,
+        packed,
+        backward,
+    )
+
+
+def plan_of(engine: Engine, loop: Loop, device: torch.device) -> Any:
+    """The plan for a loop on a device; FASTSEQ_CUDA_PLAN=kernel[:blocks[xcolumns]] forces one."""
+    forced = os.environ.get("FASTSEQ_CUDA_PLAN", "")
+    return _plan(engine.module, loop, engine.facts(device.index or 0), forced)
+
+
+# --------------------------------------------------------------------------------------------- the two passes
+
+
+class _Direction(NamedTuple):
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    weight_hr: Tensor | None
+
+
+def _by_direction(weights: Sequence[Any], layer: Layer) -> list[_Direction]:
+    count = len(weights) // layer.directions
+    directions = []
+    for start in range(0, len(weights), count):
+        group = list(weights[start : start + count])
+        if not layer.bias:
+            group[2:2] = (None, None)
+        if not layer.projected:
+            group.append(None)
+        directions.append(_Direction(*group))
+    return directions
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def _part(tensor: Tensor | None, direction: int) -> Tensor | None:
+    """The part of a direction, which comes first in the shapes of states and of `saved`; None if empty."""
+    return None if tensor is None or tensor.numel() == 0 else tensor[direction]
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+
+
+def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
+    if tensor is None:
+        return (0,) * count
+    return (tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride()))[:count]
+
+
+def _workspace(plan: Any, like: Tensor) -> Tensor:
+    return torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=like.device)
+
+
+@torch.no_grad()
+def forward(
+    engine: Engine,
+    layer: Layer,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    h_n: Tensor | None,
+    c_n: Tensor | None,
+    saved: Tensor | None,
+) -> None:
+    """Fills output (T, B, D*R), h_n, c_n and saved; see ops.recurrent. All but the input is dense."""
+    if layer.rows == 0:
+        return
+    loop = _loop_of(layer, input.dtype, batch_sizes is not None, backward=False)
+    plan = plan_of(engine, loop, input.device)
+    directions = _by_direction(weights, layer)
+    x = input.reshape(layer.rows, layer.input_size)
+    weight_ih = _joined([d.weight_ih for d in directions])
+    with _products_as_rnn(loop.tf32):
+        if layer.bias:
+            pre = torch.addmm(
+                _joined([d.bias_ih for d in directions if d.bias_ih is not None]), x, weight_ih.t()
+            )
+        else:
+            pre = x @ weight_ih.t()
+    workspace, index = _workspace(plan, input), input.device.index or 0
+    engine.module.loop_forward(
+        plan,
+        loop.cell,
+        loop.dtype,
+        loop.tf32,
+        index,
+        engine.stream(index),
+        loop.steps,
+        loop.batch,
+        *_addresses(batch_sizes),
+        loop.hidden_size,
+        loop.proj_size,
+        pre.data_ptr(),
+        output.data_ptr(),
+        *_strides(output, 2),
+        workspace.data_ptr(),
+        tuple(
+            _addresses(
+                d.weight_hh,
+                d.bias_hh,
+                d.weight_hr,
+                _part(h0, i),
+                _part(c0, i),
+                _part(h_n, i),
+                _part(c_n, i),
+                _part(saved, i),
+            )
+            for i, d in enumerate(directions)
+        ),
+    )
+
+
+def cell(
+    engine: Engine,
+    layer: Layer,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    h: Tensor,
+    c: Tensor | None,
+    saved: Tensor | None,
+) -> None:
+    """Fills h, c and saved; see ops.recurrent_cell."""
+    lead = [None if t is None else t.unsqueeze(0) for t in (h0, c0, h, c, saved)]
+    forward(engine, layer, input, None, lead[0], lead[1], weights, lead[2], None, lead[3], lead[4])
+
+
+@torch.no_grad()
+def backward(
+    engine: Engine,
+    layer: Layer,
+    mode: str,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    saved: Tensor,
+    grads: Sequence[Tensor | None],
+) -> None:
+    """Fills `grads`, of input, h0, c0 and the weights, each dense or None; see ops.recurrent_backward. Of the
+    arguments, grad_output, input and output may have any strides, with features of output side by side."""
+    grad_input, grad_h0, grad_c0, *grad_weights = grads
+    if layer.rows == 0:
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        return
+    if batch_sizes is None and input.dim() == 2:  # one step of a cell
+        states = (h0, c0, saved, grad_h_n, grad_c_n, grad_h0, grad_c0)
+        lead = [None if t is None else t.unsqueeze(0) for t in states]
+        h0, c0, saved, grad_h_n, grad_c_n, grad_h0, grad_c0 = lead
+    loop = _loop_of(layer, input.dtype, batch_sizes is not None, backward=True)
+    plan = plan_of(engine, loop, input.device)
+    directions, wanted = _by_direction(weights, layer), _by_direction(grad_weights, layer)
+    rows, count, hidden, width = layer.rows, layer.directions, layer.hidden_size, layer.width
+    hh_wanted = any(w.weight_hh is not None for w in wanted)
+    candidate_wanted = mode == "GRU" and (hh_wanted or any(w.bias_hh is not None for w in wanted))
+    grad_pre = input.new_empty((rows, count, layer.cell.gates * hidden))
+    previous = input.new_empty((count, rows, width)) if hh_wanted else None
+    grad_candidate = input.new_empty((count, rows, hidden)) if candidate_wanted else None
+    hr_wanted = any(w.weight_hr is not None for w in wanted)
+    grad_hidden = input.new_empty((count, rows, width)) if hr_wanted else None
+    workspace, index = _workspace(plan, input), input.device.index or 0
+    engine.module.loop_backward(
+        plan,
+        loop.cell,
+        loop.dtype,
+        loop.tf32,
+        index,
+        engine.stream(index),
+        loop.steps,
+        loop.batch,
+        *_addresses(batch_sizes),
+        loop.hidden_size,
+        loop.proj_size,
+        grad_pre.data_ptr(),
+        output.data_ptr(),
+        *_strides(output, 2),
+        *_addresses(grad_output),
+        *_strides(grad_output, 3),
+        workspace.data_ptr(),
+        tuple(
+            _addresses(
+                d.weight_hh,
+                None,
+                d.weight_hr,
+                _part(h0, i),
+                _part(c0, i),
+                None,
+                None,
+                _part(saved, i),
+                _part(grad_h_n, i),
+                _part(grad_c_n, i),
+                _part(grad_h0, i),
+                _part(grad_c0, i),
+                _part(previous, i),
+                _part(grad_candidate, i),
+                _part(grad_hidden, i),
+            )
+            for i, d in enumerate(directions)
+        ),
+    )
+    with _products_as_rnn(loop.tf32):
+        if grad_input is not None:
+            weight_ih = _joined([d.weight_ih for d in directions])
+            _product(grad_pre.view(rows, -1), weight_ih, grad_input)
+        for i in range(count):
+            d_h = None if grad_candidate is None else grad_candidate[i]
+            h = None if previous is None else previous[i]
+            _weight_gradients(mode, wanted[i], input, grad_pre[:, i], d_h, h, _part(saved, i))
+            if grad_hidden is not None and (grad := wanted[i].weight_hr) is not None:
+                o, c = saved[i, :, 3], saved[i, :, 4]
+                _product(grad_hidden[i].t(), o * torch.tanh(c), grad)
+
+
+def _weight_gradients(
+    mode: str,
+    wanted: _Direction,
+    input: Tensor,
+    grad_pre: Tensor,
+    grad_candidate: Tensor | None,
+    previous: Tensor | None,
+    saved: Tensor | None,
+) -> None:
+    """Of one direction; grad_pre (rows, G*H), grad_candidate (rows, H), previous states (rows, R)."""
+    if wanted.weight_ih is not None:
+        _product(grad_pre.t(), input.reshape(len(grad_pre), -1), wanted.weight_ih)
+    if wanted.bias_ih is not None:
+        torch.sum(grad_pre, 0, out=wanted.bias_ih)
+    # The candidate of a GRU has its own gradient, or its own operand, on the recurrent side.
+    split = (grad_pre.shape[1] // 3) * 2 if mode.startswith("GRU") else grad_pre.shape[1]
+    first, last = grad_pre[:, :split], grad_pre[:, split:]
+    if mode == "GRU" and grad_candidate is not None:
+        last = grad_candidate
+    if wanted.weight_hh is not None and previous is not None:
+        _product(first.t(), previous, wanted.weight_hh[:split])
+        if mode == "GRU_RESET_BEFORE" and saved is not None:
+            previous = saved[:, 0] * previous
+        if split < grad_pre.shape[1]:
+            _product(last.t(), previous, wanted.weight_hh[split:])
+    if wanted.bias_hh is not None:
+        torch.sum(first, 0, out=wanted.bias_hh[:split])
+        if split < grad_pre.shape[1]:
+            torch.sum(last, 0, out=wanted.bias_hh[split:])
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, where out may have more dimensions and other strides than the product."""
+    if out.dim() == 2 and out.is_contiguous():
+        torch.mm(a, b, out=out)
+    elif out.is_contiguous():
+        torch.mm(a, b, out=out.view(len(a), -1))
+    else:
+        out.copy_((a @ b).view(out.shape))
