@@ -1,0 +1,72 @@
+// The product of matrices that a warp makes: operands of 32 lanes in, brought into the order of a plain product.
+#include "machine.h"
+
+namespace fastseq::FASTSEQ_ISA {
+namespace {
+
+struct Operands {
+  float* d;
+  const Vector16* a;
+  uint32_t b[2];
+};
+
+using Row = float __attribute__((vector_size(32)));  // of b or d
+using Words = uint32_t __attribute__((vector_size(32)));
+
+// The elements number `half` of eight words.
+void unpack(const Words& words, int half, bfloat16, Row& to) {
+  to = reinterpret_cast<Row>(half ? words & 0xffff0000 : words << 16);
+}
+void unpack(const Words& words, int half, float16, Row& to) {  // as in widen(float16)
+  const Words element = half ? words >> 16 : words & 0xffff;
+  const Words sign = (element & 0x8000) << 16, magnitude = (element & 0x7fff) << 13;
+  const auto finite = reinterpret_cast<Words>(reinterpret_cast<Row>(magnitude) * 0x1p112f);
+  const auto is_finite = reinterpret_cast<Words>(magnitude < 0x7c00u << 13);
+  to = reinterpret_cast<Row>(sign | (finite & is_finite) | ((magnitude | 0x7f800000) & ~is_finite));
+}
+void unpack(const Words& words, int, float, Row& to) { to = reinterpret_cast<Row>(words & 0xffffe000); }
+
+template <class T>
+void multiply(void* const* operand) {
+  Words a[16], b[8];  // words of eight along k, and of eight columns
+  Row d[16];
+  for (int l = 0; l < kWarp; ++l) {
+    const auto& lane = *static_cast<const Operands*>(operand[l]);
+    const int row = l / 4, word = l % 4;
+    for (int i = 0; i < 4; ++i) {
+      a[row + i % 2 * 8][word + i / 2 * 4] = lane.a->word[i];
+      d[row + i / 2 * 8][2 * word + i % 2] = lane.d[i];
+    }
+    for (int i = 0; i < 2; ++i) b[word + 4 * i][row] = lane.b[i];
+  }
+  for (int half = 0; half < int(4 / sizeof(T)); ++half) {  // even k, then odd ones
+    Row rows[8];
+    for (int k = 0; k < 8; ++k) unpack(b[k], half, T{}, rows[k]);
+    for (int row = 0; row < 16; ++row) {
+      Row factors;
+      unpack(a[row], half, T{}, factors);
+      for (int k = 0; k < 8; ++k) d[row] += factors[k] * rows[k];
+    }
+  }
+  for (int l = 0; l < kWarp; ++l) {
+    const auto& lane = *static_cast<const Operands*>(operand[l]);
+    for (int i = 0; i < 4; ++i) lane.d[i] = d[l / 4 + i / 2 * 8][2 * (l % 4) + i % 2];
+  }
+}
+
+}  // namespace
+
+void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, bfloat16) {
+  Operands operands{d, &a, {b0, b1}};
+  meet(Wait::mma_bfloat16, &operands, multiply<bfloat16>);
+}
+void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, float16) {
+  Operands operands{d, &a, {b0, b1}};
+  meet(Wait::mma_float16, &operands, multiply<float16>);
+}
+void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, float) {
+  Operands operands{d, &a, {b0, b1}};
+  meet(Wait::mma_float, &operands, multiply<float>);
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

@@ -1,0 +1,95 @@
+// What is said of a kernel that did something wrong.
+#include <cxxabi.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "machine.h"
+
+namespace fastseq::FASTSEQ_ISA {
+namespace {
+
+std::string where(const Thread& thread) {
+  switch (thread.wait) {
+    case Wait::exit:
+      return "has exited";
+    case Wait::wait_flag:
+      return "waits at wait_flag for " + std::to_string(thread.flag_value) + ", the flag is " +
+             std::to_string(*thread.flag);
+    case Wait::arrivals_wait:
+      return "waits at arrivals_wait for " + std::to_string(bytes_missing(thread)) + " bytes more";
+    default:
+      return std::string("waits at ") + name(thread.wait);
+  }
+}
+
+// The threads that `waiting` waits for, itself among them.
+struct Company {
+  Thread *first, *last;
+};
+Company company(const Thread& waiting) {
+  const Block& block = *waiting.home;
+  Thread *first = waiting.warp->thread, *last = first + kWarp;
+  if (waiting.wait >= Wait::sync_block) first = block.warp->thread, last = first + waiting.threads;
+  if (waiting.wait >= Wait::cluster_wait) {
+    first = block.cluster->block->warp->thread;
+    last = first + machine.shape.cluster * waiting.threads;
+  }
+  return {first, last};
+}
+
+bool is_missing(const Thread& thread, const Thread& waiting) {
+  return waiting.wait == Wait::cluster_wait ? !thread.cluster_arrived : thread.wait != waiting.wait;
+}
+
+std::string text_of_flag(const Thread& waiting, int blocks_to_go) {
+  std::string text = "wait_flag waits for what nobody sets\n" + place(waiting) + " " + where(waiting);
+  if (blocks_to_go > 0) {
+    text += "\n" + std::to_string(blocks_to_go) +
+            " blocks have not begun; those that wait for each other have to run together";
+  }
+  return text;
+}
+
+}  // namespace
+
+const char* name(Wait wait) {
+  constexpr const char* kNames[] = {"nothing",         "sync_warp",      "shuffle_xor",  "load_matrices",
+                                    "mma of bfloat16", "mma of float16", "mma of float", "sync_block",
+                                    "cluster_wait",    "arrivals_wait",  "wait_flag",    "exit"};
+  return kNames[int(wait)];
+}
+
+std::string kernel_name() {
+  const char* mangled = machine.kernel->name->name();
+  char* plain = abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr);
+  const std::string name = plain ? plain : mangled;
+  std::free(plain);
+  return name;
+}
+
+std::string place(const Thread& thread) {
+  return "block " + std::to_string(thread.block) + " thread " + std::to_string(thread.thread);
+}
+
+// The narrowest meeting that fails is nearest to the cause: a lane that is missing in its warp keeps the whole
+// block waiting elsewhere. Wait is in that order.
+std::string text_of_deadlock(int blocks_to_go) {
+  Thread *begin = machine.threads.data(), *end = begin + machine.blocks.size() * machine.shape.threads;
+  Thread* waiting = std::min_element(begin, end, [](const Thread& a, const Thread& b) {
+    const auto width = [](Wait w) { return w < Wait::sync_block ? 0 : int(w); };
+    return width(a.wait) < width(b.wait);
+  });
+  if (waiting->wait == Wait::wait_flag) return text_of_flag(*waiting, blocks_to_go);
+  if (waiting->wait == Wait::arrivals_wait) {
+    return "arrivals_wait waits for what nobody sends\n" + place(*waiting) + " " + where(*waiting);
+  }
+  const Company all = company(*waiting);
+  const Thread* missing =
+      std::find_if(all.first, all.last, [&](const Thread& t) { return is_missing(t, *waiting); });
+  if (missing->wait == Wait::wait_flag) return text_of_flag(*missing, blocks_to_go);
+  return std::string(name(waiting->wait)) + " is not reached by all threads\n" + place(*waiting) +
+         " waits there, " + place(*missing) + " " + where(*missing);
+}
+
+}  // namespace fastseq::FASTSEQ_ISA
