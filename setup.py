@@ -37,6 +37,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFASTSEQ_CUDA={os.environ.get('FASTSEQ_CUDA', 'auto')}",
             f"-DFASTSEQ_SANITIZE={'ON' if sanitize else 'OFF'}",
+            # For the tests, which find it in the build directory: tests/cuda_host.py.
+            f"-DFASTSEQ_CUDA_HOST={'ON' if self.editable_mode or sanitize else 'OFF'}",
         ]
         subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *configure], check=True)
         subprocess.run([cmake, "--build", build], check=True)

@@ -151,4 +151,51 @@ struct RecurrentLoopArgs {
   void* workspace;  // of the size that the plan says, 256-byte aligned
 };
 
+// ---- one step, with its matrix products made by the caller ----
+//
+// A step of a cell with one product is whole. With two, `first` makes the operand of the second product, and
+// `rest` what follows it. Tensors are on the device, and rows dense but where a stride (of rows) is given.
+
+enum class StepPart : int { kWhole = 0, kFirst = 1, kRest = 2 };
+
+struct CellStepArgs {
+  CellKind cell;
+  DType dtype;
+  StepPart part;
+  int64_t batch, hidden_size;
+  const void* pre;        // [B, G, H]  W x + b_ih
+  const void* product;    // [B, gates of the part, H]  U h, or null: zero, or made here from weight_hh
+  const void* weight_hh;  // [G*H, H] or null; a whole step of at most kMostFusedRows rows
+  const void* bias_hh;    // [G*H] or null
+  const void* h;          // [B, H] or null: zeros
+  const void* c;          // [B, H] or null: zeros
+  void* h_next;           // [B, H], may be h; of a first part the operand instead
+  void* c_next;           // [B, H], may be c
+  void* output;           // [B, H] or null: h_next once more
+  void* saved;            // [B, slots, H] or null: not wanted; a step in parts needs it
+  int64_t pre_stride, output_stride;
+  int device;
+  void* stream;
+};
+constexpr int kMostFusedRows = 8;
+
+// The gradients of a step. dh is the sum of `grad`, and in a rest the gradient of the operand.
+struct CellGradArgs {
+  CellKind cell;
+  DType dtype;
+  StepPart part;
+  int64_t batch, hidden_size;
+  const void* saved;     // [B, slots, H]
+  const void* previous;  // [B, H] c of an LSTM, h of a GRU before the step, h of an RNN after it; null: zeros
+  const void* grad[2];   // [B, H], each may be null
+  const void* grad_c;    // [B, H] or null: zeros
+  void* grad_pre;        // [B, G, H]
+  void* grad_candidate;  // [B, H] or null: not wanted; GRU
+  void* direct;          // [B, H] the part of dh that does not pass through U; a rest adds to it
+  void* grad_c_previous;  // [B, H], may be grad_c; LSTM
+  int64_t previous_stride, grad_stride[2], grad_unit_stride[2], grad_pre_stride;
+  int device;
+  void* stream;
+};
+
 }  // namespace fastseq

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _C, steps
 from .checks import DTYPES, Layer, problem
 
 
@@ -105,13 +105,16 @@ def _plan(module: Any, loop: Loop, facts: tuple[int, ...], forced: str) -> Any:
     return module.loop_plan(*loop, facts, forced)
 
 
+def _uses_tf32(dtype: torch.dtype) -> bool:
+    return dtype is torch.float32 and rnn_may_use_tf32()
+
+
 def _loop_of(layer: Layer, dtype: torch.dtype, packed: bool, backward: bool) -> Loop:
-    tf32 = dtype is torch.float32 and rnn_may_use_tf32()
     proj_size = layer.width if layer.projected else 0
     return Loop(
         layer.cell.code,
         DTYPES[dtype],
-        tf32,
+        _uses_tf32(dtype),
         layer.steps,
         layer.batch,
         layer.hidden_size,
@@ -179,15 +182,16 @@ def _workspace(plan: Any, like: Tensor) -> Tensor:
 def forward(
     engine: Engine,
     layer: Layer,
+    mode: str,
     input: Tensor,
     batch_sizes: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
     output: Tensor,
-    h_n: Tensor | None,
-    c_n: Tensor | None,
-    saved: Tensor | None,
+    h_n: Tensor,
+    c_n: Tensor,
+    saved: Tensor,
 ) -> None:
     """Fills output (T, B, D*R), h_n, c_n and saved; see ops.recurrent. All but the input is dense."""
     if layer.rows == 0:
@@ -204,6 +208,12 @@ def forward(
             )
         else:
             pre = x @ weight_ih.t()
+    if plan.kernel == "steps":
+        with _products_as_rnn(loop.tf32):
+            _forward_in_steps(
+                engine, layer, mode, pre, batch_sizes, h0, c0, directions, output, h_n, c_n, saved
+            )
+        return
     workspace, index = _workspace(plan, input), input.device.index or 0
     engine.module.loop_forward(
         plan,
@@ -237,9 +247,11 @@ def forward(
     )
 
 
+@torch.no_grad()
 def cell(
     engine: Engine,
     layer: Layer,
+    mode: str,
     input: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -249,8 +261,62 @@ def cell(
     saved: Tensor | None,
 ) -> None:
     """Fills h, c and saved; see ops.recurrent_cell."""
-    lead = [None if t is None else t.unsqueeze(0) for t in (h0, c0, h, c, saved)]
-    forward(engine, layer, input, None, lead[0], lead[1], weights, lead[2], None, lead[3], lead[4])
+    if layer.rows == 0:
+        return
+    weight_ih, weight_hh, *biases = weights
+    bias_ih, bias_hh = biases or (None, None)
+    with _products_as_rnn(_uses_tf32(input.dtype)):
+        pre = input @ weight_ih.t() if bias_ih is None else torch.addmm(bias_ih, input, weight_ih.t())
+        of_step = steps.Weights(weight_hh, bias_hh, None)
+        kernels = _cell_kernels(engine, layer, input)
+        steps.take_step(kernels, mode, of_step, pre, h0, c0, h, c, None, saved)
+
+
+def _cell_kernels(engine: Engine, layer: Layer, input: Tensor) -> steps.Kernels:
+    index = input.device.index or 0
+    engine.facts(index)  # says so if the GPU is too old
+    return steps.Kernels(engine.module, layer.cell.code, DTYPES[input.dtype], index, engine.stream(index))
+
+
+def _rows_of(tensor: Tensor | None, direction: int, width: int) -> Tensor | None:
+    """A direction's columns of a tensor of outputs, (rows, R); a copy if its rows are not evenly apart."""
+    if tensor is None:
+        return None
+    return tensor.reshape(-1, tensor.shape[-1])[:, direction * width : (direction + 1) * width]
+
+
+def _forward_in_steps(
+    engine: Engine,
+    layer: Layer,
+    mode: str,
+    pre: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    directions: Sequence[_Direction],
+    output: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+    saved: Tensor,
+) -> None:
+    rows = steps.Rows(layer.steps, layer.batch, batch_sizes)
+    h_n.zero_() if h0 is None else h_n.copy_(h0)
+    if layer.cell.cell_state:
+        c_n.zero_() if c0 is None else c_n.copy_(c0)
+    even = (
+        output
+        if output.dim() == 2 or output.is_contiguous()
+        else torch.empty_like(pre[:, : output.shape[-1]])
+    )
+    kernels = _cell_kernels(engine, layer, pre)
+    pre = pre.view(layer.rows, layer.directions, -1)
+    for i, d in enumerate(directions):
+        columns = _rows_of(even, i, layer.width)
+        weights = steps.Weights(d.weight_hh, d.bias_hh, d.weight_hr)
+        c = _part(c_n, i)
+        steps.forward(kernels, mode, rows, i == 1, weights, pre[:, i], h_n[i], c, columns, _part(saved, i))
+    if even is not output:
+        output.copy_(even.view(output.shape))
 
 
 @torch.no_grad()
@@ -278,22 +344,71 @@ def backward(
             if grad is not None:
                 grad.zero_()
         return
-    if batch_sizes is None and input.dim() == 2:  # one step of a cell
+    one_step = batch_sizes is None and input.dim() == 2  # of a cell
+    if one_step:
         states = (h0, c0, saved, grad_h_n, grad_c_n, grad_h0, grad_c0)
         lead = [None if t is None else t.unsqueeze(0) for t in states]
         h0, c0, saved, grad_h_n, grad_c_n, grad_h0, grad_c0 = lead
     loop = _loop_of(layer, input.dtype, batch_sizes is not None, backward=True)
-    plan = plan_of(engine, loop, input.device)
+    # One step is never worth a persistent kernel.
+    in_steps = one_step or plan_of(engine, loop, input.device).kernel == "steps"
     directions, wanted = _by_direction(weights, layer), _by_direction(grad_weights, layer)
     rows, count, hidden, width = layer.rows, layer.directions, layer.hidden_size, layer.width
     hh_wanted = any(w.weight_hh is not None for w in wanted)
-    candidate_wanted = mode == "GRU" and (hh_wanted or any(w.bias_hh is not None for w in wanted))
+    candidate_wanted = mode == "GRU" and (in_steps or hh_wanted or any(w.bias_hh is not None for w in wanted))
     grad_pre = input.new_empty((rows, count, layer.cell.gates * hidden))
     previous = input.new_empty((count, rows, width)) if hh_wanted else None
     grad_candidate = input.new_empty((count, rows, hidden)) if candidate_wanted else None
     hr_wanted = any(w.weight_hr is not None for w in wanted)
     grad_hidden = input.new_empty((count, rows, width)) if hr_wanted else None
-    workspace, index = _workspace(plan, input), input.device.index or 0
+    made = _Made(grad_pre, previous, grad_candidate, grad_hidden, grad_h0, grad_c0)
+    arguments = (grad_output, grad_h_n, grad_c_n, batch_sizes, h0, c0, directions, output, saved, made)
+    if in_steps:
+        with _products_as_rnn(loop.tf32):
+            _backward_in_steps(engine, layer, mode, *arguments)
+    else:
+        _backward_loop(engine, loop, input.device, *arguments)
+    with _products_as_rnn(loop.tf32):
+        if grad_input is not None:
+            weight_ih = _joined([d.weight_ih for d in directions])
+            _product(grad_pre.view(rows, -1), weight_ih, grad_input)
+        for i in range(count):
+            d_h = None if grad_candidate is None else grad_candidate[i]
+            h = None if previous is None else previous[i]
+            _weight_gradients(mode, wanted[i], input, grad_pre[:, i], d_h, h, _part(saved, i))
+            if grad_hidden is not None and (grad := wanted[i].weight_hr) is not None:
+                o, c = saved[i, :, 3], saved[i, :, 4]
+                _product(grad_hidden[i].t(), o * torch.tanh(c), grad)
+
+
+class _Made(NamedTuple):
+    """What the loop of the backward pass fills; D directions and all rows, None: not wanted."""
+
+    grad_pre: Tensor  # (rows, D, G*H)
+    previous: Tensor | None  # (D, rows, R) the states before each row
+    grad_candidate: Tensor | None  # (D, rows, H) of U_n h + b_n, GRU
+    grad_hidden: Tensor | None  # (D, rows, R) of h_t, projected LSTM
+    grad_h0: Tensor | None
+    grad_c0: Tensor | None
+
+
+def _backward_loop(
+    engine: Engine,
+    loop: Loop,
+    device: torch.device,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    directions: Sequence[_Direction],
+    output: Tensor,
+    saved: Tensor,
+    made: _Made,
+) -> None:
+    plan = plan_of(engine, loop, device)
+    workspace, index = _workspace(plan, output), device.index or 0
     engine.module.loop_backward(
         plan,
         loop.cell,
@@ -306,7 +421,7 @@ def backward(
         *_addresses(batch_sizes),
         loop.hidden_size,
         loop.proj_size,
-        grad_pre.data_ptr(),
+        made.grad_pre.data_ptr(),
         output.data_ptr(),
         *_strides(output, 2),
         *_addresses(grad_output),
@@ -324,26 +439,67 @@ def backward(
                 _part(saved, i),
                 _part(grad_h_n, i),
                 _part(grad_c_n, i),
-                _part(grad_h0, i),
-                _part(grad_c0, i),
-                _part(previous, i),
-                _part(grad_candidate, i),
-                _part(grad_hidden, i),
+                _part(made.grad_h0, i),
+                _part(made.grad_c0, i),
+                _part(made.previous, i),
+                _part(made.grad_candidate, i),
+                _part(made.grad_hidden, i),
             )
             for i, d in enumerate(directions)
         ),
     )
-    with _products_as_rnn(loop.tf32):
-        if grad_input is not None:
-            weight_ih = _joined([d.weight_ih for d in directions])
-            _product(grad_pre.view(rows, -1), weight_ih, grad_input)
-        for i in range(count):
-            d_h = None if grad_candidate is None else grad_candidate[i]
-            h = None if previous is None else previous[i]
-            _weight_gradients(mode, wanted[i], input, grad_pre[:, i], d_h, h, _part(saved, i))
-            if grad_hidden is not None and (grad := wanted[i].weight_hr) is not None:
-                o, c = saved[i, :, 3], saved[i, :, 4]
-                _product(grad_hidden[i].t(), o * torch.tanh(c), grad)
+
+
+def _backward_in_steps(
+    engine: Engine,
+    layer: Layer,
+    mode: str,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    directions: Sequence[_Direction],
+    output: Tensor,
+    saved: Tensor,
+    made: _Made,
+) -> None:
+    rows, width = steps.Rows(layer.steps, layer.batch, batch_sizes), layer.width
+    kernels = _cell_kernels(engine, layer, output)
+    state, cell_state = (
+        (layer.directions, layer.batch, width),
+        (layer.directions, layer.batch, layer.hidden_size),
+    )
+
+    def gradient(of_last: Tensor | None, of_first: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        grad = output.new_empty(shape) if of_first is None else of_first
+        return grad.zero_() if of_last is None else grad.copy_(of_last)
+
+    grad_h = gradient(grad_h_n, made.grad_h0, state)
+    grad_c = gradient(grad_c_n, made.grad_c0, cell_state) if layer.cell.cell_state else None
+    for i, d in enumerate(directions):
+        reverse, out = i == 1, _rows_of(output, i, width)
+        grads = steps.Gradients(
+            made.grad_pre[:, i], _part(made.grad_candidate, i), _part(made.grad_hidden, i)
+        )
+        steps.backward(
+            kernels,
+            mode,
+            rows,
+            reverse,
+            steps.Weights(d.weight_hh, d.bias_hh, d.weight_hr),
+            _part(h0, i),
+            _part(c0, i),
+            out,
+            _part(saved, i),
+            _rows_of(grad_output, i, width),
+            grad_h[i],
+            _part(grad_c, i),
+            grads,
+        )
+        if made.previous is not None:
+            steps.previous_states(rows, reverse, _part(h0, i), out, made.previous[i])
 
 
 def _weight_gradients(

@@ -124,17 +124,17 @@ def _recurrent_fake(
 def _run_layer(
     run, input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, save
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Checks, allocates, has run(layer, input, ..., output, h_n, c_n, saved) fill the results."""
+    """Checks, allocates, has run(layer, mode, input, ..., output, h_n, c_n, saved) fill the results."""
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, layer)
     results = _allocate_layer(input, layer, batch_first, save)
     weights = [weight.contiguous() for weight in weights]
-    run(layer, input, _dense(batch_sizes), _dense(h0), _dense(c0), weights, *results)
+    run(layer, mode, input, _dense(batch_sizes), _dense(h0), _dense(c0), weights, *results)
     return results
 
 
-def _cpu_layer(layer, input, batch_sizes, h0, c0, weights, output, h_n, c_n, saved) -> None:
+def _cpu_layer(layer, _, input, batch_sizes, h0, c0, weights, output, h_n, c_n, saved) -> None:
     states = _state_addresses((h0, c0, h_n, c_n, saved), layer.directions)
     _C.recurrent_forward(
         layer.cell.code,
@@ -174,13 +174,13 @@ def _recurrent_cell_fake(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, 
 
 
 def _run_cell(run, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> list[Tensor]:
-    """Checks, allocates and has an engine take the step: run(layer, input, h0, c0, weights, h, c, saved)."""
+    """Checks, allocates, has run(layer, mode, input, h0, c0, weights, h, c, saved) take the step."""
     layer = _check_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode)
     results = _allocate_step(input, layer.batch, layer.hidden_size, mode, save)
     weights = [w.contiguous() for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
     c = results[1] if layer.cell.cell_state else None
     saved = results[-1] if save and layer.cell.saved else None
-    run(layer, input, _dense(h0), _dense(c0), weights, results[0], c, saved)
+    run(layer, mode, input, _dense(h0), _dense(c0), weights, results[0], c, saved)
     return results
 
 
@@ -194,7 +194,7 @@ def _allocate_step(input: Tensor, batch: int, hidden: int, mode: str, save: bool
     return results
 
 
-def _cpu_cell(layer, input, h0, c0, weights, h, c, saved) -> None:
+def _cpu_cell(layer, _, input, h0, c0, weights, h, c, saved) -> None:
     row, feature = input.stride()
     (weight_addresses,) = _weight_addresses(weights, layer)
     _C.recurrent_forward(

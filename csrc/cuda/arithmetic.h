@@ -9,7 +9,8 @@
 //   index(n, k, line_stride)   where the operand has element k of row n; vectors_of(k), lines_of(rows) say how
 //                              many 16-byte vectors k elements take in a line, and how many lines rows take
 //   Operand<N>, load           what a lane needs of a pair of the operand, for N columns
-//   Sums<N>, multiply, finish  += a pair of tiles x the operand; finish hands out each sum to one lane
+//   Sums<N>, multiply, finish  += a pair of tiles x the operand; finish calls take(row of the tile, n, sums of n
+//                              and n + 1) with every sum in one lane, n even
 #pragma once
 
 #include <prim.h>
@@ -66,34 +67,43 @@ struct TensorMath {
     }
   }
 
+  // An mma waits some 33 cycles for one that it adds to. With a single column the two tiles of a pair have sums of
+  // their own, so that a warp has four chains of them.
   template <int N>
   struct Sums {
-    float d[N][4];
+    static constexpr int kChains = N == 1 ? 2 : 1;
+    float d[kChains * N][4];
   };
   template <int N>
   FS_DEVICE static void clear(Sums<N>& sums) {
     FS_UNROLL
-    for (int j = 0; j < N; ++j) {
+    for (auto& d : sums.d) {
       FS_UNROLL
-      for (int i = 0; i < 4; ++i) sums.d[j][i] = 0;
+      for (int i = 0; i < 4; ++i) d[i] = 0;
     }
   }
   template <int N>
   FS_DEVICE static void multiply(Sums<N>& sums, const Vector16 (&a)[2], const Operand<N>& o) {
+    constexpr int kSecond = Sums<N>::kChains == 2 ? N : 0;
     FS_UNROLL
     for (int j = 0; j < N; ++j) mma(sums.d[j], a[0], o.b[j][0], o.b[j][1], E{});
     FS_UNROLL
-    for (int j = 0; j < N; ++j) mma(sums.d[j], a[1], o.b[j][2], o.b[j][3], E{});
+    for (int j = 0; j < N; ++j) mma(sums.d[kSecond + j], a[1], o.b[j][2], o.b[j][3], E{});
   }
-  // take(row of the tile, n, sum)
   template <int N, class Take>
   FS_DEVICE static void finish(Sums<N>& sums, Take take) {
     const int lane = thread_index() % kWarp;
+    if constexpr (Sums<N>::kChains == 2) {
+      FS_UNROLL
+      for (int i = 0; i < 4; ++i) sums.d[0][i] += sums.d[1][i];
+    }
     FS_UNROLL
     for (int j = 0; j < N; ++j) {
       FS_UNROLL
-      for (int i = 0; i < 4; ++i)
-        take(lane / 4 + 8 * (i / 2), j * kRows + 2 * (lane % 4) + i % 2, sums.d[j][i]);
+      for (int i = 0; i < 2; ++i) {
+        const Two<float> two{{sums.d[j][2 * i], sums.d[j][2 * i + 1]}};
+        take(lane / 4 + 8 * i, j * kRows + 2 * (lane % 4), two);
+      }
     }
   }
 };
@@ -174,9 +184,9 @@ struct PlainMath {
     constexpr int kLeft = kLaneRows * N * kRows / kLanesOfRow;
     const int lane = thread_index() % kWarp;
     FS_UNROLL
-    for (int i = 0; i < kLeft; ++i) {
-      const int at = first + i;
-      take(lane / kLanesOfRow * kLaneRows + at / (N * kRows), at % (N * kRows), sums.d[i]);
+    for (int i = 0; i < kLeft; i += 2) {
+      const int at = first + i, row = lane / kLanesOfRow * kLaneRows + at / (N * kRows);
+      take(row, at % (N * kRows), Two<T>{{sums.d[i], sums.d[i + 1]}});
     }
   }
 

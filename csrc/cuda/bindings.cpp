@@ -39,6 +39,70 @@ const LoopPlan& read_arguments(Integers& from, const py::handle& plan, bool back
   return py::cast<const BoundLoopPlan&>(plan).plan;
 }
 
+void check(const char* error, int device) {
+  if (!error) return;
+  throw std::runtime_error(std::string("given: a recurrent network on CUDA device ") +
+                           std::to_string(device) +
+                           "\naccepted: a GPU that is free to run it; CUDA says: " + error +
+                           "\ntry: python -m fastseq, which tells what is built and which GPUs there are");
+}
+
+StepPart part_of(int64_t code) {
+  if (code < 0 || code > 2) throw py::value_error("part: unknown code");
+  return StepPart(code);
+}
+
+// What both structs of a step begin with.
+template <class Args>
+void read_step(Integers& from, Args& args) {
+  args.cell = cell_of(from.next()), args.dtype = dtype_of(from.next()), args.part = part_of(from.next());
+  args.device = int(from.next()), args.stream = from.pointer<void>();
+  args.batch = from.next(), args.hidden_size = from.next();
+}
+
+void run_cell_forward(const py::args& arguments) {
+  Integers from(arguments);
+  CellStepArgs args = {};
+  read_step(from, args);
+  args.pre = from.pointer<void>(), args.pre_stride = from.next();
+  args.product = from.pointer<void>(), args.weight_hh = from.pointer<void>(),
+  args.bias_hh = from.pointer<void>();
+  args.h = from.pointer<void>(), args.c = from.pointer<void>();
+  args.h_next = from.pointer<void>(), args.c_next = from.pointer<void>();
+  args.output = from.pointer<void>(), args.output_stride = from.next();
+  args.saved = from.pointer<void>();
+  if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
+  const char* error;
+  {
+    py::gil_scoped_release release;
+    error = cell_forward(args);
+  }
+  check(error, args.device);
+}
+
+void run_cell_backward(const py::args& arguments) {
+  Integers from(arguments);
+  CellGradArgs args = {};
+  read_step(from, args);
+  args.saved = from.pointer<void>();
+  args.previous = from.pointer<void>(), args.previous_stride = from.next();
+  for (int i = 0; i < 2; ++i) {
+    args.grad[i] = from.pointer<void>();
+    args.grad_stride[i] = from.next(), args.grad_unit_stride[i] = from.next();
+  }
+  args.grad_c = from.pointer<void>();
+  args.grad_pre = from.pointer<void>(), args.grad_pre_stride = from.next();
+  args.grad_candidate = from.pointer<void>(), args.direct = from.pointer<void>();
+  args.grad_c_previous = from.pointer<void>();
+  if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
+  const char* error;
+  {
+    py::gil_scoped_release release;
+    error = cell_backward(args);
+  }
+  check(error, args.device);
+}
+
 template <bool kBackward>
 void run_loop(const py::handle& plan, const py::args& arguments) {
   Integers from(arguments);
@@ -49,12 +113,7 @@ void run_loop(const py::handle& plan, const py::args& arguments) {
     py::gil_scoped_release release;
     error = kBackward ? recurrent_loop_backward(args, read) : recurrent_loop_forward(args, read);
   }
-  if (error) {
-    throw std::runtime_error(std::string("given: a recurrent layer on CUDA device ") +
-                             std::to_string(args.device) +
-                             "\naccepted: a GPU that is free to run it; CUDA says: " + error +
-                             "\ntry: python -m fastseq, which tells what is built and which GPUs there are");
-  }
+  check(error, args.device);
 }
 
 }  // namespace
@@ -63,6 +122,8 @@ void bind(py::module_& m) {
   bind_loop_plan(m);
   m.def("loop_forward", &run_loop<false>);
   m.def("loop_backward", &run_loop<true>);
+  m.def("cell_forward", &run_cell_forward);
+  m.def("cell_backward", &run_cell_backward);
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

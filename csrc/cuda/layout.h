@@ -62,7 +62,8 @@ struct LoopLayout {
   int projected_units;  // likewise of the projection, 0 without
   int threads;
   int shared_bytes;
-  int state_at;        // bytes in shared memory: two values of each unit and row
+  int arrivals_at;     // bytes in shared memory: two of each product; cluster only
+  int state_at;        // likewise: two values of each unit and row
   int bias_at;         // a value of each gate and unit
   int64_t flags_at;    // grid: in the workspace, one of each block of each group
   int64_t offsets_at;  // in the workspace: [T + 1], packed sequences only

@@ -20,6 +20,13 @@ constexpr double kBlockCycles = 60;     // a block barrier
 constexpr double kStepCycles = 250;     // what every step has: gate math, latencies of its loads
 constexpr double kRoundCycles = 120;    // each further round of items
 
+// One product by cuBLAS and one kernel of a cell, in microseconds: what launching them from Python takes, and the
+// least that they take on the GPU, a kernel's beginning and end included.
+constexpr double kLaunchMicroseconds = 18;
+constexpr double kProductMicroseconds = 5;
+// Once for a persistent kernel: weights into tiles, and everything that comes before the first step.
+constexpr double kLoopMicroseconds = 25;
+
 constexpr int kMostWarps = kLoopThreads / 32;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -140,7 +147,7 @@ bool Attempt::lay_out_product(int index, int64_t shared_left) {
   const int in_registers = register_units(math.tensor, layout().products, plan.columns, plan.kernel);
   double best = std::numeric_limits<double>::infinity();
   ProductLayout found = l;
-  for (int tiles = 1; tiles <= std::min(2, l.m_tiles); ++tiles) {
+  for (int tiles = 1; tiles <= std::min(most_tiles(math.tensor, layout().products), l.m_tiles); ++tiles) {
     for (int warps_m = 1; warps_m <= most_warps; ++warps_m) {
       if (warps_m > 1 && (warps_m - 1) * tiles >= l.m_tiles) break;
       for (int warps_k = 1; warps_k <= std::min<int64_t>(most_warps / warps_m, all_pairs); ++warps_k) {
@@ -201,6 +208,7 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
     shared += round_up(bytes, 128);
     return int(at);
   };
+  layout.arrivals_at = take(int64_t(layout.products) * 2 * 8);
   layout.state_at = take(int64_t(2) * state_units * layout.rows * math.scalar_bytes);
   layout.bias_at = take(int64_t(layout.gates) * layout.units * math.scalar_bytes);
   const int64_t room = problem.device.shared_bytes - shared - layout.products * 3 * 128;
@@ -254,9 +262,34 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
   }
   layout.offsets_at = reserve(problem.packed ? (problem.steps + 1) * 8 : 0);
   layout.workspace_bytes = std::max<int64_t>(workspace, 256);
-  plan.microseconds =
-      cycles / kCyclesPerMicrosecond * double(divide_up(plan.groups, std::min(together, plan.groups)));
+  const double waves = double(divide_up(plan.groups, std::min(together, plan.groups)));
+  plan.microseconds = cycles / kCyclesPerMicrosecond * waves +
+                      kLoopMicroseconds / double(std::max<int64_t>(1, problem.steps));
   return true;
+}
+
+// A launch of each for every product of a step, and every direction after the other.
+LoopPlan steps_plan(const LoopProblem& p, const ProductFacts (&facts)[kMaxProducts], int products) {
+  LoopPlan plan = {};
+  plan.kernel = LoopKernelKind::kSteps;
+  plan.groups = plan.groups_at_once = 1;
+  plan.layout.gates = facts_of(p.cell).gates, plan.layout.saved = facts_of(p.cell).saved;
+  plan.layout.products = products;
+  plan.layout.rows = int(std::min<int64_t>(p.batch, std::numeric_limits<int>::max()));
+  const bool half = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
+  const double multiprocessors = p.device.multiprocessors;
+  // Multiply-adds of a multiprocessor in a microsecond, of those that cuBLAS reaches.
+  const double rate = multiprocessors * (half                         ? 1.7e6
+                                         : p.dtype == DType::kFloat64 ? 1e5
+                                         : p.tf32                     ? 8e5
+                                                                      : 2e5);
+  for (int i = 0; i < products; ++i) {
+    const ProductWeights& w = facts[i].weights;
+    const double gates = std::max(facts[i].segments, facts[i].out_gates);
+    const double product = gates * double(w.outputs) * double(w.inputs) * double(p.batch) / rate;
+    plan.microseconds += p.directions * std::max(kLaunchMicroseconds, kProductMicroseconds + product);
+  }
+  return plan;
 }
 
 std::string describe(const LoopProblem& p) {
@@ -305,12 +338,17 @@ LoopPlan loop_plan(const LoopProblem& problem) {
       }
     }
   }
+  const bool free = forced.kernel < 0 && forced.blocks == 0 && forced.columns == 0;
+  if (free || forced.kernel == int(LoopKernelKind::kSteps)) {
+    const LoopPlan steps = steps_plan(problem, facts, products);
+    if (steps.microseconds < best.microseconds) best = steps;
+  }
   if (best.microseconds == std::numeric_limits<double>::infinity()) {
     throw std::runtime_error(
         "given: " + describe(problem) +
         (forced.kernel >= 0 || forced.blocks || forced.columns ? ", and a forced plan" : "") +
         "\naccepted: what fits one of the kernels cluster (compute capability 9.0), grid, "
-        "stream\ntry: another FASTSEQ_CUDA_PLAN, or none, or the module on the CPU");
+        "stream, steps\ntry: another FASTSEQ_CUDA_PLAN, or none, or the module on the CPU");
   }
   return best;
 }

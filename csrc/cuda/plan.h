@@ -8,8 +8,10 @@
 
 namespace fastseq {
 
-enum class LoopKernelKind : int { kCluster = 0, kGrid = 1, kStream = 2 };
-constexpr const char* kLoopKernelNames[] = {"cluster", "grid", "stream"};
+// kCluster, kGrid, kStream: persistent kernels, see step_engine.h. kSteps: no loop kernel, but a product of the
+// caller's and a kernel of recurrent_cell.h for every step; for products so large that they are worth a launch.
+enum class LoopKernelKind : int { kCluster = 0, kGrid = 1, kStream = 2, kSteps = 3 };
+constexpr const char* kLoopKernelNames[] = {"cluster", "grid", "stream", "steps"};
 
 struct DeviceFacts {
   int major, minor;  // compute capability
@@ -64,8 +66,10 @@ constexpr int kLoopThreads = 256;  // so that a thread may have 255 registers
 constexpr int register_units(bool tensor, int products, int columns, LoopKernelKind kernel) {
   if (products == 2) return 0;
   if (kernel == LoopKernelKind::kStream) return tensor ? (columns == 4 ? 2 : 4) : 2;
-  return tensor ? (columns == 4 ? 4 : columns == 2 ? 6 : 8) : 4;
+  if (!tensor) return 4;
+  return columns == 4 ? 4 : columns == 2 ? 6 : kernel == LoopKernelKind::kGrid ? 7 : 8;
 }
+constexpr int most_tiles(bool tensor, int products) { return tensor || products == 1 ? 2 : 1; }
 constexpr bool may_stream(int products, LoopKernelKind kernel) {
   return products == 2 || kernel == LoopKernelKind::kStream;
 }

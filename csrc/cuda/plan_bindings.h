@@ -34,7 +34,7 @@ inline ForcedLoopPlan forced_loop_plan(const std::string& text) {
   if (good) return forced;
   throw std::runtime_error(
       "given: FASTSEQ_CUDA_PLAN=\"" + text +
-      "\"\naccepted: a kernel (cluster, grid, stream), then, if wanted, the blocks of a group "
+      "\"\naccepted: a kernel (cluster, grid, stream, steps), then, if wanted, the blocks of a group "
       "and the columns of tiles\ntry: cluster, grid:64 or stream:64x2 say, or unset it");
 }
 
@@ -56,6 +56,8 @@ inline py::dict describe_plan(const LoopPlan& plan, bool tensor) {
   const int in_registers = register_units(tensor, layout.products, plan.columns, plan.kernel);
   py::dict d;
   d["kernel"] = kLoopKernelNames[int(plan.kernel)];
+  d["microseconds"] = plan.microseconds;
+  if (plan.kernel == LoopKernelKind::kSteps) return d;
   d["blocks"] = layout.blocks;
   d["threads"] = layout.threads;
   d["rows"] = layout.rows;
@@ -65,7 +67,6 @@ inline py::dict describe_plan(const LoopPlan& plan, bool tensor) {
   d["groups_at_once"] = plan.groups_at_once;
   d["shared_bytes"] = layout.shared_bytes;
   d["workspace_bytes"] = layout.workspace_bytes;
-  d["microseconds"] = plan.microseconds;
   py::list products;
   for (int i = 0; i < layout.products; ++i)
     products.append(describe_product(layout.product[i], in_registers));
@@ -80,6 +81,8 @@ struct BoundLoopPlan {
 
 inline void bind_loop_plan(py::module_& m) {
   py::class_<BoundLoopPlan>(m, "LoopPlan", py::module_local())
+      .def_property_readonly("kernel",
+                             [](const BoundLoopPlan& p) { return kLoopKernelNames[int(p.plan.kernel)]; })
       .def_property_readonly("workspace_bytes",
                              [](const BoundLoopPlan& p) { return p.plan.layout.workspace_bytes; })
       .def("describe", [](const BoundLoopPlan& p) { return describe_plan(p.plan, p.tensor); });

@@ -75,6 +75,74 @@ FS_DEVICE T* cluster_map(T* shared, int rank) {
 #endif
 }
 
+// Messages: 8 or 16 bytes into the shared memory of another block of the cluster, which waits until as many bytes as
+// it expects have arrived, and then has them all. Nobody waits for anybody else, and no store to global memory is
+// waited for, as a cluster barrier would. Phases of one Arrivals are 0, 1, 0, ...
+struct Arrivals {
+  uint64_t word;
+};
+// One thread, before a cluster barrier.
+FS_DEVICE void arrivals_begin(Arrivals* own) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(uint32_t(__cvta_generic_to_shared(own)))
+               : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+// One thread, once a phase; messages may have come before.
+FS_DEVICE void arrivals_expect(Arrivals* own, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(uint32_t(__cvta_generic_to_shared(own))),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+// All threads that read what arrives.
+FS_DEVICE void arrivals_wait(Arrivals* own, int phase) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(uint32_t(__cvta_generic_to_shared(own))), "r"(phase)
+        : "memory");
+  } while (!done);
+#endif
+}
+// To the place in block `rank` that is `to` in this block, counted by its Arrivals that is `arrivals` in this one.
+template <class T>
+FS_DEVICE void send(T* to, T value, Arrivals* arrivals, int rank) {
+  static_assert(sizeof(T) == 8 || sizeof(T) == 16, "what one instruction sends");
+#if __CUDA_ARCH__ >= 900
+  uint32_t remote_to, remote_arrivals;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(remote_to)
+      : "r"(uint32_t(__cvta_generic_to_shared(to))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(remote_arrivals)
+      : "r"(uint32_t(__cvta_generic_to_shared(arrivals))), "r"(rank));
+  uint32_t word[4];
+  memcpy(word, &value, sizeof(T));
+  if constexpr (sizeof(T) == 16) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::
+            "r"(remote_to),
+        "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]), "r"(remote_arrivals)
+        : "memory");
+  } else {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+            remote_to),
+        "r"(word[0]), "r"(word[1]), "r"(remote_arrivals)
+        : "memory");
+  }
+#endif
+}
+
 // A flag in global memory: who sees the value set sees all that the block wrote before its sync_block() that came
 // before set_flag(). One thread sets; the threads that wait_flag() share it with theirs by sync_block().
 FS_DEVICE void set_flag(int* flag, int value) {
@@ -210,6 +278,12 @@ FS_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
 FS_DEVICE double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 FS_DEVICE float tanh(float x) { return tanhf(x); }
 FS_DEVICE double tanh(double x) { return ::tanh(x); }
+// Two sums side by side.
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T value[2];
+};
+
 template <class T>
 FS_DEVICE T relu(T x) {
   return x <= T(0) ? T(0) : x;

@@ -11,12 +11,11 @@
 
 namespace fastseq::FASTSEQ_ISA {
 
-template <class M, int N, int kRegisterUnits, bool kStreams>
+template <class M, int N, int kTiles, int kRegisterUnits, bool kStreams>
 class Product {
   using Element = typename M::Element;
   using Scalar = typename M::Scalar;
   using Pair = Vector16[2];
-  static constexpr int kTiles = 2;
 
  public:
   // `tiles`: the block's packed weights in global memory; `shared`: room for layout.shared_units of each warp.
@@ -44,7 +43,7 @@ class Product {
   }
 
   // acquire(pass, chunk) gives the operand, the same to all threads, and may let the block meet;
-  // take(slot, m, n, sum) gets every sum once.
+  // take(slot, m, n, two) gets every sum once, those of n and n + 1 together.
   template <class Acquire, class Take>
   FS_DEVICE void run(const ProductLayout& layout, Acquire acquire, Take take) {
     FS_NO_UNROLL
@@ -65,7 +64,7 @@ class Product {
       for (int t = 0; t < kTiles; ++t) {
         const int tile = (pass * layout.warps_m + im_) * layout.tiles + t;
         if (t >= layout.tiles || tile >= layout.m_tiles) break;
-        M::finish(sums[t], [&](int row, int n, Scalar sum) { take(ik_, tile * 16 + row, n, sum); });
+        M::finish(sums[t], [&](int row, int n, Two<Scalar> two) { take(ik_, tile * 16 + row, n, two); });
       }
     }
   }

@@ -89,6 +89,7 @@ const char* run(const RecurrentLoopArgs& a, const LoopPlan& plan, bool backward)
 
 const char* run(const RecurrentLoopArgs& args, const LoopPlan& plan, bool backward) {
   if (args.shape.batch == 0 || args.shape.steps == 0) return nullptr;
+  if (plan.kernel == LoopKernelKind::kSteps) return "a plan of steps has no loop kernel";
   const DeviceGuard guard(args.device);
   switch (args.dtype) {
     case DType::kBFloat16:

@@ -9,5 +9,7 @@ namespace fastseq::FASTSEQ_ISA {
 // Null, or what is wrong. Everything is on args.stream when they return, and nothing has been waited for.
 const char* recurrent_loop_forward(const RecurrentLoopArgs& args, const LoopPlan& plan);
 const char* recurrent_loop_backward(const RecurrentLoopArgs& args, const LoopPlan& plan);
+const char* cell_forward(const CellStepArgs& args);
+const char* cell_backward(const CellGradArgs& args);
 
 }  // namespace fastseq::FASTSEQ_ISA

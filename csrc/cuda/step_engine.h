@@ -2,17 +2,18 @@
 //
 // kCluster  The group is a thread-block cluster. gather: the operand lies whole in each block's shared memory, twice;
 //           a block writes its own part in all of them. scatter: a block multiplies its own part of the operand and
-//           writes the parts of sums into their owners' shared memory. One cluster barrier an exchange.
+//           writes the parts of sums into their owners' shared memory, twice. Both as messages, whose bytes the
+//           receiver counts: a barrier of the cluster would also wait for every store to global memory.
 // kGrid     The group is any blocks that run at the same time. The operand lies in global memory, twice; a block
 //           writes its part there, sets its flag, waits for the flags of the others, and copies the operand,
 //           chunk by chunk, into shared memory.
 //
-// Why one barrier is enough: what a block writes in exchange i lies in the half of the buffer that was read last
-// after exchange i - 2, and no block passes exchange i - 1 before all have read.
+// Why that is enough: what a block writes in exchange i lies in the half of the buffer that was read last after
+// exchange i - 2, and no block passes exchange i - 1 before all others have sent what they made after that.
 #pragma once
 
 #include "../fastseq.h"
-#include "layout.h"
+#include "plan.h"
 #include "product.h"
 
 namespace fastseq::FASTSEQ_ISA {
@@ -35,6 +36,7 @@ struct KernelTraits {
   static constexpr bool kBackward = kBackwardPass, kStreams = kFromGlobal;
   static constexpr bool kScatter = kHow == Exchange::kCluster && kBackwardPass;
   static constexpr int kRows = kColumns * M::kRows;  // of a batch tile
+  static constexpr int kTiles = most_tiles(M::kTensor, kProducts);
 };
 
 template <class Traits>
@@ -59,6 +61,9 @@ class StepEngine {
         rank(block_index() % a.layout.blocks),
         direction(int(group % a.loop.directions)),
         first_row(group / a.loop.directions * kRows) {
+    if (kCluster && thread_index() == 0) {
+      for (int i = 0; i < Traits::kProducts * 2; ++i) arrivals_begin(arrivals(0, 0) + i);
+    }
     load_product<0>();
     if constexpr (Traits::kProducts == 2) load_product<1>();
   }
@@ -113,21 +118,15 @@ class StepEngine {
   template <int p, class Between>
   FS_DEVICE void transfer(int parity, Between between) {
     const ProductLayout& layout = product_layout(p);
-    const bool alone = args.layout.blocks == 1;
     if constexpr (kScatter) {
       sync_block();
       multiply<p>(parity, [&](int, int) { return static_cast<const Element*>(operand(layout, parity)); });
-      if (!alone) cluster_arrive();
-      between();
-      alone ? sync_block() : cluster_wait();
+      receive<p>(parity, layout.warps_k * kRows * layout.out_units * int(sizeof(Scalar)), between);
+      sync_block();
     } else if constexpr (kCluster) {
-      if (!alone) {
-        sync_block();
-        push(layout, operand(layout, parity));
-        cluster_arrive();
-      }
-      between();
-      alone ? sync_block() : cluster_wait();
+      sync_block();
+      push<p>(layout, parity);
+      receive<p>(parity, own_vectors(layout) * 16, between);
       multiply<p>(parity, [&](int, int) { return static_cast<const Element*>(operand(layout, parity)); });
       sync_block();
     } else {
@@ -148,7 +147,7 @@ class StepEngine {
   // Result m (gate * out_units + unit, or own unit if scatter) of row n, of the last exchange with this parity.
   FS_DEVICE Scalar sum(int p, int parity, int m, int n) const {
     const ProductLayout& layout = product_layout(p);
-    const Scalar* from = sums(layout, parity) + n * layout.sum_stride + m;
+    const Scalar* const from = sums(layout, parity) + sum_index(layout, 0, m, n);
     Scalar total = *from;
     for (int slot = 1; slot < layout.slots; ++slot) total += from[slot * kRows * layout.sum_stride];
     return total;
@@ -196,24 +195,43 @@ class StepEngine {
   FS_DEVICE int own_k(const ProductLayout& layout, int segment) const {
     return kScatter ? segment * layout.in_units : (segment * args.layout.blocks + rank) * layout.in_units;
   }
+  // [slot][n / 2][m][n % 2]
+  FS_DEVICE static int sum_index(const ProductLayout& layout, int slot, int m, int n) {
+    return ((slot * (kRows / 2) + n / 2) * layout.sum_stride + m) * 2 + n % 2;
+  }
   FS_DEVICE Scalar* sums(const ProductLayout& layout, int parity) const {
     return shared<Scalar>(layout.sums_at) +
            (kScatter ? parity * layout.slots * kRows * layout.sum_stride : 0);
   }
 
+  FS_DEVICE Arrivals* arrivals(int p, int parity) const {
+    return shared<Arrivals>(args.layout.arrivals_at) + p * 2 + parity;
+  }
+
+  // Waits for as many bytes from each other block; between() runs meanwhile.
+  template <int p, class Between>
+  FS_DEVICE void receive(int parity, int bytes, Between between) {
+    const int others = args.layout.blocks - 1;
+    if (others > 0 && thread_index() == 0) arrivals_expect(arrivals(p, parity), others * bytes);
+    between();
+    if (others > 0) arrivals_wait(arrivals(p, parity), phases_ >> (p * 2 + parity) & 1);
+    phases_ ^= 1 << (p * 2 + parity);
+  }
+
   // Own part of the operand into the other blocks' shared memory. A thread sends the same 16 bytes to every block
   // that is its turn; blocks begin with different ones, so that they do not all write to one at the same time.
-  FS_DEVICE void push(const ProductLayout& layout, Element* image) {
+  template <int p>
+  FS_DEVICE void push(const ProductLayout& layout, int parity) {
     const int vectors = own_vectors(layout), others = args.layout.blocks - 1;
     const int senders = thread_count() > vectors ? thread_count() / vectors : 1;
     const int sender = thread_count() > vectors ? thread_index() / vectors : 0;
     if (sender >= senders) return;
     for (int v = thread_index() - sender * vectors; v < vectors; v += thread_count()) {
-      Vector16* const own = reinterpret_cast<Vector16*>(image) + own_vector(layout, v);
+      Vector16* const own = reinterpret_cast<Vector16*>(operand(layout, parity)) + own_vector(layout, v);
       const Vector16 value = *own;
       for (int i = sender; i < others; i += senders) {
         const int to = rank + 1 + i;
-        *cluster_map(own, to < args.layout.blocks ? to : to - args.layout.blocks) = value;
+        send(own, value, arrivals(p, parity), to < args.layout.blocks ? to : to - args.layout.blocks);
       }
     }
   }
@@ -269,23 +287,30 @@ class StepEngine {
   FS_DEVICE void multiply(int parity, Acquire acquire) {
     const ProductLayout& layout = product_layout(p);
     Scalar* const own = sums(layout, parity);
-    product<p>().run(layout, acquire, [&](int slot, int m, int n, Scalar value) {
+    product<p>().run(layout, acquire, [&](int slot, int m, int n, Two<Scalar> two) {
       if constexpr (kScatter) {
-        const int owner = m / layout.out_units, u = m % layout.out_units;
+        const int owner = m / layout.out_units, u = m - owner * layout.out_units;
         if (owner >= args.layout.blocks) return;  // tiles end at multiples of 16
-        Scalar* const to = own + ((rank * layout.warps_k + slot) * kRows + n) * layout.sum_stride + u;
-        *(owner == rank ? to : cluster_map(to, owner)) = value;
+        auto* const to =
+            reinterpret_cast<Two<Scalar>*>(own + sum_index(layout, rank * layout.warps_k + slot, u, n));
+        if (owner == rank) {
+          *to = two;
+        } else {
+          send(to, two, arrivals(p, parity), owner);
+        }
       } else {
-        own[(slot * kRows + n) * layout.sum_stride + m] = value;
+        *reinterpret_cast<Two<Scalar>*>(own + sum_index(layout, slot, m, n)) = two;
       }
     });
   }
 
-  using ProductOfStep = Product<M, Traits::kColumns, Traits::kRegisterUnits, Traits::kStreams>;
+  using ProductOfStep =
+      Product<M, Traits::kColumns, Traits::kTiles, Traits::kRegisterUnits, Traits::kStreams>;
   struct None {};
   ProductOfStep first_;
   std::conditional_t<Traits::kProducts == 2, ProductOfStep, None> second_;
-  int exchanges_ = 0;
+  int exchanges_ = 0;    // grid: so far
+  uint32_t phases_ = 0;  // cluster: a bit of each Arrivals
 };
 
 }  // namespace fastseq::FASTSEQ_ISA

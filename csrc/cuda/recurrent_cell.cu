@@ -1,0 +1,54 @@
+#include <launch.h>
+
+#include <algorithm>
+
+#include "recurrent.h"
+#include "recurrent_cell.h"
+
+namespace fastseq::FASTSEQ_ISA {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class Kernel>
+const char* run_everywhere(const typename Kernel::Args& args, int64_t threads) {
+  const int64_t blocks = std::min<int64_t>((threads + kThreads - 1) / kThreads, 1 << 20);
+  if (blocks == 0) return nullptr;
+  return launch<Kernel>({blocks, kThreads, 0, 1, false, args.stream}, args);
+}
+
+// Calls body(S{}) for the storage type of a dtype.
+template <class Body>
+const char* with_storage(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kFloat64:
+      return body(double{});
+    case DType::kBFloat16:
+      return body(bfloat16{});
+    case DType::kFloat16:
+      return body(float16{});
+  }
+  return "unknown dtype";
+}
+
+}  // namespace
+
+const char* cell_forward(const CellStepArgs& args) {
+  const DeviceGuard guard(args.device);
+  return with_storage(args.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (args.weight_hh) return run_everywhere<FusedCellKernel<S>>(args, args.hidden_size * kWarp);
+    return run_everywhere<CellKernel<S>>(args, args.batch * args.hidden_size);
+  });
+}
+
+const char* cell_backward(const CellGradArgs& args) {
+  const DeviceGuard guard(args.device);
+  return with_storage(args.dtype, [&](auto storage) {
+    return run_everywhere<CellGradKernel<decltype(storage)>>(args, args.batch * args.hidden_size);
+  });
+}
+
+}  // namespace fastseq::FASTSEQ_ISA
