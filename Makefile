@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+OUT    ?= out/gpu-report
 
 BIN     := $(VENV)/bin
 # Tools and child processes find the environment's programs first, activated or not.
@@ -21,7 +22,7 @@ ASAN_LIBS = $$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=li
 ASAN_TESTS = not seventy_thousand and not obeyed and not forked and not other_python_threads and not busy
 ASAN_ENV  = PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
-.PHONY: demo test asan benchmark lint format build clean help
+.PHONY: demo test asan benchmark gpu-report lint format build clean help
 
 demo: $(BUILT)  ## train a character language model with torch.nn and with fastseq
 	$(BIN)/python examples/char_lm.py $(ARGS)
@@ -42,6 +43,10 @@ asan: $(BUILT)  ## the suite under AddressSanitizer and UBSan, on every ISA of t
 benchmark: $(BUILT)  ## the paired grid against torch, JSON and figures
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
+# With what is installed, not with .venv's torch: that need not be one for CUDA, and there may be no network.
+gpu-report:  ## on a machine with a GPU: build, test and time in under nine minutes, into OUT
+	PYTHON=$(PYTHON) scripts/gpu_report.sh $(OUT) $(ARGS)
+
 lint: $(SETUP)  ## what the pre-commit hooks check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,7 +63,7 @@ clean:  ## everything that make made, the environment too
 	rm -rf $(VENV) build dist *.egg-info fastseq/_C*.so
 
 help:
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 # The environment. The three checks say what a bare machine lacks, before pip or CMake says it in many lines.
 $(SETUP): requirements-dev.txt

@@ -25,8 +25,9 @@ def caption(environment):
     )
 
 
-def finish(figure, environment, path):
-    figure.supxlabel(caption(environment), x=0.01, ha="left", fontsize=8, color="#555555")
+def finish(figure, text, path):
+    """Write the caption below the figure, and the figure into its file."""
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color="#555555")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -99,7 +100,7 @@ def draw_speedup(records, title, environment, path):
         axes.set_title(f"{mode}: {mean:.2f}x (geometric mean)", fontsize=10)
         axes.set_xlabel("times as fast as torch.nn")
     add_title(figure, panels[0][0], f"Speed-up over torch.nn, {title}")
-    finish(figure, environment, path)
+    finish(figure, caption(environment), path)
 
 
 def draw_share(records, title, environment, path):
@@ -131,7 +132,7 @@ def draw_share(records, title, environment, path):
     for axes in panels[-1]:
         axes.set_xlabel("share of the FMA peak beside it")
     add_title(figure, panels[0][0], f"Share of the machine's peak, {title}")
-    finish(figure, environment, path)
+    finish(figure, caption(environment), path)
 
 
 def draw(results, folder):

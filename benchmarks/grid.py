@@ -81,7 +81,7 @@ class Case:
         products = sum(directions * GATES[self.cell] * shape.hidden * (i + shape.hidden) for i in inputs)
         return 2 * shape.steps * shape.batch * products * (3 if self.mode == "training" else 1)
 
-    def modules(self):
+    def modules(self, device="cpu"):
         """(torch.nn's module, fastseq's module), with the same weights."""
         torch.manual_seed(0)
         shape, dtype = self.shape, getattr(torch, self.dtype)
@@ -90,6 +90,7 @@ class Case:
         else:
             name, sizes = self.cell, (shape.input, shape.hidden, shape.layers)
             options = {"bidirectional": shape.bidirectional, "batch_first": shape.batch_first}
+        options["device"] = device  # made there: drawing the weights of a large network takes a CPU long
         # torch.nn has no GRU that resets before the product; its own GRU, of equal work, stands against it.
         extra = {"reset_after": False} if self.group == "reset_before" else {}
         theirs = getattr(torch.nn, name)(*sizes, **options).to(dtype)
@@ -97,21 +98,27 @@ class Case:
         ours.load_state_dict(theirs.state_dict())
         return theirs.train(self.mode == "training"), ours.train(self.mode == "training")
 
-    def functions(self):
-        """(torch's, fastseq's): functions without arguments, one call of each being one measured iteration.
-
-        Each returns what it computed: the output, and in training the gradients of input and parameters.
-        """
+    def inputs(self, device="cpu"):
+        """The input, and in training the gradient of the output, else None; the same at every call."""
         shape, dtype = self.shape, getattr(torch, self.dtype)
         rows = (shape.batch, shape.steps) if shape.batch_first else (shape.steps, shape.batch)
         rows = (shape.batch,) if self.group == "cells" else rows
         torch.manual_seed(1)
-        x = torch.randn(*rows, shape.input, dtype=dtype)
+        x = torch.randn(*rows, shape.input, dtype=dtype, device=device)
+        if self.mode == "inference":
+            return x, None
+        return x, torch.randn(*rows, shape.hidden * (1 + shape.bidirectional), dtype=dtype, device=device)
+
+    def functions(self, device="cpu"):
+        """(torch's, fastseq's): functions without arguments, one call of each being one measured iteration.
+
+        Each returns what it computed: the output, and in training the gradients of input and parameters.
+        """
+        x, grad = self.inputs(device)
         if self.mode == "training":
-            grad = torch.randn(*rows, shape.hidden * (1 + shape.bidirectional), dtype=dtype)
-            return tuple(trains(module, x, grad) for module in self.modules())
-        hx = self.state(dtype)
-        return tuple(infers(module, x, hx) for module in self.modules())
+            return tuple(trains(module, x, grad) for module in self.modules(device))
+        hx = self.state(x.dtype)
+        return tuple(infers(module, x, hx) for module in self.modules(device))
 
     def state(self, dtype):
         """A cell is called with the state of the step before, a sequence without any."""

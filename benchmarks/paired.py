@@ -1,4 +1,4 @@
-"""Two functions timed against each other on a machine that may be busy with other things.
+"""Two functions timed against each other on a machine that may be busy with other things, CPU or GPU.
 
 They are called in turn, A B A B, so that whatever slows the machine down slows both, and the result is the
 median of the ratios of neighbouring samples. Absolute times are kept as well, but only the ratio, and the
@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SAMPLE_SECONDS = 0.02  # a sample repeats its function for at least so long
-LONG_SECONDS = 0.5  # a call of so long is a sample by itself
+from timers import HostTimer
+
 MOST_PAIRS = 41
 MOST_PEAKS = 5  # readings of the peak, spread over a case
 
@@ -30,23 +30,16 @@ class Pairs:
         return [a / b for a, b in zip(self.a, self.b, strict=True)]
 
 
-def sample(function, repeats):
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    return (time.perf_counter() - start) / repeats
-
-
-def repeats_for(function):
+def repeats_for(function, timer):
     """How many calls make a sample long enough, judged by the least disturbed of three."""
     repeats = 1
-    if sample(function, 1) > LONG_SECONDS:
+    if timer.sample(function, 1) > timer.long:
         return repeats
     while True:
-        seconds = min(sample(function, repeats) for _ in range(3))
-        if seconds * repeats >= SAMPLE_SECONDS:
+        seconds = min(timer.sample(function, repeats) for _ in range(3))
+        if seconds * repeats >= timer.enough:
             return repeats
-        repeats = max(2 * repeats, min(10 * repeats, round(1.2 * SAMPLE_SECONDS / seconds)))
+        repeats = max(2 * repeats, min(10 * repeats, round(1.2 * timer.enough / seconds)))
 
 
 def busy_seconds():
@@ -60,19 +53,20 @@ def busy_seconds():
     return total, time.process_time()
 
 
-def measure(a, b, peak, budget, least_pairs):
+def measure(a, b, peak, budget, least_pairs, timer=None):
     """Time `a` and `b` in turn for about `budget` seconds, but for at least `least_pairs` pairs.
 
-    Both should have been called before: a first call may load, allocate or pack.
+    Both should have been called before: a first call may load, allocate or pack. `peak` may be None.
     """
-    repeats_a, repeats_b = repeats_for(a), repeats_for(b)
+    timer = timer or HostTimer()
+    repeats_a, repeats_b = repeats_for(a, timer), repeats_for(b, timer)
     result, before, start = Pairs(), busy_seconds(), time.perf_counter()
     elapsed = 0.0
     while len(result.a) < least_pairs or (elapsed < budget and len(result.a) < MOST_PAIRS):
-        if len(result.peaks) < MOST_PEAKS and elapsed >= budget * len(result.peaks) / MOST_PEAKS:
+        if peak and len(result.peaks) < MOST_PEAKS and elapsed >= budget * len(result.peaks) / MOST_PEAKS:
             result.peaks.append(peak())
-        result.a.append(sample(a, repeats_a))
-        result.b.append(sample(b, repeats_b))
+        result.a.append(timer.sample(a, repeats_a))
+        result.b.append(timer.sample(b, repeats_b))
         elapsed = time.perf_counter() - start
     if before:
         total, own = (now - then for now, then in zip(busy_seconds(), before, strict=True))

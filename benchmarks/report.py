@@ -1,8 +1,8 @@
-"""Write the speed table of README.md anew from a run's results.json.
+"""Write the speed tables of README.md anew, for CPU and GPU, each from a run's results.json.
 
-python benchmarks/report.py                  # from the latest full run under benchmarks/results
-python benchmarks/report.py --results DIR
-python benchmarks/report.py --check          # change nothing; fail if the table is not up to date
+python benchmarks/report.py                  # from the latest runs under benchmarks/results
+python benchmarks/report.py --results DIR --gpu-results DIR
+python benchmarks/report.py --check          # change nothing; fail if a table is not up to date
 """
 
 from __future__ import annotations
@@ -13,24 +13,50 @@ import os
 import sys
 from pathlib import Path
 
+import gpu_table
 import grid
 import summary
+from readme import ReportError, ratio, replace_section, table
+from records import RESULTS, read
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 CELLS = ("LSTM", "GRU", "RNN")
 
 
-class ReportError(Exception):
-    pass
+def kept_results():
+    """The runs under benchmarks/results, the newest first."""
+    found = {path: read(path) for path in RESULTS.glob("*/results.json")}
+    newest_first = sorted(found, key=lambda path: found[path]["environment"]["date"], reverse=True)
+    return {path: found[path] for path in newest_first}
+
+
+def is_gpu(results):
+    return "gpu" in results["environment"]
 
 
 def full_results():
-    """The complete, not quick, runs under benchmarks/results, the newest first."""
-    found = {path: json.loads(path.read_text()) for path in RESULTS.glob("*/results.json")}
-    full = [path for path, results in found.items() if results["complete"] and not results["quick"]]
-    return {path: found[path] for path in sorted(full, key=lambda p: found[p]["environment"]["date"])[::-1]}
+    """The complete, not quick, runs on a CPU, the newest first."""
+    return {
+        path: results
+        for path, results in kept_results().items()
+        if not is_gpu(results) and results["complete"] and not results["quick"]
+    }
+
+
+def gpu_runs(folder):
+    """(folder from README's view, results) of the given run, or of all that are kept, the newest first.
+
+    A run on a GPU need not be complete: its cases are in a shuffled order, so that a part is a fair sample.
+    """
+    if folder:
+        found = {folder / "results.json": read_results(folder)[1]}
+    else:
+        found = {p: r for p, r in kept_results().items() if is_gpu(r) and r["cases"] and not r["dry_run"]}
+    return [(relative(path.parent.resolve()), results) for path, results in found.items()]
+
+
+def relative(folder):
+    return Path(os.path.relpath(folder, ROOT)).as_posix()
 
 
 def latest_results():
@@ -46,25 +72,13 @@ def latest_results():
 def read_results(folder):
     path = folder / "results.json" if folder else latest_results()
     try:
-        return path.parent, json.loads(path.read_text())
+        return path.parent, read(path)
     except (OSError, json.JSONDecodeError) as error:
         raise ReportError(
             f"given --results {folder}: {error}\n"
             "accepted: a folder that benchmarks/run.py wrote\n"
             "try python benchmarks/run.py first"
         ) from None
-
-
-def table(header, rows):
-    """A markdown table; the first column is text, the others numbers."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def ratio(records, **wanted):
-    chosen = summary.select(records, **wanted)
-    value = summary.geometric_mean(chosen) if chosen else None
-    return "" if value is None else f"{value:.2f}x" if value < 2 else f"{value:.1f}x"
 
 
 def shape_table(records):
@@ -111,7 +125,7 @@ def other_machines(shown):
 def section(results, folder):
     """What stands between the markers, without them."""
     records, others = results["cases"], other_machines(folder)
-    folder = Path(os.path.relpath(folder, ROOT)).as_posix()
+    folder = relative(folder)
     lines = ["Times as fast as `torch.nn`, float32:", ""]
     lines += shape_table(summary.select(records, group="table"))
     lines += ["", "All that was measured:", ""]
@@ -128,17 +142,6 @@ def section(results, folder):
     return "\n".join(lines)
 
 
-def replace_section(text, new, path):
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ReportError(
-            f"given {path} without a place for the table\n"
-            f"accepted: one line {BEGIN} and, below it, one line {END}\n"
-            "try adding the two lines where the table should stand"
-        )
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
-
-
 def main():
     first, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -146,10 +149,13 @@ def main():
     )
     parser.add_argument("--results", type=Path, metavar="DIR", help="a folder that benchmarks/run.py wrote")
     parser.add_argument(
+        "--gpu-results", type=Path, metavar="DIR", help="a folder that benchmarks/gpu_run.py wrote"
+    )
+    parser.add_argument(
         "--readme", type=Path, metavar="FILE", default=ROOT / "README.md", help=argparse.SUPPRESS
     )
     parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 if the table is out of date"
+        "--check", action="store_true", help="change nothing; exit 1 if a table is out of date"
     )
     arguments = parser.parse_args()
 
@@ -165,15 +171,18 @@ def main():
         raise ReportError(
             f"given {arguments.readme}: {error.strerror}\ntry writing a README.md first"
         ) from None
-    new = replace_section(old, section(results, folder.resolve()), arguments.readme)
+    runs = gpu_runs(arguments.gpu_results)
+    new = replace_section(old, "benchmark", section(results, folder.resolve()), arguments.readme)
+    new = replace_section(new, "gpu", gpu_table.section(runs), arguments.readme)
+    shown = " and ".join([str(folder), *(name for name, _ in runs[:1])])
     if new == old:
-        print(f"{arguments.readme.name} is up to date with {folder}")
+        print(f"{arguments.readme.name} is up to date with {shown}")
         return 0
     if arguments.check:
-        print(f"{arguments.readme.name} is not up to date with {folder}\nrun python benchmarks/report.py")
+        print(f"{arguments.readme.name} is not up to date with {shown}\nrun python benchmarks/report.py")
         return 1
     arguments.readme.write_text(new, encoding="utf-8")
-    print(f"{arguments.readme.name} now shows {folder}")
+    print(f"{arguments.readme.name} now shows {shown}")
     return 0
 
 

@@ -13,9 +13,7 @@ report.py.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -30,8 +28,8 @@ import grid
 import paired
 import summary
 from environment import cpu_model, environment
+from records import RESULTS, choose, difference, save, slug
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PEAK_SECONDS = 0.05  # one reading of the machine's FMA peak
 
 
@@ -68,31 +66,9 @@ def parse_arguments():
     return parser, arguments
 
 
-def choose_cases(parser, arguments):
-    chosen = grid.cases(arguments.quick)
-    if arguments.cells:
-        chosen = [case for case in chosen if case.cell in arguments.cells]
-    if arguments.case:
-        try:
-            pattern = re.compile(arguments.case, re.IGNORECASE)
-        except re.error as error:
-            parser.error(f"argument --case: {arguments.case!r} is no regular expression: {error}")
-        chosen = [case for case in chosen if pattern.search(case.name)]
-    if not chosen:
-        parser.error("no case is left\ntry --list for the names, and a wider --case or --cells")
-    return chosen
-
-
 def default_folder(quick):
     cpu = f"{cpu_model()} {fastseq._C.cpu_info()['isa']}"  # some machines tell no more than the maker's name
-    name = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
-    return RESULTS / f"{name}-{torch.get_num_threads()}-threads{'-quick' if quick else ''}"
-
-
-def difference(theirs, ours):
-    """Largest difference of any pair of tensors, relative to the largest value in torch's."""
-    pairs = [(a.double(), b.double()) for a, b in zip(theirs, ours, strict=True)]
-    return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-6)).item() for a, b in pairs)
+    return RESULTS / f"{slug(cpu)}-{torch.get_num_threads()}-threads{'-quick' if quick else ''}"
 
 
 def measure_case(case, budget, least_pairs, longest):
@@ -133,18 +109,11 @@ def measure_case(case, budget, least_pairs, longest):
     }
 
 
-def save(results, path):
-    """Write by renaming, so that a stopped run leaves the whole file of the case before."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(path)
-
-
 def main():
     parser, arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    chosen = choose_cases(parser, arguments)
+    chosen = choose(parser, grid.cases(arguments.quick), arguments.cells, arguments.case)
     if arguments.list:
         print("\n".join(case.name for case in chosen))
         return 0

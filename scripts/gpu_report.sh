@@ -1,0 +1,177 @@
+#!/usr/bin/env bash
+# Everything there is to know from a machine with a GPU, in one go and under nine minutes, without a network.
+#
+#   scripts/gpu_report.sh [OUTDIR [STAGE...]]     default: out/gpu-report, and every stage
+#
+# Python 3.10 to 3.13 with torch >= 2.6, setuptools, pybind11, pytest, hypothesis and matplotlib, and cmake, ninja
+# and nvcc are taken as they are installed; PYTHON names another interpreter than python3. Nothing is written outside
+# the checkout and OUTDIR, and no setting of the GPU is touched.
+#
+# The stages, most valuable first, given what each needs of the one before:
+#   build     the compiled module, in place; registers and spills of the kernels go to registers.txt
+#   smoke     small cases of every cell and dtype against float64: half a minute that tells a broken build
+#   gpu       the tests that need a GPU, in one process, since a fast kernel that is wrong is worth nothing
+#   grid      fastseq against torch.nn on cuDNN, goals first, see benchmarks/gpu_run.py; most of the time is its
+#   suite     the tests that need none, the host twin's among them: other machines can run those too, and
+#             beside the grid they would take the CPU from whoever launches the kernels
+#   memcheck, racecheck     compute-sanitizer on a few small cases: the slowest per line, and seldom news
+#
+# Each stage has a mark on the clock, in seconds from the start, by which it ends or is ended; what a stage does not
+# use, the next ones have. A stage that fails does not stop those after it. The exit status is 0 if all went well.
+#
+# OUTDIR gets log.txt (everything printed; tail -f it to watch), registers.txt, results.json (written after every
+# case of the grid) and the figures. The last lines on stdout are the summary.
+set -u
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+root=$PWD
+mkdir -p "${1:-out/gpu-report}" || exit 1
+out=$(cd "${1:-out/gpu-report}" && pwd) || exit 1
+shift $(($# > 0))
+stages=" ${*:-build smoke gpu grid suite memcheck racecheck} "
+log=$out/log.txt
+: >"$log" || exit 1
+rm -f "$out"/registers.txt "$out"/results.json "$out"/results.partial "$out"/{ratio,step}_{inference,training}.png
+
+declare -A mark=([build]=150 [smoke]=180 [gpu]=240 [grid]=420 [suite]=475 [memcheck]=500 [racecheck]=525)
+rows=() failures=0 status=0
+SECONDS=0 # bash counts it up
+
+say() { printf '%s\n' "$*" | tee -a "$log"; }
+
+wanted() { [[ $stages == *" $1 "* ]]; }
+
+note() { rows+=("$(printf '%-10s %-28s %4d s' "$1" "$2" "$3")"); }
+
+# stage NAME COMMAND...: run it until its mark at the latest, log it, and keep its exit status in `status`.
+stage() {
+  local name=$1 started=$SECONDS result=ok lines
+  local left=$((mark[$name] - started))
+  shift
+  lines=$(wc -l <"$log")
+  if ((left < 5)); then
+    say "== $name: no time is left"
+    status=124 failures=$((failures + 1))
+    note "$name" "no time was left" 0
+    return
+  fi
+  say "== $name, for $left s at most, at $started s"
+  timeout -k 5 "$left" "$@" </dev/null >>"$log" 2>&1
+  status=$?
+  if ((status == 124 || status == 137)); then
+    result="ended after its $left s"
+  elif ((status)); then
+    result="failed, status $status"
+  fi
+  if ((status)); then
+    failures=$((failures + 1))
+    tail -n "+$((lines + 2))" "$log" | tail -n 25 | cut -c 1-200 # what is in the log already, so not by say
+  fi
+  note "$name" "$result" $((SECONDS - started))
+}
+
+versions() {
+  "$python" - <<'END'
+import importlib.metadata as metadata, platform, sys
+
+print("python", platform.python_version(), sys.executable)
+for name in ("torch", "setuptools", "pybind11", "numpy", "pytest", "pytest-xdist", "hypothesis", "matplotlib"):
+    try:
+        print(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        print(name, "is not installed")
+END
+  local tool
+  for tool in cmake ninja nvcc compute-sanitizer nvidia-smi; do
+    command -v "$tool" || echo "$tool: not found"
+  done
+  nvcc --version | tail -n 2
+  timeout 20 nvidia-smi
+}
+
+# An environment that has all the packages of the installed Python and, through one .pth file, the checkout: so
+# child processes find fastseq too, and the installed Python is left as it is. That may itself be a virtual
+# environment, whose packages --system-site-packages alone would not show.
+environment() {
+  local installed=${PYTHON:-python3} venv=$work/venv path
+  path=$(command -v "$installed") || return 1
+  PATH=$(dirname "$path"):$PATH # its cmake and ninja
+  "$installed" -m venv --clear --without-pip "$venv" || return 1
+  "$installed" - "$root" "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" <<'END'
+import pathlib, site, sys, sysconfig
+
+root, target = sys.argv[1:]
+folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+folders += [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+lines = [root] + [f"import site; site.addsitedir({folder!r})" for folder in dict.fromkeys(folders)]
+pathlib.Path(target, "fastseq_checkout.pth").write_text("\n".join(lines) + "\n")
+END
+  [ -x "$venv/bin/python" ] && python=$venv/bin/python
+}
+
+work=$root/build/gpu-report
+mkdir -p "$work"
+export PYTHONUNBUFFERED=1 MPLCONFIGDIR=$work/matplotlib CUDA_CACHE_PATH=$work/cuda
+python=${PYTHON:-python3}
+if ! environment >>"$log" 2>&1; then
+  say "no virtual environment could be made in $work; going on with $python and PYTHONPATH"
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+fi
+versions >>"$log" 2>&1
+
+if wanted build; then
+  # Without pip: it may be missing, or refuse an environment that a system manages. egg_info tells the version.
+  stage build env FASTSEQ_CUDA=on "$python" setup.py build_ext --inplace egg_info
+  "$python" benchmarks/registers.py "$log" >"$out/registers.txt"
+fi
+
+if wanted smoke; then
+  stage smoke "$python" benchmarks/gpu_run.py --smoke
+fi
+
+if wanted gpu; then
+  # By name, so that the log ends with the test that hung or took the process down.
+  stage gpu "$python" -m pytest -v --tb=short -m "gpu and not slow"
+fi
+
+if wanted grid; then
+  # Status 75: a case hung or broke the GPU's context; a new process goes on with the others.
+  for again in "" --resume --resume --resume; do
+    stage grid "$python" benchmarks/gpu_run.py --out "$out" --seconds $((mark[grid] - SECONDS)) $again
+    ((status == 75)) || break
+  done
+  if ((status > 1)) && [ -s "$out/results.json" ]; then # it did not come to its figures
+    timeout 20 "$python" benchmarks/gpu_run.py --from-results "$out" >>"$log" 2>&1
+  fi
+fi
+
+if wanted suite; then
+  # Half as many processes as cores, with two threads each, which is what the tests of threads count on.
+  workers=$((($(nproc) + 1) / 2)) parallel=()
+  "$python" -c "import xdist" 2>>"$log" && parallel=(-n "$workers")
+  stage suite env OMP_NUM_THREADS=2 "$python" -m pytest -q --tb=short -m "not slow and not gpu" "${parallel[@]}"
+fi
+
+for tool in memcheck racecheck; do
+  if wanted "$tool"; then
+    # Without torch's cache of memory, or a write past a tensor's end would meet another tensor's memory.
+    stage "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" benchmarks/gpu_run.py --smoke --case "(LSTM|GRU) training (float32|bfloat16) T4 B8"
+  fi
+done
+
+summary() {
+  echo "== summary"
+  [ -f "$out/registers.txt" ] && head -n 8 "$out/registers.txt" | cut -c 1-160
+  echo
+  # What gpu_run.py printed last between its two marks.
+  awk '/^-- grid$/ { text = ""; on = 1; next } /^-- end of grid$/ { on = 0 } on { text = text $0 "\n" }
+       END { printf "%s", text }' "$log"
+  echo
+  printf '%s\n' "${rows[@]}"
+  echo "$failures failed, $SECONDS s, everything in $out"
+}
+
+summary >"$work/summary.txt"
+tail -c 11000 "$work/summary.txt" | tee -a "$log"
+((failures == 0))

@@ -1,0 +1,408 @@
+"""Measuring on a GPU, as far as a machine without one can tell: the grid, its runner rehearsed on the CPU,
+the goals, README's table, and the script that does everything in one go."""
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPT = ROOT / "scripts" / "gpu_report.sh"
+PNG = b"\x89PNG\r\n\x1a\n"
+STAGES = ("build", "smoke", "gpu", "grid", "suite", "memcheck", "racecheck")
+CASES = "^(LSTM|GRU) (inference|training) bfloat16 T2 B16 256->256$"  # four of the cases with a goal
+
+
+def run(script, *arguments, cwd):
+    """Exit status and output of a script of benchmarks/, in another directory."""
+    # `make asan` sets variables that keep a script from the modules beside it.
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "LD_PRELOAD", "FASTSEQ_PLAN"))
+    }
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=250)
+    return done.returncode, done.stdout + (done.stderr if done.returncode else "")
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The modules beside the runner that draw nothing."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_run
+    import gpu_summary
+    import gpu_table
+    import registers
+
+    return {m.__name__: m for m in (gpu_run, gpu_summary, gpu_table, registers)}
+
+
+def test_grid_has_the_cases_that_the_project_is_judged_by(modules):
+    cases = modules["gpu_run"].gpu_grid.cases()
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    batches, dtypes, modes = (
+        (1, 8, 16, 64, 256),
+        ("float32", "float16", "bfloat16"),
+        ("inference", "training"),
+    )
+    single = {
+        f"{cell} {mode} {dtype} T512 B{batch} {hidden}->{hidden}"
+        for cell, mode, dtype, batch, hidden in itertools.product(
+            ("LSTM", "GRU"), modes, dtypes, batches, (64, 128, 256, 512, 768, 1024, 2048)
+        )
+    }
+    stacked = {
+        f"{cell} {mode} {dtype} T512 B{batch} 512->512 x2 bidir"
+        for cell, mode, dtype, batch in itertools.product(("LSTM", "GRU"), modes, dtypes, batches)
+    }
+    rnn = {name for name in names if name.startswith("RNN")}
+    assert set(names) == single | stacked | rnn
+    assert len(rnn) == 3 * len(dtypes) * len(modes)
+    assert len({name.split(maxsplit=3)[3] for name in rnn}) == 3
+
+
+def test_grid_starts_with_the_goals_and_any_part_of_it_is_a_fair_sample(modules):
+    cases = modules["gpu_run"].gpu_grid.cases()
+    first = {(c.cell, c.dtype, c.shape.batch, c.shape.hidden) for c in cases[:6]}
+    assert first == {
+        ("LSTM", "float16", 16, 768),
+        ("LSTM", "bfloat16", 16, 256),
+        ("GRU", "bfloat16", 16, 256),
+    }
+    assert cases == modules["gpu_run"].gpu_grid.cases(), "the same order every time"
+    tenth = cases[: len(cases) // 10]
+    for key in (lambda c: c.cell, lambda c: c.dtype, lambda c: c.mode, lambda c: c.shape.hidden):
+        assert set(map(key, tenth)) >= set(map(key, cases)) - {"RNN"}
+
+
+# ------------------------------------------------------------------------------------------------ a rehearsal
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """The folder and the output of a run on the CPU, of which a case hung and which went on after it."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("gpu") / "results"
+    arguments = ("--dry-run-on-cpu", "--case", CASES, "--budget", 0.01, "--out", folder)
+    code, output = run("gpu_run.py", *arguments, "--hang", 1e-4, cwd=folder.parent)
+    assert code == 75, output
+    hung = json.loads((folder / "results.json").read_text())
+    assert hung["cases"] == [], "the file of before the first case"
+    code, output = run("gpu_run.py", *arguments, "--resume", cwd=folder.parent)
+    assert code == 1, "a case that hung is a failure\n" + output
+    return folder, output
+
+
+def test_a_case_that_hangs_is_named_and_the_run_goes_on_after_it(rehearsal):
+    folder, output = rehearsal
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["left_out"]) == ["LSTM inference bfloat16 T2 B16 256->256"]
+    assert "hung" in results["left_out"]["LSTM inference bfloat16 T2 B16 256->256"]
+    assert [r["name"].split()[:2] for r in results["cases"]] == [
+        ["LSTM", "training"],
+        ["GRU", "inference"],
+        ["GRU", "training"],
+    ]
+    assert (results["planned"], results["complete"], results["dry_run"]) == (4, True, True)
+    assert "hung" in output
+
+
+def test_a_record_tells_what_was_measured(rehearsal):
+    results = json.loads((rehearsal[0] / "results.json").read_text())
+    record = results["cases"][1]
+    assert (record["cell"], record["mode"], record["dtype"]) == ("GRU", "inference", "bfloat16")
+    assert (record["steps"], record["batch"], record["input"], record["hidden"]) == (2, 16, 256, 256)
+    assert record["ratio_quartiles"][0] <= record["ratio"] <= record["ratio_quartiles"][2]
+    for library in ("torch", "fastseq"):
+        time = record["milliseconds"][library]
+        assert time > 0
+        assert record["us_per_step"][library] == pytest.approx(time * 1e3 / 2)
+        assert 0 <= record["errors"][library] < 0.1
+    assert record["difference"] < 0.1
+    assert results["cases"][0]["errors"] is None, "float64 is the measure of outputs, not of gradients"
+
+
+def test_a_run_tells_where_it_was_measured(rehearsal):
+    results = json.loads((rehearsal[0] / "results.json").read_text())
+    facts = results["environment"]
+    assert facts.keys() >= {
+        "gpu",
+        "driver",
+        "multiprocessors",
+        "memory_gib",
+        "cuda",
+        "cudnn",
+        "torch",
+        "commit",
+    }
+    assert facts.keys() >= {"clocks_before", "clocks_after", "tf32"}
+    assert facts["tf32"].keys() == {"cudnn", "matmul"}
+    assert min(results["ceilings"].values()) > 0
+
+
+def test_a_run_ends_with_figures_and_goals(rehearsal):
+    folder, output = rehearsal
+    for name in ("ratio_inference", "ratio_training", "step_inference", "step_training"):
+        assert (folder / f"{name}.png").read_bytes().startswith(PNG)
+    assert not list(folder.glob("*.partial"))
+    summary = re.search(r"^-- grid\n(.*)^-- end of grid$", output, flags=re.S | re.M)[1]
+    assert re.search(r"^goal +\| asked +\| measured +\| reached$", summary, flags=re.M)
+    assert re.search(r"all cases, geometric mean +\| >= 1.5x +\| [\d.]+x +\| (yes|no)", summary)
+    assert re.search(r"LSTM float16 H768 B16 +\| >= 1x +\| not measured +\| \?", summary)
+
+
+def test_a_run_that_is_out_of_time_keeps_what_it_has(tmp_path):
+    arguments = ("--dry-run-on-cpu", "--case", CASES, "--budget", 0.01, "--out", tmp_path, "--seconds", 0.1)
+    code, output = run("gpu_run.py", *arguments, cwd=tmp_path)
+    assert code == 1, output
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["complete"], results["cases"], results["planned"]) == (False, [], 4)
+
+
+def test_small_cases_compute_what_torch_does(tmp_path):
+    arguments = ("--smoke", "--dry-run-on-cpu", "--case", "T4 B8|T5")
+    code, output = run("gpu_run.py", *arguments, cwd=tmp_path)
+    assert code == 0, output
+    assert "18 of 18 small cases" in output
+
+
+# ------------------------------------------------------------------------------------------------ the goals
+
+
+def record(cell="LSTM", mode="inference", dtype="bfloat16", batch=16, hidden=256, ratio=2.0, us=1.0, **other):
+    return {
+        "name": f"{cell} {mode} {dtype} B{batch} H{hidden}",
+        "cell": cell,
+        "mode": mode,
+        "dtype": dtype,
+        "steps": 512,
+        "batch": batch,
+        "hidden": hidden,
+        "layers": 1,
+        "ratio": ratio,
+        "us_per_step": {"torch": us * ratio, "fastseq": us},
+        "milliseconds": {"torch": us * ratio * 0.512, "fastseq": us * 0.512},
+        "difference": 1e-3,
+        "errors": None,
+        "plan": None,
+    } | other
+
+
+def reached(modules, *records):
+    return [row["reached"] for row in modules["gpu_summary"].goals(records)]
+
+
+def test_goals_are_reached_by_what_was_asked_and_missed_by_less(modules):
+    good = [record(us=1.2), record("GRU", us=1.2), record(dtype="float16", hidden=768, ratio=1.0)]
+    assert reached(modules, *good) == [True] * 6
+    assert reached(modules, record(ratio=1.49))[0] is False
+    assert reached(modules, record("GRU", ratio=1.99), record(ratio=9.0))[1] is False
+    assert reached(modules, record("GRU", hidden=128, ratio=1.0))[1] is None, "only H >= 256 counts"
+    assert reached(modules, record(dtype="float16", hidden=768, ratio=0.99))[2] is False
+    assert reached(modules, record(us=1.21), record("GRU"))[3] is False
+    assert reached(modules, record(us=1.21, mode="training"))[3] is None, "only inference counts"
+    assert reached(modules) == [None] * 6
+
+
+def test_slow_cases_count_unless_the_plan_hands_them_to_cudnn(modules):
+    slow = record(ratio=0.89)
+    assert reached(modules, record(), slow)[4] is False
+    assert reached(modules, record(), slow | {"plan": "cluster 16 x 8"})[4] is False
+    assert (
+        reached(modules, record(), slow | {"plan": "cuDNN: its persistent kernel is faster here"})[4] is True
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"difference": 0.2},
+        {"difference": math.nan},
+        {"errors": {"torch": 1e-3, "fastseq": 0.05}},
+        {"errors": {"torch": 1e-3, "fastseq": math.nan}},
+    ],
+)
+def test_wrong_results_count(modules, wrong):
+    assert reached(modules, record() | wrong)[5] is False
+    assert reached(modules, record() | {"errors": {"torch": 1e-3, "fastseq": 2e-3}})[5] is True
+
+
+# ------------------------------------------------------------------------------------------------ README
+
+
+def test_readme_says_so_where_nothing_was_timed_on_a_gpu(modules):
+    kept = [json.loads(path.read_text()) for path in (BENCHMARKS / "results").glob("*/results.json")]
+    text = README.read_text(encoding="utf-8")
+    block = re.search(r"<!-- gpu:begin -->\n(.*)\n<!-- gpu:end -->", text, flags=re.S)[1]
+    timed = any("gpu" in results["environment"] for results in kept)
+    assert ("geometric mean" in block) == timed
+    assert ("not been timed on a GPU yet" in " ".join(block.split())) == (not timed)
+    assert (block == modules["gpu_table"].section([])) == (not timed)
+
+
+def test_report_puts_the_gpu_table_into_a_readme_and_nothing_else(rehearsal, tmp_path):
+    folder, copy = rehearsal[0], tmp_path / "README.md"
+    copy.write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
+    arguments = ("--readme", copy, "--gpu-results", folder)
+    code, output = run("report.py", *arguments, "--check", cwd=tmp_path)
+    assert code == 1, output
+    assert copy.read_text(encoding="utf-8") == README.read_text(encoding="utf-8"), "--check changes nothing"
+
+    code, output = run("report.py", *arguments, cwd=tmp_path)
+    assert code == 0, output
+    old, new = (
+        re.split(r"(<!-- gpu:begin -->|<!-- gpu:end -->)", path.read_text(encoding="utf-8"))
+        for path in (README, copy)
+    )
+    assert [*new[:2], *new[3:]] == [*old[:2], *old[3:]]
+    assert "| GRU, H 256 |" in new[2]
+    assert "| goal | asked | measured | reached |" in new[2]
+    assert "a rehearsal on the CPU" in new[2]
+
+    code, output = run("report.py", *arguments, "--check", cwd=tmp_path)
+    assert code == 0, output
+
+
+# ------------------------------------------------------------------------------------------ the build's log
+
+PTXAS = """\
+[3/9] Building CUDA object CMakeFiles/fastseq_cuda.dir/csrc/cuda/recurrent.cu.o
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4slowPf' for 'sm_90a'
+ptxas info    : Function properties for _Z4slowPf
+    16 bytes stack frame, 24 bytes spill stores, 32 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size, 49152 bytes smem
+ptxas info    : Compiling entry function '_Z4fastPf' for 'sm_80'
+ptxas info    : Function properties for _Z4fastPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 0 barriers, 360 bytes cmem[0]
+"""
+
+
+def test_registers_and_spills_are_read_off_the_build(modules):
+    first, _header, *rows = modules["registers"].lines(PTXAS)
+    assert first == "2 kernels, 1 with spills, at most 255 registers"
+    assert rows[0].split()[:6] == ["255", "16", "24", "32", "49152", "90a"]
+    assert rows[1].split()[:6] == ["40", "0", "0", "0", "0", "80"]
+    assert "slow" in rows[0]
+    assert "no kernel was compiled" in next(modules["registers"].lines("ninja: no work to do."))
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+# Stands for python3, nvcc, nvidia-smi and compute-sanitizer. Writes down how it was called, and fails where
+# STUB_FAILS, a regular expression, matches.
+STUB = r"""#!/bin/bash
+call="$(basename "$0") $*"
+[[ $call == *" - "* || $call == *" -" || $call == *" -c "* ]] || printf '%s\n' "$call" >>"$STUB_CALLS"
+case $call in
+  *"-m venv"*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
+  *sysconfig*) dirname "$STUB_CALLS" ;;
+  *registers.py*) echo "3 kernels, 0 with spills" ;;
+  *"gpu_run.py --out"*)
+    if [[ -n ${STUB_HANGS-} && $call != *--resume* ]]; then exit 75; fi
+    printf -- '-- grid\nthe goals\n-- end of grid\n'
+    echo '{}' >"$3/results.json" ;;
+esac
+echo "output of $call"
+if [[ -n ${STUB_FAILS-} && $call =~ $STUB_FAILS ]]; then exit 3; fi
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A root with the script in it, and a function that runs it and returns (status, stdout, calls, log)."""
+    root, programs = tmp_path / "root", tmp_path / "bin"
+    (root / "scripts").mkdir(parents=True)
+    shutil.copy(SCRIPT, root / "scripts")
+    programs.mkdir()
+    for name in ("python3", "nvcc", "nvidia-smi", "compute-sanitizer"):
+        (programs / name).write_text(STUB)
+        (programs / name).chmod(0o755)
+
+    def start(*arguments, **environment):
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        environment |= {"PATH": f"{programs}:/usr/bin:/bin", "STUB_CALLS": str(calls), "HOME": str(tmp_path)}
+        command = [root / "scripts" / "gpu_report.sh", tmp_path / "out", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        return done, calls.read_text().splitlines(), (tmp_path / "out" / "log.txt").read_text()
+
+    return start
+
+
+def stages(calls):
+    patterns = {
+        "build": "setup.py build_ext --inplace",
+        "smoke": "^python .*--smoke$",
+        "gpu": r"pytest .*-m gpu and not slow",
+        "grid": "gpu_run.py --out",
+        "suite": "pytest .*-m not slow and not gpu",
+        "memcheck": "^compute-sanitizer --tool memcheck",
+        "racecheck": "^compute-sanitizer --tool racecheck",
+    }
+    return [name for call in calls for name, pattern in patterns.items() if re.search(pattern, call)]
+
+
+def test_script_is_valid_bash():
+    assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
+    assert os.access(SCRIPT, os.X_OK)
+
+
+def test_script_runs_every_stage_in_order_and_leaves_a_log(checkout, tmp_path):
+    done, calls, log = checkout()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert stages(calls) == list(STAGES)
+    for name in STAGES:
+        assert re.search(rf"^{name} +ok +\d+ s$", done.stdout, flags=re.M), done.stdout
+    assert "the goals" in done.stdout
+    assert "output of python benchmarks/gpu_run.py --out" in log
+    assert done.stdout.splitlines()[-1] in log
+    assert (tmp_path / "out" / "registers.txt").read_text().startswith("3 kernels")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "log.txt",
+        "registers.txt",
+        "results.json",
+    }
+
+
+@pytest.mark.parametrize(
+    "failing", ["setup.py", "--smoke$", "gpu and", "gpu_run.py --out", "not gpu", "racecheck"]
+)
+def test_script_goes_on_after_a_stage_that_fails_and_says_so(checkout, failing):
+    done, calls, _ = checkout(STUB_FAILS=failing)
+    assert done.returncode == 1
+    assert stages(calls) == list(STAGES)
+    assert re.search(r"^\w+ +failed, status 3 +\d+ s$", done.stdout, flags=re.M), done.stdout
+    assert "1 failed" in done.stdout
+
+
+def test_script_goes_on_with_the_grid_after_a_case_that_hung(checkout):
+    done, calls, _ = checkout("grid", STUB_HANGS="1")
+    assert done.returncode == 1
+    runs = [call for call in calls if "gpu_run.py --out" in call]
+    assert ["--resume" in call for call in runs] == [False, True]
+    assert "the goals" in done.stdout
+
+
+def test_script_runs_only_the_stages_that_are_named(checkout):
+    done, calls, _ = checkout("build", "grid")
+    assert done.returncode == 0
+    assert stages(calls) == ["build", "grid"]
+
+
+def test_stages_end_within_nine_minutes():
+    marks = dict(re.findall(r"\[(\w+)\]=(\d+)", SCRIPT.read_text()))
+    assert tuple(marks) == STAGES
+    ends = list(map(int, marks.values()))
+    assert ends == sorted(ends)
+    assert ends[-1] + 10 < 540
