@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.resolve()
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         sanitize = os.environ.get("FASTSEQ_SANITIZE", "0") == "1"
-        kind = ("editable" if self.editable_mode else "wheel") + ("-asan" if sanitize else "")
+        editable = self.editable_mode or self.inplace
+        kind = ("editable" if editable else "wheel") + ("-asan" if sanitize else "")
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-{kind}"
 
         # cmake and ninja from the environment that builds, also when it is not activated.
@@ -38,7 +39,7 @@ class CMakeBuild(build_ext):
             f"-DFASTSEQ_CUDA={os.environ.get('FASTSEQ_CUDA', 'auto')}",
             f"-DFASTSEQ_SANITIZE={'ON' if sanitize else 'OFF'}",
             # For the tests, which find it in the build directory: tests/cuda_host.py.
-            f"-DFASTSEQ_CUDA_HOST={'ON' if self.editable_mode or sanitize else 'OFF'}",
+            f"-DFASTSEQ_CUDA_HOST={'ON' if editable or sanitize else 'OFF'}",
         ]
         subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *configure], check=True)
         subprocess.run([cmake, "--build", build], check=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import statistics
 import sys
@@ -31,6 +32,8 @@ import gpu_summary
 import grid
 import paired
 from environment import CLOCKS, gpu_environment, nvidia_smi
+from fastseq import loops
+from fastseq.checks import CELLS, DTYPES
 from records import RESULTS, choose, difference, read, save, slug
 from timers import CudaTimer, HostTimer
 
@@ -88,22 +91,28 @@ def parse_arguments():
 
 
 def plan_of(case):
-    """Which plan fastseq chooses for a case, as text; None where it does not tell."""
-    explain = getattr(fastseq, "_explain_cuda", None)
-    if explain is None:
+    """Which plans fastseq has for a case's layers, as text; None where its kernels do not run on a GPU."""
+    if not torch.cuda.is_available() or not fastseq._C.cuda_info()["built"]:
         return None
-    shape = case.shape
-    return str(
-        explain(
-            case.cell,
-            dtype=case.dtype,
+    shape, dtype = case.shape, getattr(torch, case.dtype)
+    mode = {"RNN": "RNN_TANH"}.get(case.cell, case.cell)
+    texts = []
+    for backward in (False, True)[: 1 + (case.mode == "training")]:
+        loop = loops.Loop(
+            cell=CELLS[mode].code,
+            dtype=DTYPES[dtype],
+            tf32=dtype is torch.float32 and loops.rnn_may_use_tf32(),
             steps=shape.steps,
             batch=shape.batch,
-            input_size=shape.input,
             hidden_size=shape.hidden,
-            training=case.mode == "training",
+            proj_size=0,
+            directions=1 + shape.bidirectional,
+            packed=False,
+            backward=backward,
         )
-    )
+        plan = loops.plan_of(loops.CUDA, loop, torch.device("cuda", torch.cuda.current_device())).describe()
+        texts.append(("backward " if backward else "forward ") + json.dumps(plan))
+    return "; ".join(texts)
 
 
 def plan_or_error(case):

@@ -88,6 +88,126 @@ def recurrent_plan(
     backward: bool,
     /,
 ) -> dict[str, int | str]: ...
+
+# ---- the CUDA engine; all but loop_plan only where cuda_info()["built"], and in the tests' host twin ----
+
+class LoopPlan:
+    @property
+    def kernel(self) -> str: ...  # cluster, grid, stream or steps
+    @property
+    def workspace_bytes(self) -> int: ...
+    def describe(self) -> dict[str, Any]: ...
+
+def loop_plan(
+    cell: int,
+    dtype: int,
+    tf32: bool,
+    steps: int,
+    batch: int,
+    hidden_size: int,
+    proj_size: int,
+    directions: int,
+    packed: bool,
+    backward: bool,
+    # compute capability (two numbers), multiprocessors, bytes of shared memory of a block, bytes of L2
+    device: tuple[int, int, int, int, int],
+    forced: str,  # FASTSEQ_CUDA_PLAN
+    /,
+) -> LoopPlan: ...
+def loop_forward(
+    plan: LoopPlan,
+    cell: int,
+    dtype: int,
+    tf32: bool,
+    device: int,
+    stream: int,
+    steps: int,
+    batch: int,
+    batch_sizes: int,
+    hidden_size: int,
+    proj_size: int,
+    pre: int,
+    output: int,
+    output_stride_t: int,
+    output_stride_b: int,
+    workspace: int,
+    # each: weight_hh, bias_hh, weight_hr, h0, c0, h_n, c_n, saved
+    directions: tuple[tuple[int, ...], ...],
+    /,
+) -> None: ...
+def loop_backward(
+    plan: LoopPlan,
+    cell: int,
+    dtype: int,
+    tf32: bool,
+    device: int,
+    stream: int,
+    steps: int,
+    batch: int,
+    batch_sizes: int,
+    hidden_size: int,
+    proj_size: int,
+    grad_pre: int,
+    output: int,
+    output_stride_t: int,
+    output_stride_b: int,
+    grad_output: int,
+    grad_output_stride_t: int,
+    grad_output_stride_b: int,
+    grad_output_stride_r: int,
+    workspace: int,
+    # each: the eight above, grad_h_n, grad_c_n, grad_h0, grad_c0, previous, grad_candidate, grad_hidden
+    directions: tuple[tuple[int, ...], ...],
+    /,
+) -> None: ...
+def cell_forward(
+    cell: int,
+    dtype: int,
+    part: int,
+    device: int,
+    stream: int,
+    batch: int,
+    hidden_size: int,
+    pre: int,
+    pre_stride: int,
+    product: int,
+    weight_hh: int,
+    bias_hh: int,
+    h: int,
+    c: int,
+    h_next: int,
+    c_next: int,
+    output: int,
+    output_stride: int,
+    saved: int,
+    /,
+) -> None: ...
+def cell_backward(
+    cell: int,
+    dtype: int,
+    part: int,
+    device: int,
+    stream: int,
+    batch: int,
+    hidden_size: int,
+    saved: int,
+    previous: int,
+    previous_stride: int,
+    grad_0: int,
+    grad_0_stride: int,
+    grad_0_unit_stride: int,
+    grad_1: int,
+    grad_1_stride: int,
+    grad_1_unit_stride: int,
+    grad_c: int,
+    grad_pre: int,
+    grad_pre_stride: int,
+    grad_candidate: int,
+    direct: int,
+    grad_c_previous: int,
+    /,
+) -> None: ...
+def cuda_device_facts(device: int, /) -> tuple[int, int, int, int, int]: ...  # as loop_plan takes them
 def cpu_info() -> dict[str, Any]: ...  # isa: str, isas: list[str], compiled_isas: list[str]
 def cuda_info() -> dict[str, Any]: ...  # built: bool, reason: str, devices: int, architectures: list[str]
 def fma_peak(dtype: int, threads: int, seconds: float, /) -> float: ...

@@ -256,10 +256,12 @@ def unsupported(op: str, arguments: Sequence[object]) -> NoReturn:
                 "module.to(input.device)",
             )
         )
+    cuda = _C.cuda_info()
+    on_gpu = " or on a CUDA GPU" if cuda["built"] else f"; CUDA kernels are not built: {cuda['reason']}"
     raise NotImplementedError(
         problem(
             f"input and weights on {', '.join(where)}, where {op} has no kernel",
-            "dense tensors on the CPU",
+            f"dense tensors on the CPU{on_gpu}",
             "input.cpu() and module.cpu(), or .to_dense(); fastseq.show_config() says what is built",
         )
     )

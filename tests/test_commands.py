@@ -148,6 +148,12 @@ def test_report_puts_the_results_into_a_readme_and_nothing_else(results, tmp_pat
     assert code == 0, output
 
 
+def test_document_shows_the_plans_that_are_made(tmp_path):
+    """What `python benchmarks/plans.py --write` would write is what is committed."""
+    code, output = run(ROOT / "benchmarks" / "plans.py", "--check", cwd=tmp_path)
+    assert code == 0, output
+
+
 def test_readme_shows_the_latest_results(tmp_path):
     """What `python benchmarks/report.py` would write is what is committed."""
     code, output = run(REPORT, "--check", cwd=tmp_path)

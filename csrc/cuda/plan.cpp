@@ -10,8 +10,10 @@ namespace {
 
 // What a Hopper GPU does, in cycles of one multiprocessor at 1.7 GHz; only proportions matter.
 constexpr double kCyclesPerMicrosecond = 1700;
-constexpr double kSharedBytes = 128;    // read from shared memory in a cycle
-constexpr double kMmaCycles = 8;        // of one of four sub-cores, m16n8k16 or m16n8k8 tf32
+constexpr double kSharedBytes = 128;  // read from shared memory in a cycle
+constexpr double kMmaCycles = 8;      // of one of four sub-cores, m16n8k16 or m16n8k8 tf32
+constexpr double kMmaLatency = 40;    // of a warp, for a pair: one mma after another and the operand's load
+constexpr double kPlainLatency = 60;
 constexpr double kRemoteBytes = 14;     // through distributed shared memory into one block
 constexpr double kL2Bytes = 24;         // from L2 into one multiprocessor, while all of them read
 constexpr double kClusterCycles = 500;  // a cluster barrier, and the stores that it waits for
@@ -104,12 +106,14 @@ double Attempt::product_cycles(const ProductLayout& l) const {
   const LoopLayout& layout = plan.layout;
   const double pairs = double(l.units()) * l.tiles * l.warps();  // of all warps
   const double sub_core = double(l.units()) * l.tiles * double(divide_up(l.warps(), 4));
-  double arithmetic;
+  double arithmetic, latency;
   if (math.tensor) {
     arithmetic = sub_core * 2 * plan.columns * kMmaCycles;
+    latency = double(l.units()) * kMmaLatency * (plan.columns == 1 ? 1 : 2);
   } else {
     const double multiplies = sub_core * 2 * math.vector() * layout.rows;
     arithmetic = multiplies * (math.element_bytes == 8 ? 2 : 1);
+    latency = double(l.units()) * kPlainLatency;
   }
   const double operand = double(l.units()) * l.warps() * layout.rows * kPairBytes;
   const double weights = double(l.shared_units) * l.warps() * l.tiles * 1024;
@@ -118,7 +122,7 @@ double Attempt::product_cycles(const ProductLayout& l) const {
   const int in_registers = register_units(math.tensor, layout.products, plan.columns, plan.kernel);
   const double streamed =
       std::max(0.0, double(l.units() - in_registers - l.shared_units)) * l.warps() * l.tiles * 1024;
-  return std::max({arithmetic, (operand + weights + sums) / kSharedBytes, streamed / kL2Bytes}) +
+  return std::max({arithmetic, latency, (operand + weights + sums) / kSharedBytes, streamed / kL2Bytes}) +
          pairs * 0.01 + kBlockCycles * (2 + (l.passes - 1) * 0.5);
 }
 
@@ -313,7 +317,8 @@ LoopPlan loop_plan(const LoopProblem& problem) {
        {LoopKernelKind::kCluster, LoopKernelKind::kGrid, LoopKernelKind::kStream}) {
     if (forced.kernel >= 0 && forced.kernel != int(kernel)) continue;
     const bool cluster = kernel == LoopKernelKind::kCluster;
-    if (cluster && problem.device.major < 9) continue;
+    if (cluster && problem.device.major != 9)
+      continue;  // they are compiled for sm_90a, which runs nowhere else
     if (kernel == LoopKernelKind::kGrid && products == 2) continue;  // it may always stream
     for (int columns = least_columns; columns <= most_columns; columns *= 2) {
       if (forced.columns > 0 && forced.columns != columns) continue;

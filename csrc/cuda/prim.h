@@ -54,12 +54,12 @@ FS_DEVICE void sync_warp() { __syncwarp(); }
 // global memory, is seen after waiting. Between the two a thread may do other work.
 FS_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 FS_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
@@ -111,6 +111,7 @@ FS_DEVICE void arrivals_wait(Arrivals* own, int phase) {
         : "r"(uint32_t(__cvta_generic_to_shared(own))), "r"(phase)
         : "memory");
   } while (!done);
+  __syncwarp();  // lanes may have seen it at different turns
 #endif
 }
 // To the place in block `rank` that is `to` in this block, counted by its Arrivals that is `arrivals` in this one.
