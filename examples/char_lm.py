@@ -241,8 +241,9 @@ def parse_arguments():
 
 def choose_device(wanted, parser):
     """The device, and in words why it is this one."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("fastseq::recurrent", "CUDA"):
-        obstacle = fastseq._C.cuda_info()["reason"] or "fastseq has no CUDA kernels yet"
+    cuda = fastseq._C.cuda_info()
+    if not cuda["built"]:
+        obstacle = cuda["reason"]
     else:
         obstacle = "" if torch.cuda.is_available() else "torch sees no GPU"
     if wanted == "cuda" and obstacle:
