@@ -6,6 +6,7 @@ import torch  # before fastseq: the compiled module shares torch's OpenMP librar
 from hypothesis import HealthCheck, settings
 
 import fastseq
+from devices import device, gpu, twin  # noqa: F401 - fixtures
 
 TIMEOUT = 300  # seconds for one test; a test that hangs ends the run with the stacks of all threads
 
@@ -22,6 +23,8 @@ settings.load_profile("fastseq")
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long, or starts what does; the sanitizers leave it out")
     config.addinivalue_line("markers", "smoke: small, and run again on every instruction set by test_isas.py")
+    config.addinivalue_line("markers", "cuda_host: runs CUDA kernels on the CPU, as their host twin")
+    config.addinivalue_line("markers", "gpu: needs a GPU, and fastseq built for it")
     config.stderr_for_stacks = os.dup(2)  # capture is off here; later file 2 is pytest's
 
 

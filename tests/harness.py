@@ -1,11 +1,17 @@
-"""Cases, and how to run one through fastseq, through torch and through the float64 reference."""
+"""Cases, and how to run one through fastseq, through torch and through the float64 reference.
+
+Modules and data are made on the CPU, and results come back to it; `where`, "cpu" or "cuda", says on which
+device the module runs.
+"""
 
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import MISSING, dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
 import reference
@@ -182,7 +188,7 @@ def call_reference(case: Case, parameters: dict[str, Tensor], data: dict[str, Te
         h0,
         c0 if case.mode == "LSTM" else None,
         reference.layers_of(parameters, case.num_layers, case.bidirectional),
-        case.lengths(),
+        case.lengths() if not case.packed else case.lengths().to(input.device),
     )
     if not case.batched:
         output, h_n, c_n = (x if x is None else x.squeeze(1) for x in (output, h_n, c_n))
@@ -195,22 +201,30 @@ def with_gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor], dtype,
     """The outputs and, under random gradients of all of them, the gradient of every leaf that wants one."""
     g = torch.Generator().manual_seed(seed)
     incoming = [
-        torch.randn(x.shape, generator=g, dtype=torch.float64).to(dtype).to(x.dtype) for x in outputs.values()
+        torch.randn(x.shape, generator=g, dtype=torch.float64).to(dtype).to(x.device, x.dtype)
+        for x in outputs.values()
     ]
     leaves = {name: x for name, x in leaves.items() if x.requires_grad}
     gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), incoming)
-    results = {name: x.detach() for name, x in outputs.items()}
-    results.update({f"grad of {name}": x for name, x in zip(leaves, gradients, strict=True)})
+    results = {name: x.detach().cpu() for name, x in outputs.items()}
+    results.update({f"grad of {name}": x.cpu() for name, x in zip(leaves, gradients, strict=True)})
     return results
 
 
-def as_leaves(tensors: dict[str, Tensor], dtype=None) -> dict[str, Tensor]:
+def as_leaves(tensors: dict[str, Tensor], dtype=None, where="cpu") -> dict[str, Tensor]:
     return {
-        name: x.detach().to(dtype or x.dtype).requires_grad_(x.requires_grad) for name, x in tensors.items()
+        name: x.detach().to(where, dtype or x.dtype).requires_grad_(x.requires_grad)
+        for name, x in tensors.items()
     }
 
 
-def run_module(case: Case, module: nn.Module, data: dict[str, Tensor]) -> dict[str, Tensor]:
+def move(module: nn.Module, data: dict[str, Tensor], where: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Copies of both on another device; on the CPU they stay what they are."""
+    return (module, data) if where == "cpu" else (deepcopy(module).to(where), as_leaves(data, where=where))
+
+
+def run_module(case: Case, module: nn.Module, data: dict[str, Tensor], where="cpu") -> dict[str, Tensor]:
+    module, data = move(module, data, where)
     parameters = dict(module.named_parameters())
     return with_gradients(call_module(case, module, data), {**data, **parameters}, case.dtype)
 
@@ -225,24 +239,58 @@ def threads(count: int):
         torch.set_num_threads(before)
 
 
-def run_reference(case: Case, parameters, data, dtype=torch.float64) -> dict[str, Tensor]:
-    parameters, data = as_leaves(parameters, dtype), as_leaves(data, dtype)
+def run_reference(case: Case, parameters, data, dtype=torch.float64, where="cpu") -> dict[str, Tensor]:
+    parameters, data = as_leaves(parameters, dtype, where), as_leaves(data, dtype, where)
     with threads(1):  # torch's threads fight over small work when the machine is busy
         return with_gradients(call_reference(case, parameters, data), {**data, **parameters}, case.dtype)
 
 
-def run_torch(case: Case, parameters, data) -> dict[str, Tensor]:
+def run_torch(case: Case, parameters, data, where="cpu") -> dict[str, Tensor]:
     """torch.nn's numbers; where torch has no such module or kernel, torch's operations in this dtype."""
     if case.mode != "GRU_RESET_BEFORE":
         module = make_module(case, nn)
         module.load_state_dict(parameters)
         try:
             with threads(1):
-                return run_module(case, module, as_leaves(data))
+                return run_module(case, module, as_leaves(data), where)
         except RuntimeError as error:
             if not any(words in str(error) for words in ("not implemented", "unsupported", "not support")):
                 raise
-    return run_reference(case, parameters, data, case.dtype)
+    return run_reference(case, parameters, data, case.dtype, where)
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    """float32 with 10 bits after the leading one, to nearest, ties away from zero."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class ProductsInTf32(TorchDispatchMode):
+    """Matrix products of float32 on the CPU as tensor cores make them: all, or those with `weights`."""
+
+    def __init__(self, weights=None):
+        super().__init__()
+        self.weights = None if weights is None else {w.untyped_storage().data_ptr() for w in weights}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        assert func not in (aten.addmm.default, aten.bmm.default, aten.mv.default), f"{func} is not rounded"
+        if func is aten.mm.default and (
+            self.weights is None or any(x.untyped_storage().data_ptr() in self.weights for x in args)
+        ):
+            args = [round_to_tf32(x) for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+def products_in_tf32(parameters: dict[str, Tensor], where="cpu") -> ProductsInTf32:
+    """As CUDA kernels with tf32 make them. Beside their host twin it is torch on the CPU that multiplies all
+    steps at once, and it rounds nothing; so there only products with weights of the time loop are rounded."""
+    loop = [x for name, x in parameters.items() if "weight_hh" in name or "weight_hr" in name]
+    return ProductsInTf32(None if where == "cuda" else loop)
+
+
+def run_torch_in_tf32(case: Case, parameters, data, where="cpu") -> dict[str, Tensor]:
+    with products_in_tf32(parameters, where):
+        return run_reference(case, parameters, data, torch.float32)
 
 
 def assert_all_as_accurate_as_torch(ours, torchs, exact, dtype, what=""):
