@@ -1,0 +1,227 @@
+"""Where the tests run the CUDA kernels: on their host twin, which takes CPU tensors, and on a GPU.
+
+A test that takes the fixture `device` runs on both, `twin` is the first alone, `gpu` the second. While a
+device is in use, fastseq runs on its kernels; see Device.using.
+"""
+
+import os
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+
+import cuda_host
+from fastseq import _C, loops, ops
+from harness import (
+    Case,
+    assert_all_as_accurate_as_torch,
+    make_data,
+    make_module,
+    run_module,
+    run_reference,
+    run_torch,
+    run_torch_in_tf32,
+)
+from tolerances import largest
+
+# What the kernels tell apart: the dtype of tensors, and whether float32 may be rounded to tf32 in products.
+ARITHMETIC = {
+    "float64": (torch.float64, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+}
+ON_TENSOR_CORES = ("tf32", "bfloat16", "float16")
+
+# Facts of GPUs: compute capability, multiprocessors, bytes of shared memory that a block may have, of L2.
+GPUS = {
+    "H200": (9, 0, 132, 232448, 62914560),
+    "H100": (9, 0, 132, 232448, 52428800),
+    "A100": (8, 0, 108, 166912, 41943040),
+    "RTX": (8, 9, 46, 101376, 33554432),
+}
+# Small ones, on which small layers take every way through the kernels.
+HOPPER = (9, 0, 8, 232448, 62914560)
+TIGHT_HOPPER = (9, 0, 8, 49152, 62914560)
+AMPERE = (8, 0, 4, 40000, 1048576)
+TIGHT_AMPERE = (8, 0, 4, 28000, 1048576)
+TINY_AMPERE = (8, 0, 3, 20000, 1048576)
+
+
+def two_products(case: Case) -> bool:
+    """Whether a step of this network has two matrix products, one after the other."""
+    return case.mode == "GRU_RESET_BEFORE" or case.proj_size > 0
+
+
+def plans_of(case: Case, arithmetic: str, blocks: dict[str, tuple[int, ...]]) -> list[str]:
+    """All values of FASTSEQ_CUDA_PLAN for a network, with these numbers of blocks for each kernel; the plan
+    "steps", with which torch makes the products, has none."""
+    kernels = [kernel for kernel in blocks if kernel != "grid" or not two_products(case)]
+    several = (2,) if two_products(case) else (1, 2, 4)
+    columns = several if arithmetic in ON_TENSOR_CORES else (1,)
+    plans = [f"{kernel}:{n}x{c}" for kernel in kernels for n in blocks[kernel] for c in columns]
+    return plans + ["steps"] * ("steps" in blocks)
+
+
+class Recorded:
+    """A compiled module whose loops leave the plans that they run with, in words, in `ran`. What cells and
+    loops in steps run is of kernel "steps" there."""
+
+    def __init__(self, module):
+        self.module, self.ran = module, []
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def loop_forward(self, plan, *arguments):
+        self.ran.append({**plan.describe(), "pass": "forward"})
+        self.module.loop_forward(plan, *arguments)
+
+    def loop_backward(self, plan, *arguments):
+        self.ran.append({**plan.describe(), "pass": "backward"})
+        self.module.loop_backward(plan, *arguments)
+
+    def cell_forward(self, *arguments):
+        self.ran.append({"kernel": "steps", "pass": "forward"})
+        self.module.cell_forward(*arguments)
+
+    def cell_backward(self, *arguments):
+        self.ran.append({"kernel": "steps", "pass": "backward"})
+        self.module.cell_backward(*arguments)
+
+
+class Device:
+    """`where`: torch's device of the tensors; `facts`: the default ones."""
+
+    def __init__(self, where, module, facts, stream):
+        self.where, self.facts, self.stream = where, facts, stream
+        self.module = Recorded(module)
+        self.is_gpu = where == "cuda"
+
+    def __repr__(self):
+        return "a GPU" if self.is_gpu else "the host twin"
+
+    def facts_like(self, facts):
+        """On a GPU, those that it can keep: no more than its own."""
+        if not self.is_gpu:
+            return facts
+        capability = min(facts[:2], self.facts[:2])
+        return (*capability, *(min(a, b) for a, b in zip(facts[2:], self.facts[2:], strict=True)))
+
+    @contextmanager
+    def using(self, forced="", facts=None, tf32=False):
+        """fastseq runs on the kernels, with a forced plan or none, as on a GPU of such facts. Gives the list
+        in which the plans that run are found."""
+        facts = self.facts if facts is None else self.facts_like(facts)
+        if forced.startswith("cluster") and facts[0] < 9:
+            pytest.skip("clusters need compute capability 9.0")
+        engine = loops.Engine(self.module, lambda index: facts, self.stream)
+        kernels, reads_tensors = ops.KERNELS.get(self.where), ops._READS_TENSORS
+        plan, allow_tf32 = os.environ.get("FASTSEQ_CUDA_PLAN"), torch.backends.cudnn.allow_tf32
+        ops.KERNELS[self.where], ops._READS_TENSORS = ops.loop_kernels(engine), False
+        os.environ["FASTSEQ_CUDA_PLAN"] = forced
+        torch.backends.cudnn.allow_tf32 = tf32
+        self.module.ran.clear()
+        try:
+            yield self.module.ran
+        finally:
+            ops.KERNELS[self.where], ops._READS_TENSORS = kernels, reads_tensors
+            torch.backends.cudnn.allow_tf32 = allow_tf32
+            os.environ.pop("FASTSEQ_CUDA_PLAN", None)
+            if plan is not None:
+                os.environ["FASTSEQ_CUDA_PLAN"] = plan
+
+    def run(self, case, module=None, data=None) -> dict[str, torch.Tensor]:
+        """Results and gradients, on the CPU; inside `using`."""
+        return run_module(case, module or make_module(case), data or make_data(case), self.where)
+
+    def check(self, case, arithmetic, forced="", facts=None) -> list[dict]:
+        """Results and gradients against the float64 reference, with the forced plan; returns what ran."""
+        tf32 = ARITHMETIC[arithmetic][1]
+        assert case.dtype == ARITHMETIC[arithmetic][0]
+        with self.using(forced, facts, tf32) as ran:
+            ours = self.run(case)
+            torchs, exact = expected(case, tf32, self.where)
+            what = f" with FASTSEQ_CUDA_PLAN={forced!r} on {self}"
+            assert_all_as_accurate_as_torch(ours, torchs, exact, case.dtype, what)
+            if case.batch:
+                assert {plan["pass"] for plan in ran} == {"forward", "backward"}
+            kernel, _, numbers = forced.partition(":")
+            blocks, _, columns = numbers.partition("x")
+            for plan in ran:
+                assert kernel in ("", plan["kernel"])
+                assert blocks in ("", str(plan.get("blocks")))
+                assert columns in ("", str(plan.get("columns")))
+            return list(ran)
+
+
+@cache
+def expected(case: Case, tf32: bool, where: str):
+    """What torch makes of a case, and what is exact."""
+    module, data = make_module(case), make_data(case)
+    parameters = dict(module.named_parameters())
+    exact = run_reference(case, parameters, data)
+    if not tf32:
+        return run_torch(case, parameters, data, where), exact
+    torchs = run_torch_in_tf32(case, parameters, data, where)
+    if where == "cuda":  # cuBLAS need not round like that: of the two, tensor by tensor, the less accurate
+        with loops._products_as_rnn(True):
+            cublas = run_reference(case, parameters, data, torch.float32, where)
+        for name, x in exact.items():
+            errors = [largest(y[name].double() - x.double()) for y in (torchs, cublas)]
+            torchs[name] = torchs[name] if errors[0] > errors[1] else cublas[name]
+    return torchs, exact
+
+
+def why_no_gpu() -> str:
+    """Empty if the kernels can run on a GPU here."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if not _C.cuda_info()["built"]:
+        return f"fastseq was built without CUDA: {_C.cuda_info()['reason']}"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return ""
+
+
+@cache
+def twin_device() -> Device:
+    return Device("cpu", cuda_host.load(), HOPPER, lambda index: 0)
+
+
+@cache
+def gpu_device() -> Device:
+    index = torch.cuda.current_device()
+    return Device("cuda", _C, loops.CUDA.facts(index), loops.CUDA.stream)
+
+
+@contextmanager
+def in_use(device: Device):
+    torch.set_num_threads(1)  # torch's threads fight over small work when the machine is busy
+    with device.using():
+        yield device
+
+
+@pytest.fixture
+def twin():
+    with in_use(twin_device()) as device:
+        yield device
+    cuda_host.set_schedule("forward")
+
+
+@pytest.fixture
+def gpu():
+    if reason := why_no_gpu():
+        pytest.skip(reason)
+    with in_use(gpu_device()) as device:
+        yield device
+
+
+@pytest.fixture(
+    params=[pytest.param("twin", marks=pytest.mark.cuda_host), pytest.param("gpu", marks=pytest.mark.gpu)]
+)
+def device(request):
+    """Each rung in turn."""
+    return request.getfixturevalue(request.param)
