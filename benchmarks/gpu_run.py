@@ -39,6 +39,7 @@ from timers import CudaTimer, HostTimer
 
 AGAIN = 75  # exit status: start again with --resume
 LEAST_PAIRS = 3
+REFERENCE_HIDDEN = (64, 256, 768)
 DRAW_SECONDS = 15  # of --seconds, kept for the figures
 SMOKE_TOLERANCE = {"float32": 5e-3, "float16": 2e-2, "bfloat16": 1e-1}  # of each tensor's largest value
 
@@ -65,7 +66,7 @@ def parse_arguments():
     add("--from-results", type=Path, metavar="DIR", help="measure nothing: draw and print what is there")
     add("--resume", action="store_true", help="keep what DIR/results.json has, go on with what it lacks")
     add("--seconds", type=float, metavar="S", default=600.0, help="for everything (default: 600)")
-    add("--budget", type=float, metavar="S", default=0.2, help="time for the pairs of a case (default: 0.2)")
+    add("--budget", type=float, metavar="S", default=0.1, help="time for the pairs of a case (default: 0.1)")
     add(
         "--longest",
         type=float,
@@ -133,9 +134,10 @@ def warm_up(name, function, timer, longest):
 
 
 def compare(case, theirs, ours, device):
-    """(difference of all results, errors of both outputs against float64; None in training)."""
+    """(difference of all results, errors of both outputs against float64; None in training, and for most
+    cases, since float64 takes longer than the case: the tests are there for it)."""
     apart = difference(theirs, ours)
-    if case.mode == "training":
+    if case.mode == "training" or case.shape.hidden not in REFERENCE_HIDDEN:
         return apart, None
     expected = case.reference(device)
     rows = gpu_grid.REFERENCE_ROWS

@@ -272,7 +272,7 @@ PYBIND11_MODULE(_C, m) {
       fastseq::DeviceFacts facts;
       if (const char* error = fastseq::cuda_device_facts(device, facts)) throw std::runtime_error(error);
       return py::make_tuple(facts.major, facts.minor, facts.multiprocessors, facts.shared_bytes,
-                            facts.l2_bytes);
+                            facts.l2_bytes, facts.most_cluster_blocks);
     });
   } else {
     fastseq::bind_loop_plan(m);

@@ -109,8 +109,9 @@ def loop_plan(
     directions: int,
     packed: bool,
     backward: bool,
-    # compute capability (two numbers), multiprocessors, bytes of shared memory of a block, bytes of L2
-    device: tuple[int, int, int, int, int],
+    # compute capability (two numbers), multiprocessors, bytes of shared memory of a block, bytes of L2; if
+    # not what is usual, most blocks of a cluster
+    device: tuple[int, ...],
     forced: str,  # FASTSEQ_CUDA_PLAN
     /,
 ) -> LoopPlan: ...
@@ -207,7 +208,7 @@ def cell_backward(
     grad_c_previous: int,
     /,
 ) -> None: ...
-def cuda_device_facts(device: int, /) -> tuple[int, int, int, int, int]: ...  # as loop_plan takes them
+def cuda_device_facts(device: int, /) -> tuple[int, ...]: ...  # as loop_plan takes them
 def cpu_info() -> dict[str, Any]: ...  # isa: str, isas: list[str], compiled_isas: list[str]
 def cuda_info() -> dict[str, Any]: ...  # built: bool, reason: str, devices: int, architectures: list[str]
 def fma_peak(dtype: int, threads: int, seconds: float, /) -> float: ...

@@ -11,9 +11,10 @@ are device memory. Nothing in here waits for the device.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +26,13 @@ from .checks import DTYPES, Layer, problem
 
 class Engine(NamedTuple):
     """Where loops run. Of a device index, `facts`: compute capability (two numbers), multiprocessors,
-    bytes of shared memory of a block, bytes of L2; `stream`: the address of the current stream."""
+    bytes of shared memory of a block, bytes of L2, most blocks of a cluster; `stream`: the address of the
+    current stream. `current` makes a device the current one for a while."""
 
     module: Any
     facts: Callable[[int], tuple[int, ...]]
     stream: Callable[[int], int]
+    current: Callable[[torch.device], AbstractContextManager[Any]] = lambda device: nullcontext()
 
 
 @lru_cache
@@ -46,7 +49,7 @@ def _cuda_facts(index: int) -> tuple[int, ...]:
     return facts
 
 
-CUDA = Engine(_C, _cuda_facts, lambda index: torch.cuda.current_stream(index).cuda_stream)
+CUDA = Engine(_C, _cuda_facts, lambda index: torch.cuda.current_stream(index).cuda_stream, torch.cuda.device)
 
 
 # -------------------------------------------------------------------------------------------------- precision
@@ -62,24 +65,64 @@ def rnn_may_use_tf32() -> bool:
     return _get_precision("cuda", "rnn") == "tf32"
 
 
-@contextmanager
-def _products_as_rnn(tf32: bool) -> Iterator[None]:
-    """torch's matrix products, which have their own setting, follow that for recurrent networks, as those
-    within cuDNN do. It is the whole process's: another thread's products may see it meanwhile."""
-    if _get_precision is None or _set_precision is None:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+class _ProductPrecision:
+    """Lets torch's products of float32, which have their own setting, follow that for recurrent networks, as
+    those within cuDNN do. The setting is the process's, so another thread's products may see it meanwhile;
+    calls that overlap share one change of it."""
+
+    def __init__(self) -> None:
+        self.lock, self.calls, self.before = threading.Lock(), 0, None
+
+    @contextmanager
+    def tf32(self) -> Iterator[None]:
+        with self.lock:
+            if self.calls == 0:
+                self.before = self._set("tf32", None)
+            self.calls += 1
         try:
             yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
-        return
-    precision = _get_precision("cuda", "matmul")
-    _set_precision("cuda", "matmul", "tf32" if tf32 else "ieee")
-    try:
-        yield
-    finally:
-        _set_precision("cuda", "matmul", precision)
+            with self.lock:
+                self.calls -= 1
+                if self.calls == 0:
+                    self._set(None, self.before)
+
+    @staticmethod
+    def _set(wanted: str | None, before: Any) -> Any:
+        """Sets tf32 and returns what was set before, or sets that again."""
+        if _get_precision is None or _set_precision is None:
+            if wanted:
+                before = torch.backends.cuda.matmul.allow_tf32
+            torch.backends.cuda.matmul.allow_tf32 = True if wanted else before
+            return before
+        if wanted:
+            before = _get_precision("cuda", "matmul")
+            if before in (_get_precision("cuda", "all"), _get_precision("generic", "all")):
+                before = "none"  # inherited, and to be inherited again
+        _set_precision("cuda", "matmul", wanted or before)
+        return before
+
+
+_precision = _ProductPrecision()
+
+
+def _products_as_rnn(tf32: bool) -> AbstractContextManager[None]:
+    return _precision.tf32() if tf32 else nullcontext()
+
+
+def _plainly(function: Callable[..., None]) -> Callable[..., None]:
+    """Torch's operations within `function` record nothing, and take and give the dtypes that they see."""
+
+    @wraps(function)
+    def plain(engine: Engine, layer: Layer, *arguments: Any) -> None:
+        device = next(x for x in arguments if isinstance(x, Tensor)).device
+        with torch.no_grad(), engine.current(device):
+            if not torch._C._is_any_autocast_enabled():
+                return function(engine, layer, *arguments)
+            with torch.autocast(device.type, enabled=False):
+                return function(engine, layer, *arguments)
+
+    return plain
 
 
 # ------------------------------------------------------------------------------------------------------ plans
@@ -128,6 +171,9 @@ def _loop_of(layer: Layer, dtype: torch.dtype, packed: bool, backward: bool) -> 
 def plan_of(engine: Engine, loop: Loop, device: torch.device) -> Any:
     """The plan for a loop on a device; FASTSEQ_CUDA_PLAN=kernel[:blocks[xcolumns]] forces one."""
     forced = os.environ.get("FASTSEQ_CUDA_PLAN", "")
+    # Only what is done once a call, and the room for offsets of packed rows, goes by the steps: their next
+    # power of two, so that sequences of many lengths have few plans.
+    loop = loop._replace(steps=1 << (loop.steps - 1).bit_length())
     return _plan(engine.module, loop, engine.facts(device.index or 0), forced)
 
 
@@ -178,7 +224,7 @@ def _workspace(plan: Any, like: Tensor) -> Tensor:
     return torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=like.device)
 
 
-@torch.no_grad()
+@_plainly
 def forward(
     engine: Engine,
     layer: Layer,
@@ -247,7 +293,7 @@ def forward(
     )
 
 
-@torch.no_grad()
+@_plainly
 def cell(
     engine: Engine,
     layer: Layer,
@@ -319,7 +365,7 @@ def _forward_in_steps(
         output.copy_(even.view(output.shape))
 
 
-@torch.no_grad()
+@_plainly
 def backward(
     engine: Engine,
     layer: Layer,

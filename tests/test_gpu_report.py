@@ -18,7 +18,7 @@ README = ROOT / "README.md"
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPT = ROOT / "scripts" / "gpu_report.sh"
 PNG = b"\x89PNG\r\n\x1a\n"
-STAGES = ("build", "smoke", "gpu", "grid", "suite", "memcheck", "racecheck")
+STAGES = ("build", "smoke", "gpu", "grid", "ladder", "suite", "memcheck", "racecheck")
 CASES = "^(LSTM|GRU) (inference|training) bfloat16 T2 B16 256->256$"  # four of the cases with a goal
 
 
@@ -344,8 +344,9 @@ def stages(calls):
     patterns = {
         "build": "setup.py build_ext --inplace",
         "smoke": "^python .*--smoke$",
-        "gpu": r"pytest .*-m gpu and not slow",
+        "gpu": r"pytest .*-m gpu and not slow tests/test_cuda_gpu.py$",
         "grid": "gpu_run.py --out",
+        "ladder": "pytest .*-m gpu and not slow --ignore=tests/test_cuda_gpu.py$",
         "suite": "pytest .*-m not slow and not gpu",
         "memcheck": "^compute-sanitizer --tool memcheck",
         "racecheck": "^compute-sanitizer --tool racecheck",
@@ -376,7 +377,8 @@ def test_script_runs_every_stage_in_order_and_leaves_a_log(checkout, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "failing", ["setup.py", "--smoke$", "gpu and", "gpu_run.py --out", "not gpu", "racecheck"]
+    "failing",
+    ["setup.py", "--smoke$", "slow tests/test_cuda_gpu", "gpu_run.py --out", "not gpu", "racecheck"],
 )
 def test_script_goes_on_after_a_stage_that_fails_and_says_so(checkout, failing):
     done, calls, _ = checkout(STUB_FAILS=failing)

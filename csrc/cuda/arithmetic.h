@@ -51,7 +51,6 @@ struct TensorMath {
   }
   static constexpr int64_t vectors_of(int64_t k) { return k / kVector; }
   static constexpr int lines_of(int rows) { return rows; }
-  static constexpr int padding() { return 1; }  // vectors of a line
 
   template <int N>
   struct Operand {
@@ -132,7 +131,6 @@ struct PlainMath {
   }
   static constexpr int64_t vectors_of(int64_t k) { return k; }
   static constexpr int lines_of(int rows) { return rows / kVector; }
-  static constexpr int padding() { return 0; }
 
   template <int N>
   struct Operand {

@@ -13,6 +13,34 @@ int cuda_device_count() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
+namespace {
+
+// Part of a GPU, or one with fewer multiprocessors in a group, may not hold 16 blocks side by side.
+int most_cluster_blocks(int device, int shared_bytes) {
+  int before = 0;
+  cudaGetDevice(&before);
+  cudaSetDevice(device);
+  cudaFuncSetAttribute(noop_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaFuncSetAttribute(noop_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  int blocks = 16;
+  for (; blocks > 1; blocks /= 2) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(blocks), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(kLoopThreads);
+    config.dynamicSmemBytes = size_t(shared_bytes);
+    config.attrs = &attribute, config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, noop_kernel, &config) == cudaSuccess && clusters > 0) break;
+  }
+  cudaGetLastError();
+  cudaSetDevice(before);
+  return blocks;
+}
+
+}  // namespace
+
 const char* cuda_device_facts(int device, DeviceFacts& facts) {
   struct {
     cudaDeviceAttr attribute;
@@ -29,7 +57,8 @@ const char* cuda_device_facts(int device, DeviceFacts& facts) {
       return cudaGetErrorString(error);
     }
   }
-  facts = {asked[0].value, asked[1].value, asked[2].value, asked[3].value, asked[4].value};
+  facts = {asked[0].value, asked[1].value, asked[2].value, asked[3].value, asked[4].value, 1};
+  if (facts.major == 9) facts.most_cluster_blocks = most_cluster_blocks(device, asked[3].value);
   return nullptr;
 }
 

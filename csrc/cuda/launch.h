@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #include <prim.h>
 
+#include <atomic>
 #include <cstddef>
 
 namespace fastseq::FASTSEQ_ISA {
@@ -28,10 +29,17 @@ template <class Kernel>
 const char* launch(const LaunchShape& shape, const typename Kernel::Args& args) {
   static_assert(sizeof(typename Kernel::Args) <= 4096, "parameters of a kernel on sm_80");
   const auto kernel = entry<Kernel>;
-  cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > 48 * 1024) {
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+  // All that there is, whatever this launch wants: another thread may be about to launch the same kernel with more.
+  static std::atomic<uint64_t> allowed{0};  // a bit for each device
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess && shape.shared_bytes > 48 * 1024 && !(allowed >> (device & 63) & 1)) {
+    int most = 0;
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
+    if (error == cudaSuccess && device < 64) allowed |= uint64_t(1) << device;
   }
   if (error == cudaSuccess && shape.cluster > 8) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

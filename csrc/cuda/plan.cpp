@@ -16,7 +16,7 @@ constexpr double kMmaLatency = 40;    // of a warp, for a pair: one mma after an
 constexpr double kPlainLatency = 60;
 constexpr double kRemoteBytes = 14;     // through distributed shared memory into one block
 constexpr double kL2Bytes = 24;         // from L2 into one multiprocessor, while all of them read
-constexpr double kClusterCycles = 500;  // a cluster barrier, and the stores that it waits for
+constexpr double kClusterCycles = 500;  // messages: the way there, and the wait for the slowest block
 constexpr double kGridCycles = 1900;    // flags through L2
 constexpr double kBlockCycles = 60;     // a block barrier
 constexpr double kStepCycles = 250;     // what every step has: gate math, latencies of its loads
@@ -24,10 +24,11 @@ constexpr double kRoundCycles = 120;    // each further round of items
 
 // One product by cuBLAS and one kernel of a cell, in microseconds: what launching them from Python takes, and the
 // least that they take on the GPU, a kernel's beginning and end included.
-constexpr double kLaunchMicroseconds = 18;
+constexpr double kForwardLaunchMicroseconds = 22, kBackwardLaunchMicroseconds = 45;
 constexpr double kProductMicroseconds = 5;
 // Once for a persistent kernel: weights into tiles, and everything that comes before the first step.
 constexpr double kLoopMicroseconds = 25;
+constexpr double kPackedBytes = 1e6;  // in a microsecond
 
 constexpr int kMostWarps = kLoopThreads / 32;
 
@@ -119,7 +120,8 @@ double Attempt::product_cycles(const ProductLayout& l) const {
   const double weights = double(l.shared_units) * l.warps() * l.tiles * 1024;
   const double sums =
       2.0 * l.slots * l.m_tiles * 16 * layout.rows * math.scalar_bytes / (l.scatter ? layout.blocks : 1);
-  const int in_registers = register_units(math.tensor, layout.products, plan.columns, plan.kernel);
+  const int in_registers =
+      register_units(math.tensor, layout.products, plan.columns, plan.kernel, problem.backward);
   const double streamed =
       std::max(0.0, double(l.units() - in_registers - l.shared_units)) * l.warps() * l.tiles * 1024;
   return std::max({arithmetic, latency, (operand + weights + sums) / kSharedBytes, streamed / kL2Bytes}) +
@@ -148,7 +150,8 @@ bool Attempt::lay_out_product(int index, int64_t shared_left) {
   const int64_t all_pairs = divide_up(k, math.pair());
   const int64_t out_rows = int64_t(l.out_gates) * l.out_units * (l.scatter ? layout().blocks : 1);
   l.m_tiles = int(divide_up(out_rows, 16));
-  const int in_registers = register_units(math.tensor, layout().products, plan.columns, plan.kernel);
+  const int in_registers =
+      register_units(math.tensor, layout().products, plan.columns, plan.kernel, problem.backward);
   double best = std::numeric_limits<double>::infinity();
   ProductLayout found = l;
   for (int tiles = 1; tiles <= std::min(most_tiles(math.tensor, layout().products), l.m_tiles); ++tiles) {
@@ -187,7 +190,7 @@ bool Attempt::lay_out_product(int index, int64_t shared_left) {
         const int wanted = std::max(0, t.units() - in_registers);
         t.shared_units = int(std::min<int64_t>(wanted, left / unit_bytes));
         if (t.shared_units < wanted && !may_stream(layout().products, plan.kernel)) continue;
-        const double cycles = product_cycles(t);
+        const double cycles = product_cycles(t) + exchange_cycles(t);
         if (cycles < best) best = cycles, found = t;
       }
     }
@@ -257,6 +260,8 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
                                ? std::max<int64_t>(1, int64_t(problem.device.multiprocessors * 0.95) / blocks)
                                : std::max<int64_t>(1, problem.device.multiprocessors / blocks);
   plan.groups_at_once = std::min(plan.groups, cluster() ? plan.groups : together);
+  if (plan.groups_at_once < problem.directions && blocks > 1)
+    return false;  // directions run at the same time
   if (!cluster()) {
     const int64_t launches = divide_up(plan.groups, plan.groups_at_once);
     for (int i = 0; i < layout.products; ++i) {
@@ -266,13 +271,18 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
   }
   layout.offsets_at = reserve(problem.packed ? (problem.steps + 1) * 8 : 0);
   layout.workspace_bytes = std::max<int64_t>(workspace, 256);
+  double once = kLoopMicroseconds;
+  for (int i = 0; i < layout.products; ++i) {
+    once += double(problem.directions * blocks * layout.product[i].tiles_bytes) / kPackedBytes;
+  }
   const double waves = double(divide_up(plan.groups, std::min(together, plan.groups)));
-  plan.microseconds = cycles / kCyclesPerMicrosecond * waves +
-                      kLoopMicroseconds / double(std::max<int64_t>(1, problem.steps));
+  plan.microseconds =
+      cycles / kCyclesPerMicrosecond * waves + once / double(std::max<int64_t>(1, problem.steps));
   return true;
 }
 
-// A launch of each for every product of a step, and every direction after the other.
+// A launch of each for every product of a step. A product of this size fills the GPU, so that directions run one
+// after the other.
 LoopPlan steps_plan(const LoopProblem& p, const ProductFacts (&facts)[kMaxProducts], int products) {
   LoopPlan plan = {};
   plan.kernel = LoopKernelKind::kSteps;
@@ -287,11 +297,12 @@ LoopPlan steps_plan(const LoopProblem& p, const ProductFacts (&facts)[kMaxProduc
                                          : p.dtype == DType::kFloat64 ? 1e5
                                          : p.tf32                     ? 8e5
                                                                       : 2e5);
+  const double launch = p.backward ? kBackwardLaunchMicroseconds : kForwardLaunchMicroseconds;
   for (int i = 0; i < products; ++i) {
     const ProductWeights& w = facts[i].weights;
     const double gates = std::max(facts[i].segments, facts[i].out_gates);
     const double product = gates * double(w.outputs) * double(w.inputs) * double(p.batch) / rate;
-    plan.microseconds += p.directions * std::max(kLaunchMicroseconds, kProductMicroseconds + product);
+    plan.microseconds += p.directions * std::max(launch, kProductMicroseconds + product);
   }
   return plan;
 }
@@ -300,6 +311,14 @@ std::string describe(const LoopProblem& p) {
   return std::string(facts_of(p.cell).name) + (p.backward ? " backward" : " forward") + ", hidden size " +
          std::to_string(p.hidden_size) + ", " + std::to_string(p.device.multiprocessors) +
          " multiprocessors of " + std::to_string(p.device.shared_bytes) + " bytes of shared memory";
+}
+
+std::string describe(const ForcedLoopPlan& forced) {
+  if (forced.kernel < 0) return "";
+  std::string text = std::string(", and a forced plan, ") + kLoopKernelNames[forced.kernel];
+  if (forced.blocks) text += ":" + std::to_string(forced.blocks);
+  if (forced.columns) text += "x" + std::to_string(forced.columns);
+  return text;
 }
 
 }  // namespace
@@ -325,8 +344,9 @@ LoopPlan loop_plan(const LoopProblem& problem) {
       // More columns than the batch has rows are of no use, but the least that there is.
       if (!forced.columns && columns > least_columns && columns / 2 * math.rows() >= problem.batch) continue;
       const int64_t widest = std::max(problem.hidden_size, problem.proj_size);
-      const int most_blocks = int(std::min<int64_t>(cluster ? 16 : problem.device.multiprocessors,
-                                                    std::max<int64_t>(1, divide_up(widest, 8))));
+      const int most_blocks =
+          int(std::min<int64_t>(cluster ? problem.device.most_cluster_blocks : problem.device.multiprocessors,
+                                std::max<int64_t>(1, divide_up(widest, 8))));
       int before = 0;
       for (int wish = 1; wish <= most_blocks; wish = cluster ? 2 * wish : wish + 1) {
         if (forced.blocks > 0 && forced.blocks != wish) continue;
@@ -350,8 +370,7 @@ LoopPlan loop_plan(const LoopProblem& problem) {
   }
   if (best.microseconds == std::numeric_limits<double>::infinity()) {
     throw std::runtime_error(
-        "given: " + describe(problem) +
-        (forced.kernel >= 0 || forced.blocks || forced.columns ? ", and a forced plan" : "") +
+        "given: " + describe(problem) + describe(forced) +
         "\naccepted: what fits one of the kernels cluster (compute capability 9.0), grid, "
         "stream, steps\ntry: another FASTSEQ_CUDA_PLAN, or none, or the module on the CPU");
   }

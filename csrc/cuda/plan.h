@@ -18,6 +18,7 @@ struct DeviceFacts {
   int multiprocessors;
   int64_t shared_bytes;  // that a block may ask for
   int64_t l2_bytes;
+  int most_cluster_blocks;  // that run together, with all the shared memory; 1: no clusters
 };
 
 // What the user, or a test, wants of a plan; -1 and 0: not forced.
@@ -63,11 +64,12 @@ constexpr bool uses_tensor_cores(DType dtype, bool tf32) {
   return dtype == DType::kBFloat16 || dtype == DType::kFloat16 || (dtype == DType::kFloat32 && tf32);
 }
 constexpr int kLoopThreads = 256;  // so that a thread may have 255 registers
-constexpr int register_units(bool tensor, int products, int columns, LoopKernelKind kernel) {
+constexpr int register_units(bool tensor, int products, int columns, LoopKernelKind kernel, bool backward) {
   if (products == 2) return 0;
   if (kernel == LoopKernelKind::kStream) return tensor ? (columns == 4 ? 2 : 4) : 2;
   if (!tensor) return 4;
-  return columns == 4 ? 4 : columns == 2 ? 6 : kernel == LoopKernelKind::kGrid ? 7 : 8;
+  if (columns > 1) return columns == 4 ? 4 : 6;
+  return kernel == LoopKernelKind::kCluster && !backward ? 8 : 7;
 }
 constexpr int most_tiles(bool tensor, int products) { return tensor || products == 1 ? 2 : 1; }
 constexpr bool may_stream(int products, LoopKernelKind kernel) {

@@ -19,17 +19,20 @@ inline ForcedLoopPlan forced_loop_plan(const std::string& text) {
   for (int i = 0; i < int(std::size(kLoopKernelNames)); ++i) {
     if (name == kLoopKernelNames[i]) forced.kernel = i;
   }
+  // A number of one to six digits.
+  const auto number = [&](size_t& at, int& value) {
+    const size_t first = at;
+    for (value = 0; at < text.size() && text[at] >= '0' && text[at] <= '9' && at - first < 6; ++at) {
+      value = value * 10 + (text[at] - '0');
+    }
+    return at > first && value > 0;
+  };
   bool good = forced.kernel >= 0;
   if (good && colon != std::string::npos) {
-    const std::string numbers = text.substr(colon + 1);
-    int read = 0;
-    good = std::sscanf(numbers.c_str(), "%d%n", &forced.blocks, &read) == 1 && forced.blocks > 0;
-    if (good && numbers[read] == 'x') {
-      int rest = 0;
-      good = std::sscanf(numbers.c_str() + read, "x%d%n", &forced.columns, &rest) == 1 && forced.columns > 0;
-      read += rest;
-    }
-    good = good && size_t(read) == numbers.size();
+    size_t at = colon + 1;
+    good = forced.kernel != int(LoopKernelKind::kSteps) && number(at, forced.blocks);
+    if (good && at < text.size() && text[at] == 'x') good = number(++at, forced.columns);
+    good = good && at == text.size();
   }
   if (good) return forced;
   throw std::runtime_error(
@@ -51,9 +54,9 @@ inline py::dict describe_product(const ProductLayout& l, int in_registers) {
   return d;
 }
 
-inline py::dict describe_plan(const LoopPlan& plan, bool tensor) {
+inline py::dict describe_plan(const LoopPlan& plan, bool tensor, bool backward) {
   const LoopLayout& layout = plan.layout;
-  const int in_registers = register_units(tensor, layout.products, plan.columns, plan.kernel);
+  const int in_registers = register_units(tensor, layout.products, plan.columns, plan.kernel, backward);
   py::dict d;
   d["kernel"] = kLoopKernelNames[int(plan.kernel)];
   d["microseconds"] = plan.microseconds;
@@ -76,7 +79,7 @@ inline py::dict describe_plan(const LoopPlan& plan, bool tensor) {
 
 struct BoundLoopPlan {
   LoopPlan plan;
-  bool tensor;
+  bool tensor, backward;
 };
 
 inline void bind_loop_plan(py::module_& m) {
@@ -85,7 +88,7 @@ inline void bind_loop_plan(py::module_& m) {
                              [](const BoundLoopPlan& p) { return kLoopKernelNames[int(p.plan.kernel)]; })
       .def_property_readonly("workspace_bytes",
                              [](const BoundLoopPlan& p) { return p.plan.layout.workspace_bytes; })
-      .def("describe", [](const BoundLoopPlan& p) { return describe_plan(p.plan, p.tensor); });
+      .def("describe", [](const BoundLoopPlan& p) { return describe_plan(p.plan, p.tensor, p.backward); });
   m.def("loop_plan", [](int cell, int dtype, bool tf32, int64_t steps, int64_t batch, int64_t hidden_size,
                         int64_t proj_size, int directions, bool packed, bool backward,
                         const py::tuple& device, const std::string& forced) {
@@ -94,11 +97,12 @@ inline void bind_loop_plan(py::module_& m) {
     of_device.major = int(facts.next()), of_device.minor = int(facts.next());
     of_device.multiprocessors = int(facts.next());
     of_device.shared_bytes = facts.next(), of_device.l2_bytes = facts.next();
+    of_device.most_cluster_blocks = facts.left() ? int(facts.next()) : of_device.major == 9 ? 16 : 1;
     const DType type = dtype_of(dtype);
     const LoopProblem problem{cell_of(cell), type,        tf32,      steps,
                               batch,         hidden_size, proj_size, directions,
                               packed,        backward,    of_device, forced_loop_plan(forced)};
-    return BoundLoopPlan{loop_plan(problem), uses_tensor_cores(type, tf32)};
+    return BoundLoopPlan{loop_plan(problem), uses_tensor_cores(type, tf32), backward};
   });
 }
 

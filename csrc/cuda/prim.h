@@ -147,7 +147,6 @@ FS_DEVICE void send(T* to, T value, Arrivals* arrivals, int rank) {
 // A flag in global memory: who sees the value set sees all that the block wrote before its sync_block() that came
 // before set_flag(). One thread sets; the threads that wait_flag() share it with theirs by sync_block().
 FS_DEVICE void set_flag(int* flag, int value) {
-  __threadfence();
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 FS_DEVICE void wait_flag(const int* flag, int value) {  // until it is at least `value`

@@ -87,9 +87,20 @@ class Product {
   // Units [begin, end), whose pairs are warps_k apart in the operand.
   FS_DEVICE void multiply(const ProductLayout& layout, int begin, int end, const Element* operand,
                           typename M::template Sums<N> (&sums)[kTiles]) {
+    // The operand of the next unit is on its way while this one is multiplied, where it takes few registers.
+    typename M::template Operand<N> next;
+    const auto load = [&](typename M::template Operand<N>& o, int i) {
+      M::load(o, operand, layout.chunk_line_stride, ik_ + (i - begin) * layout.warps_k);
+    };
+    if constexpr (M::kTensor) load(next, begin);
     const auto unit = [&](int i, const Pair(&a)[kTiles]) {
       typename M::template Operand<N> o;
-      M::load(o, operand, layout.chunk_line_stride, ik_ + (i - begin) * layout.warps_k);
+      if constexpr (M::kTensor) {
+        o = next;
+        if (i + 1 < end) load(next, i + 1);
+      } else {
+        load(o, i);
+      }
       FS_UNROLL
       for (int t = 0; t < kTiles; ++t) {
         if (t < layout.tiles) M::multiply(sums[t], a[t], o);

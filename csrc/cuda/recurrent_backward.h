@@ -13,37 +13,36 @@
 // What is left to matrix products over all steps: grad_pre and the other d are stored for them.
 #pragma once
 
-#include "recurrent_items.h"
+#include "recurrent_pass.h"
 
 namespace fastseq::FASTSEQ_ISA {
 
 template <class Traits>
-class BackwardPass {
-  using M = typename Traits::M;
-  using Storage = typename M::Storage;
-  using Scalar = typename M::Scalar;
-  using Engine = StepEngine<Traits>;
-  static constexpr int kProducts = Traits::kProducts, kRows = Engine::kRows;
+class BackwardPass : LoopPass<Traits> {
+  using Base = LoopPass<Traits>;
+  using Base::args_, Base::engine_, Base::gates_, Base::last_round_, Base::loop_, Base::now_, Base::outputs_;
+  using Base::kProducts, Base::kRows, Base::active, Base::packed, Base::projects, Base::tensors, Base::width;
+  using Base::slots_, Base::units_;
+  using typename Base::Scalar, typename Base::Storage;
 
   struct Inputs {
-    Scalar saved[kMostSaved];
-    Scalar previous;  // c_{t-1} of an LSTM, h_{t-1} of a GRU, h_t of an RNN
-    Scalar grad;      // of the output
+    Storage saved[kMostSaved];
+    Storage previous;  // c_{t-1} of an LSTM, h_{t-1} of a GRU, h_t of an RNN
+    Storage grad;      // of the output
+  };
+  struct Values {
+    Scalar saved[kMostSaved], previous, grad;
+    FS_DEVICE explicit Values(const Inputs& in)
+        : previous(Scalar(widen(in.previous))), grad(Scalar(widen(in.grad))) {
+      widen_all(in.saved, saved);
+    }
   };
   struct Results {
     Scalar d[kMostGrads];
   };
 
  public:
-  FS_DEVICE explicit BackwardPass(const LoopKernelArgs& args)
-      : args_(args),
-        loop_(args.loop),
-        engine_(args),
-        units_(args.layout.units, int(loop_.hidden_size), engine_.rank, engine_.first_row, loop_.shape.batch),
-        outputs_(projects() ? args.layout.projected_units : args.layout.units, width(), engine_.rank,
-                 engine_.first_row, loop_.shape.batch),
-        gates_(args.layout.gates),
-        slots_(args.layout.saved) {}
+  FS_DEVICE explicit BackwardPass(const LoopKernelArgs& args) : Base(args) {}
 
   FS_DEVICE void run() {
     const int64_t steps = loop_.shape.steps;
@@ -51,14 +50,15 @@ class BackwardPass {
     now_ = rows_of(args_, time(0)), previous_ = rows_of(args_, time(1));
     load(0);
     engine_.start();
+    const auto store_round = [&](int begin) { store(begin); };
     for (int64_t s = 0; s < steps; ++s) {
       const int parity = int(s % 2);
       if constexpr (kProducts == 2) {
-        for_rounds<false>(outputs_, [&](int begin) { begin_step(begin, parity, s > 0); });
+        Base::for_rounds(outputs_, [&](int begin) { begin_step(begin, parity, s > 0); });
         engine_.template transfer<0>(parity, [] {});
-        for_rounds(units_, [&](int begin) { end_step(begin, parity); });
+        Base::for_rounds(units_, [&](int begin) { end_step(begin, parity); }, store_round);
       } else {
-        for_rounds(units_, [&](int begin) { whole_step(begin, parity, s > 0); });
+        Base::for_rounds(units_, [&](int begin) { whole_step(begin, parity, s > 0); }, store_round);
       }
       const auto between = [&] {
         store(last_round_);
@@ -75,88 +75,33 @@ class BackwardPass {
   }
 
  private:
-  FS_DEVICE bool projects() const { return kProducts == 2 && loop_.proj_size > 0; }
-  FS_DEVICE int width() const { return int(loop_.proj_size ? loop_.proj_size : loop_.hidden_size); }
-  FS_DEVICE const LoopDirection& tensors() const { return engine_.tensors(); }
-  FS_DEVICE int64_t time(int64_t s) const { return engine_.direction == 0 ? loop_.shape.steps - 1 - s : s; }
-  FS_DEVICE bool packed() const { return loop_.shape.batch_sizes != nullptr; }
-  FS_DEVICE bool active(const Item& item) const { return item.inside && item.row < now_.rows; }
+  FS_DEVICE int64_t time(int64_t s) const { return Base::time(s, true); }
 
   // The part of dh that does not pass through U (h's, projected if it is), and dc.
-  FS_DEVICE Scalar& dh_at(const Item& item) const {
-    return engine_.template shared<Scalar>(args_.layout.state_at)[state_index(item)];
-  }
-  FS_DEVICE Scalar& dc_at(const Item& item) const {
-    return engine_.template shared<Scalar>(args_.layout.state_at)[state_units() * kRows + state_index(item)];
-  }
-  FS_DEVICE int state_units() const {
-    return args_.layout.units > args_.layout.projected_units ? args_.layout.units
-                                                             : args_.layout.projected_units;
-  }
-  FS_DEVICE int state_index(const Item& item) const { return item.n * state_units() + item.u; }
-
-  template <class Body>
-  FS_DEVICE void for_all(const Items<kRows>& items, Body body) const {
-    for (int i = thread_index(); i < items.count(); i += thread_count()) body(items.at(i));
-  }
+  FS_DEVICE Scalar& dh_at(const Item& item) const { return Base::state(0, item); }
+  FS_DEVICE Scalar& dc_at(const Item& item) const { return Base::state(1, item); }
 
   FS_DEVICE void start() {
-    const auto* const grad_h_n = static_cast<const Storage*>(tensors().grad_h_n);
-    const auto* const grad_c_n = static_cast<const Storage*>(tensors().grad_c_n);
-    for_all(outputs_, [&](const Item& item) {
-      const bool there = grad_h_n && item.inside;
-      dh_at(item) = there ? Scalar(widen(grad_h_n[item.row * width() + item.unit])) : Scalar(0);
-    });
-    for_all(units_, [&](const Item& item) {
-      const bool there = grad_c_n && item.inside;
-      dc_at(item) = there ? Scalar(widen(grad_c_n[item.row * loop_.hidden_size + item.unit])) : Scalar(0);
-    });
+    Base::load_state(0, outputs_, tensors().grad_h_n, width());
+    Base::load_state(1, units_, tensors().grad_c_n, loop_.hidden_size);
   }
 
   FS_DEVICE void finish(int parity) {
-    auto* const grad_h0 = static_cast<Storage*>(tensors().grad_h0);
-    auto* const grad_c0 = static_cast<Storage*>(tensors().grad_c0);
-    if (grad_h0) {
-      for_all(outputs_, [&](const Item& item) {
-        if (!item.inside) return;
-        const Scalar dh = dh_at(item) + engine_.sum(kProducts - 1, parity, item.u, item.n);
-        keep(grad_h0 + item.row * width() + item.unit, dh);
-      });
-    }
-    if (grad_c0) {
-      for_all(units_, [&](const Item& item) {
-        if (item.inside) keep(grad_c0 + item.row * loop_.hidden_size + item.unit, dc_at(item));
-      });
-    }
-  }
-
-  // The items in rounds of kAhead a thread. What a round leaves to store is stored before the next round, but for
-  // the last one, whose turn comes when the other blocks have been told.
-  template <bool kStores = true, class Body>
-  FS_DEVICE void for_rounds(const Items<kRows>& items, Body body) {
-    const int round = kAhead * thread_count();
-    FS_NO_UNROLL
-    for (int begin = 0; begin < items.count(); begin += round) {
-      body(begin);
-      if (!kStores) continue;
-      last_round_ = begin;
-      if (begin + round < items.count()) store(begin);
-    }
+    Base::store_state(outputs_, tensors().grad_h0, width(), [&](const Item& item) {
+      return dh_at(item) + engine_.sum(kProducts - 1, parity, item.u, item.n);
+    });
+    Base::store_state(units_, tensors().grad_c0, loop_.hidden_size,
+                      [&](const Item& item) { return dc_at(item); });
   }
 
   // ---- what a round reads ----
 
-  FS_DEVICE Storage* saved_row(const StepRows& step, const Item& item) const {
-    auto* const saved = static_cast<Storage*>(tensors().saved);
-    return saved + (step.offset + item.row) * slots_ * loop_.hidden_size + item.unit;
-  }
   FS_DEVICE const Storage* output_row(const StepRows& step, const Item& item) const {
     const Storage* const row = row_at<Storage>(loop_.output, packed(), step, item.row);
     return row + engine_.direction * width() + item.unit;
   }
-  FS_DEVICE Scalar initial(const void* state, const Item& item) const {
-    const auto* const from = static_cast<const Storage*>(state);
-    return from ? Scalar(widen(from[item.row * loop_.hidden_size + item.unit])) : Scalar(0);
+  FS_DEVICE const Storage* initial(const void* state, const Item& item) const {
+    return state ? static_cast<const Storage*>(state) + item.row * loop_.hidden_size + item.unit : nullptr;
   }
 
   FS_DEVICE void load(int begin) {
@@ -169,31 +114,31 @@ class BackwardPass {
     }
   }
   FS_DEVICE void load_grad(int a, const Item& item) {
-    inputs_[a].grad = 0;
+    inputs_[a].grad = Storage{};
     if (!active(item) || !loop_.grad_output.data) return;
     const Storage* const row = row_at<const Storage>(loop_.grad_output, packed(), now_, item.row);
     const int64_t column = engine_.direction * width() + item.unit;
-    inputs_[a].grad = Scalar(widen(load_once(row + column * loop_.grad_output.stride[2])));
+    inputs_[a].grad = load_once(row + column * loop_.grad_output.stride[2]);
   }
   FS_DEVICE void load_saved(int begin) {
     units_.for_each(begin, [&](int a, const Item& item) {
       if (!active(item)) return;
+      const Storage* const saved = Base::saved_row(now_, item);
       FS_UNROLL
       for (int i = 0; i < kMostSaved; ++i) {
-        if (i < slots_)
-          inputs_[a].saved[i] = Scalar(widen(load_once(saved_row(now_, item) + i * loop_.hidden_size)));
+        if (i < slots_) inputs_[a].saved[i] = load_once(saved + i * loop_.hidden_size);
       }
       const bool before = item.row < previous_.rows;  // a row of a reverse direction may begin at any step
-      if (loop_.cell == CellKind::kLstm) {
-        const int64_t slot = (slots_ - 1) * loop_.hidden_size;
-        inputs_[a].previous =
-            before ? Scalar(widen(saved_row(previous_, item)[slot])) : initial(tensors().c0, item);
-      } else if (slots_ > 0) {
-        inputs_[a].previous =
-            before ? Scalar(widen(*output_row(previous_, item))) : initial(tensors().h0, item);
+      const Storage* from;
+      if (slots_ == 0) {
+        from = output_row(now_, item);
+      } else if (loop_.cell == CellKind::kLstm) {
+        from = before ? Base::saved_row(previous_, item) + (slots_ - 1) * loop_.hidden_size
+                      : initial(tensors().c0, item);
       } else {
-        inputs_[a].previous = Scalar(widen(*output_row(now_, item)));
+        from = before ? output_row(previous_, item) : initial(tensors().h0, item);
       }
+      inputs_[a].previous = from ? *from : Storage{};
     });
   }
 
@@ -210,10 +155,11 @@ class BackwardPass {
 
   FS_DEVICE void whole_step(int begin, int parity, bool more) {
     if (begin > 0) load(begin);
+    auto& engine = engine_;
     with_cell<Scalar, 1>(loop_.cell, [&](auto cell) {
       using C = decltype(cell);
       units_.for_each(begin, [&](int a, const Item& item) {
-        const Inputs& in = inputs_[a];
+        const Values in(inputs_[a]);
         Scalar d[C::kGrads] = {};
         const Scalar dh = gradient_of_state(item, parity, more) + in.grad;
         if (active(item)) {
@@ -228,7 +174,7 @@ class BackwardPass {
         }
         for_constants<C::kGates>([&](auto g) {
           constexpr int kGrad = C::kRecurrentGrad[g];
-          engine_.put(0, parity, g, item.u, item.n, d[kGrad]);
+          engine.put(0, parity, g, item.u, item.n, d[kGrad]);
         });
       });
     });
@@ -240,7 +186,7 @@ class BackwardPass {
       auto* const grad_hidden = static_cast<Storage*>(tensors().grad_hidden);
       if (begin > 0) load(begin);
       outputs_.for_each(begin, [&](int a, const Item& item) {
-        const Scalar all = gradient_of_state(item, parity, more) + inputs_[a].grad;
+        const Scalar all = gradient_of_state(item, parity, more) + Scalar(widen(inputs_[a].grad));
         const Scalar dh = active(item) ? all : Scalar(0);
         if (active(item)) {
           dh_at(item) = 0;
@@ -253,7 +199,7 @@ class BackwardPass {
     if (begin > 0) load(begin);
     using C = GRUResetBefore<Scalar>;
     units_.for_each(begin, [&](int a, const Item& item) {
-      const Inputs& in = inputs_[a];
+      const Values in(inputs_[a]);
       Scalar d[C::kGrads] = {};
       const Scalar dh = gradient_of_state(item, parity, more) + in.grad;
       if (active(item)) {
@@ -261,7 +207,7 @@ class BackwardPass {
         C::step_grad(in.saved, in.previous, Scalar(0), Scalar(0), Scalar(0), dh, Scalar(0), d, direct,
                      unused);
         dh_at(item) = direct;
-        Storage* const to = grad_pre_row(item);
+        Storage* const to = Base::gates_row(item);
         keep(to + C::Z * loop_.hidden_size, d[C::Z]);
         keep(to + C::N * loop_.hidden_size, d[C::N]);
       }
@@ -271,13 +217,14 @@ class BackwardPass {
   }
 
   FS_DEVICE void end_step(int begin, int parity) {
-    if (begin > 0 || units_.count() > kAhead * thread_count()) load_saved(begin);
+    if (begin > 0 || Base::has_rounds(units_)) load_saved(begin);
+    auto& engine = engine_;
     with_cell<Scalar, 2>(loop_.cell, [&](auto cell) {
       using C = decltype(cell);
       units_.for_each(begin, [&](int a, const Item& item) {
-        const Inputs& in = inputs_[a];
+        const Values in(inputs_[a]);
         const bool on = active(item);
-        const Scalar d_operand = on ? engine_.sum(0, parity, item.u, item.n) : Scalar(0);
+        const Scalar d_operand = on ? engine.sum(0, parity, item.u, item.n) : Scalar(0);
         Scalar d[C::kGrads] = {};
         if constexpr (C::kCellState) {
           if (on) {
@@ -289,7 +236,7 @@ class BackwardPass {
           FS_UNROLL
           for (int g = 0; g < C::kGates; ++g) {
             results_[a].d[g] = d[g];
-            engine_.put(1, parity, g, item.u, item.n, d[g]);
+            engine.put(1, parity, g, item.u, item.n, d[g]);
           }
         } else {
           if (on) {
@@ -298,15 +245,10 @@ class BackwardPass {
             dh_at(item) = direct;
           }
           results_[a].d[C::R] = d[C::R];
-          engine_.put(1, parity, C::R, item.u, item.n, d[C::R]);
+          engine.put(1, parity, C::R, item.u, item.n, d[C::R]);
         }
       });
     });
-  }
-
-  FS_DEVICE Storage* grad_pre_row(const Item& item) const {
-    const int64_t row = (now_.offset + item.row) * loop_.directions + engine_.direction;
-    return static_cast<Storage*>(loop_.pre) + row * gates_ * loop_.hidden_size + item.unit;
   }
 
   // Gradients that a round made and that are not stored yet. Those of x are the first ones, of every cell.
@@ -314,7 +256,7 @@ class BackwardPass {
     auto* const grad_candidate = static_cast<Storage*>(tensors().grad_candidate);
     units_.for_each(begin, [&](int a, const Item& item) {
       if (!active(item)) return;
-      Storage* const to = grad_pre_row(item);
+      Storage* const to = Base::gates_row(item);
       const int count = kProducts == 2 && !projects() ? 1 : gates_;
       FS_UNROLL
       for (int g = 0; g < kMostGates; ++g) {
@@ -329,14 +271,7 @@ class BackwardPass {
 
   static_assert(GRUResetBefore<float>::R == 0 && GRU<float>::U == 3, "store() relies on it");
 
-  const LoopKernelArgs& args_;
-  const RecurrentLoopArgs& loop_;
-  Engine engine_;
-  const Items<kRows> units_;    // hidden units
-  const Items<kRows> outputs_;  // units of h: the same, or those of the projection
-  const int gates_, slots_;
-  StepRows now_, previous_;
-  int last_round_ = 0;
+  StepRows previous_;  // the step whose turn is next
   Inputs inputs_[kAhead];
   Results results_[kAhead];
 };

@@ -9,35 +9,27 @@
 // float (double), h as storage rounds it. Where the operand is, and how it comes there: step_engine.h.
 #pragma once
 
-#include "recurrent_items.h"
+#include "recurrent_pass.h"
 
 namespace fastseq::FASTSEQ_ISA {
 
 template <class Traits>
-class ForwardPass {
-  using M = typename Traits::M;
-  using Storage = typename M::Storage;
-  using Scalar = typename M::Scalar;
-  using Engine = StepEngine<Traits>;
-  static constexpr int kProducts = Traits::kProducts, kRows = Engine::kRows;
+class ForwardPass : LoopPass<Traits> {
+  using Base = LoopPass<Traits>;
+  using Base::args_, Base::engine_, Base::gates_, Base::last_round_, Base::loop_, Base::now_, Base::outputs_;
+  using Base::kProducts, Base::kRows, Base::active, Base::packed, Base::projects, Base::tensors, Base::width;
+  using Base::slots_, Base::units_;
+  using typename Base::Scalar, typename Base::Storage;
 
   struct Inputs {
-    Scalar x[kMostGates];
+    Storage x[kMostGates];
   };
   struct Results {
     Scalar h, saved[kMostSaved];
   };
 
  public:
-  FS_DEVICE explicit ForwardPass(const LoopKernelArgs& args)
-      : args_(args),
-        loop_(args.loop),
-        engine_(args),
-        units_(args.layout.units, int(loop_.hidden_size), engine_.rank, engine_.first_row, loop_.shape.batch),
-        outputs_(projects() ? args.layout.projected_units : args.layout.units, width(), engine_.rank,
-                 engine_.first_row, loop_.shape.batch),
-        gates_(args.layout.gates),
-        slots_(args.layout.saved) {}
+  FS_DEVICE explicit ForwardPass(const LoopKernelArgs& args) : Base(args) {}
 
   FS_DEVICE void run() {
     const int64_t steps = loop_.shape.steps;
@@ -46,14 +38,15 @@ class ForwardPass {
     load(0);
     engine_.start();
     engine_.multiply_initial(static_cast<const Storage*>(tensors().h0), width());
+    const auto store_round = [&](int begin) { store(begin); };
     for (int64_t s = 0;; ++s) {
       const int parity = int(s % 2);
       if constexpr (kProducts == 2) {
-        for_rounds<false>(units_, [&](int begin) { begin_step(begin, parity); });
+        Base::for_rounds(units_, [&](int begin) { begin_step(begin, parity); });
         engine_.template transfer<1>(parity, [] {});
-        for_rounds(outputs_, [&](int begin) { end_step(begin, parity); });
+        Base::for_rounds(outputs_, [&](int begin) { end_step(begin, parity); }, store_round);
       } else {
-        for_rounds(units_, [&](int begin) { whole_step(begin, parity); });
+        Base::for_rounds(units_, [&](int begin) { whole_step(begin, parity); }, store_round);
       }
       const StepRows next = rows_of(args_, time(s + 1));
       const auto between = [&] {
@@ -71,42 +64,15 @@ class ForwardPass {
   }
 
  private:
-  FS_DEVICE bool projects() const { return kProducts == 2 && loop_.proj_size > 0; }
-  FS_DEVICE int width() const { return int(loop_.proj_size ? loop_.proj_size : loop_.hidden_size); }
-  FS_DEVICE const LoopDirection& tensors() const { return engine_.tensors(); }
-  FS_DEVICE int64_t time(int64_t s) const { return engine_.direction == 0 ? s : loop_.shape.steps - 1 - s; }
-  FS_DEVICE bool packed() const { return loop_.shape.batch_sizes != nullptr; }
-  FS_DEVICE bool active(const Item& item) const { return item.inside && item.row < now_.rows; }
+  FS_DEVICE int64_t time(int64_t s) const { return Base::time(s, false); }
 
   // h of a unit (projected, if it is) and c; z of a reset-before GRU between its two products takes c's place.
-  FS_DEVICE Scalar& h_at(const Item& item) const {
-    return engine_.template shared<Scalar>(args_.layout.state_at)[state_index(item)];
-  }
-  FS_DEVICE Scalar& c_at(const Item& item) const {
-    return engine_.template shared<Scalar>(args_.layout.state_at)[state_size() + state_index(item)];
-  }
-  FS_DEVICE int state_units() const {
-    return args_.layout.units > args_.layout.projected_units ? args_.layout.units
-                                                             : args_.layout.projected_units;
-  }
-  FS_DEVICE int state_size() const { return state_units() * kRows; }
-  FS_DEVICE int state_index(const Item& item) const { return item.n * state_units() + item.u; }
-
-  template <class Body>
-  FS_DEVICE void for_all(const Items<kRows>& items, Body body) const {
-    for (int i = thread_index(); i < items.count(); i += thread_count()) body(items.at(i));
-  }
+  FS_DEVICE Scalar& h_at(const Item& item) const { return Base::state(0, item); }
+  FS_DEVICE Scalar& c_at(const Item& item) const { return Base::state(1, item); }
 
   FS_DEVICE void start() {
-    const auto* const h0 = static_cast<const Storage*>(tensors().h0);
-    const auto* const c0 = static_cast<const Storage*>(tensors().c0);
-    for_all(outputs_, [&](const Item& item) {
-      h_at(item) = h0 && item.inside ? Scalar(widen(h0[item.row * width() + item.unit])) : Scalar(0);
-    });
-    for_all(units_, [&](const Item& item) {
-      c_at(item) =
-          c0 && item.inside ? Scalar(widen(c0[item.row * loop_.hidden_size + item.unit])) : Scalar(0);
-    });
+    Base::load_state(0, outputs_, tensors().h0, width());
+    Base::load_state(1, units_, tensors().c0, loop_.hidden_size);
     const auto* const bias = static_cast<const Storage*>(tensors().bias_hh);
     Scalar* const to = engine_.template shared<Scalar>(args_.layout.bias_at);
     for (int i = thread_index(); i < gates_ * args_.layout.units; i += thread_count()) {
@@ -118,41 +84,17 @@ class ForwardPass {
   }
 
   FS_DEVICE void finish() {
-    auto* const h_n = static_cast<Storage*>(tensors().h_n);
-    auto* const c_n = static_cast<Storage*>(tensors().c_n);
-    for_all(outputs_, [&](const Item& item) {
-      if (h_n && item.inside) keep(h_n + item.row * width() + item.unit, h_at(item));
-    });
-    if (!c_n) return;
-    for_all(units_, [&](const Item& item) {
-      if (item.inside) keep(c_n + item.row * loop_.hidden_size + item.unit, c_at(item));
-    });
-  }
-
-  // The items in rounds of kAhead a thread. What a round leaves to store is stored before the next round, but for
-  // the last one, whose turn comes when the other blocks have been told.
-  template <bool kStores = true, class Body>
-  FS_DEVICE void for_rounds(const Items<kRows>& items, Body body) {
-    const int round = kAhead * thread_count();
-    FS_NO_UNROLL
-    for (int begin = 0; begin < items.count(); begin += round) {
-      body(begin);
-      if (!kStores) continue;
-      last_round_ = begin;
-      if (begin + round < items.count()) store(begin);
-    }
+    Base::store_state(outputs_, tensors().h_n, width(), [&](const Item& item) { return h_at(item); });
+    Base::store_state(units_, tensors().c_n, loop_.hidden_size, [&](const Item& item) { return c_at(item); });
   }
 
   FS_DEVICE void load(int begin) {
-    const auto* const pre = static_cast<const Storage*>(loop_.pre);
-    const int64_t hidden = loop_.hidden_size;
     units_.for_each(begin, [&](int a, const Item& item) {
       if (!active(item)) return;
-      const int64_t row = (now_.offset + item.row) * loop_.directions + engine_.direction;
-      const Storage* const from = pre + row * gates_ * hidden + item.unit;
+      const Storage* const from = Base::gates_row(item);
       FS_UNROLL
       for (int g = 0; g < kMostGates; ++g) {
-        if (g < gates_) inputs_[a].x[g] = Scalar(widen(load_once(from + g * hidden)));
+        if (g < gates_) inputs_[a].x[g] = load_once(from + g * loop_.hidden_size);
       }
     });
   }
@@ -161,11 +103,11 @@ class ForwardPass {
   template <int kFirst, int kCount>
   FS_DEVICE void recurrent_gates(int p, int parity, const Item& item, Scalar* u) const {
     const Scalar* const bias = engine_.template shared<Scalar>(args_.layout.bias_at);
+    Scalar sums[kCount];
+    engine_.sum(p, parity, item.u, args_.layout.units, item.n, sums);
     FS_UNROLL
-    for (int g = 0; g < kCount; ++g) {
-      const int m = g * args_.layout.units + item.u;
-      u[kFirst + g] = engine_.sum(p, parity, m, item.n) + bias[kFirst * args_.layout.units + m];
-    }
+    for (int g = 0; g < kCount; ++g)
+      u[kFirst + g] = sums[g] + bias[(kFirst + g) * args_.layout.units + item.u];
   }
 
   FS_DEVICE void whole_step(int begin, int parity) {
@@ -175,9 +117,10 @@ class ForwardPass {
       units_.for_each(begin, [&](int a, const Item& item) {
         Scalar h = h_at(item);
         if (active(item)) {
-          Scalar u[C::kGates], saved[C::kSaved + 1], c_next = 0, h_next = 0;
+          Scalar x[kMostGates], u[C::kGates], saved[C::kSaved + 1], c_next = 0, h_next = 0;
           recurrent_gates<0, C::kGates>(0, parity, item, u);
-          take_step<C>(inputs_[a].x, u, h, c_at(item), saved, h_next, c_next);
+          widen_all(inputs_[a].x, x);
+          take_step<C>(x, u, h, c_at(item), saved, h_next, c_next);
           if constexpr (C::kCellState) {
             c_at(item) = c_next;
             saved[C::kSaved] = c_next;
@@ -194,24 +137,24 @@ class ForwardPass {
   // Up to the operand of the second product: r * h, or the cell's output before its projection.
   FS_DEVICE void begin_step(int begin, int parity) {
     if (begin > 0) load(begin);
-    auto* const saved_to = static_cast<Storage*>(tensors().saved);
     with_cell<Scalar, 2>(loop_.cell, [&](auto cell) {
       using C = decltype(cell);
       units_.for_each(begin, [&](int a, const Item& item) {
         Scalar operand = 0;
         if (active(item)) {
-          Scalar u[C::kGates], saved[C::kSaved + 1];
+          Scalar x[kMostGates], u[C::kGates], saved[C::kSaved + 1];
           recurrent_gates<0, C::kFirstGates>(0, parity, item, u);
+          widen_all(inputs_[a].x, x);
           if constexpr (C::kCellState) {
             Scalar c_next = 0;
-            take_step<C>(inputs_[a].x, u, Scalar(0), c_at(item), saved, operand, c_next);
+            take_step<C>(x, u, Scalar(0), c_at(item), saved, operand, c_next);
             c_at(item) = saved[C::kSaved] = c_next;
           } else {
-            C::first(inputs_[a].x, u, h_at(item), saved, operand);
+            C::first(x, u, h_at(item), saved, operand);
             c_at(item) = saved[C::Z];
           }
-          if (saved_to) {
-            Storage* const to = saved_row(saved_to, item);
+          if (tensors().saved) {
+            Storage* const to = Base::saved_row(now_, item);
             FS_UNROLL
             for (int i = 0; i < (C::kCellState ? C::kSaved + 1 : C::kFirstGates); ++i) {
               keep(to + i * loop_.hidden_size, saved[i]);
@@ -232,15 +175,16 @@ class ForwardPass {
       });
       return;
     }
-    if (begin > 0 || units_.count() > kAhead * thread_count()) load(begin);
+    if (begin > 0 || Base::has_rounds(units_)) load(begin);
     using C = GRUResetBefore<Scalar>;
     units_.for_each(begin, [&](int a, const Item& item) {
       Scalar h = h_at(item);
       if (active(item)) {
-        Scalar u[C::kGates], saved[C::kSaved], h_next = 0, unused = 0;
+        Scalar x[kMostGates], u[C::kGates], saved[C::kSaved], h_next = 0, unused = 0;
         recurrent_gates<C::kFirstGates, C::kGates - C::kFirstGates>(1, parity, item, u);
         saved[C::Z] = c_at(item);
-        C::step(inputs_[a].x, u, h, Scalar(0), saved, h_next, unused);
+        widen_all(inputs_[a].x, x);
+        C::step(x, u, h, Scalar(0), saved, h_next, unused);
         h_at(item) = h = results_[a].h = rounded<Storage>(h_next);
         results_[a].saved[C::N] = saved[C::N];
       }
@@ -248,19 +192,14 @@ class ForwardPass {
     });
   }
 
-  FS_DEVICE Storage* saved_row(Storage* saved, const Item& item) const {
-    return saved + (now_.offset + item.row) * slots_ * loop_.hidden_size + item.unit;
-  }
-
   // What a round of the step made: the output, and what is saved and not stored yet.
   FS_DEVICE void store(int begin) const {
-    auto* const saved = static_cast<Storage*>(tensors().saved);
     outputs_.for_each(begin, [&](int a, const Item& item) {
       if (!active(item)) return;
       Storage* const output = row_at<Storage>(loop_.output, packed(), now_, item.row);
       keep(output + engine_.direction * width() + item.unit, results_[a].h);
-      if (!saved || projects()) return;
-      Storage* const to = saved_row(saved, item);
+      if (!tensors().saved || projects()) return;
+      Storage* const to = Base::saved_row(now_, item);
       FS_UNROLL
       for (int i = 0; i < kMostSaved; ++i) {
         const bool due = kProducts == 2 ? i == GRUResetBefore<Scalar>::N : i < slots_;
@@ -269,14 +208,6 @@ class ForwardPass {
     });
   }
 
-  const LoopKernelArgs& args_;
-  const RecurrentLoopArgs& loop_;
-  Engine engine_;
-  const Items<kRows> units_;    // hidden units
-  const Items<kRows> outputs_;  // units of h: the same, or those of the projection
-  const int gates_, slots_;
-  StepRows now_;
-  int last_round_ = 0;
   Inputs inputs_[kAhead];
   Results results_[kAhead];
 };

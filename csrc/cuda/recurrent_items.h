@@ -1,5 +1,4 @@
-// What the forward and the backward pass share between products: which rows a step has, and which values of a step
-// a thread works on.
+// Which rows a step has, and which values of a step a thread works on.
 //
 // The items of a block are its units times the rows of its batch tile, units first, so that neighbouring lanes read
 // neighbouring addresses. A thread has kAhead of them at a time; it loads what the first ones need one step ahead,
@@ -54,6 +53,11 @@ struct Items {
     const int64_t row = first_row + n;
     return {u, n, unit, row, i < count() && unit < all_units && row < batch};
   }
+  // body(item) for all of the thread's items.
+  template <class Body>
+  FS_DEVICE void for_all(Body body) const {
+    for (int i = thread_index(); i < count(); i += thread_count()) body(at(i));
+  }
   // body(a, item) for the thread's items of the round that begins with item `begin`.
   template <class Body>
   FS_DEVICE void for_each(int begin, Body body) const {
@@ -79,6 +83,13 @@ FS_DEVICE T rounded(T x) {
   S stored;
   narrow(x, stored);
   return T(widen(stored));
+}
+
+// What was loaded stays as it is stored until it is used: a conversion would wait for the load.
+template <class T, int n, class S>
+FS_DEVICE void widen_all(const S (&stored)[n], T (&x)[n]) {
+  FS_UNROLL
+  for (int i = 0; i < n; ++i) x[i] = T(widen(stored[i]));
 }
 
 template <class S, class T>

@@ -61,7 +61,7 @@ struct LoopKernel {
 template <class M, LoopKernelKind kKind, bool kBackward, int kProducts, int kColumns>
 const char* launch_kernel(const LaunchShape& shape, const LoopKernelArgs& args) {
   constexpr Exchange kExchange = kKind == LoopKernelKind::kCluster ? Exchange::kCluster : Exchange::kGrid;
-  constexpr int kRegisterUnits = register_units(M::kTensor, kProducts, kColumns, kKind);
+  constexpr int kRegisterUnits = register_units(M::kTensor, kProducts, kColumns, kKind, kBackward);
   constexpr bool kStreams = may_stream(kProducts, kKind);
   return launch<
       LoopKernel<KernelTraits<M, kColumns, kExchange, kBackward, kProducts, kRegisterUnits, kStreams>>>(shape,

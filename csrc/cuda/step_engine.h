@@ -61,6 +61,12 @@ class StepEngine {
         rank(block_index() % a.layout.blocks),
         direction(int(group % a.loop.directions)),
         first_row(group / a.loop.directions * kRows) {
+    FS_UNROLL
+    for (int p = 0; p < Traits::kProducts; ++p) {
+      if constexpr (kCluster && !kScatter) senders_[p] = sender_of(product_layout(p));
+      // ceil(2^32 / out_units): the high half of m times it is m / out_units, exactly while m * out_units < 2^32.
+      if constexpr (kScatter) inverse_[p] = uint32_t(0xffffffffu / product_layout(p).out_units + 1);
+    }
     if (kCluster && thread_index() == 0) {
       for (int i = 0; i < Traits::kProducts * 2; ++i) arrivals_begin(arrivals(0, 0) + i);
     }
@@ -144,13 +150,24 @@ class StepEngine {
     }
   }
 
-  // Result m (gate * out_units + unit, or own unit if scatter) of row n, of the last exchange with this parity.
-  FS_DEVICE Scalar sum(int p, int parity, int m, int n) const {
+  // Results m, m + stride, ... (gate * out_units + unit, or own unit if scatter) of row n, of the last exchange with
+  // this parity. The gates' sums do not wait for each other.
+  template <int kCount>
+  FS_DEVICE void sum(int p, int parity, int m, int stride, int n, Scalar (&total)[kCount]) const {
     const ProductLayout& layout = product_layout(p);
-    const Scalar* const from = sums(layout, parity) + sum_index(layout, 0, m, n);
-    Scalar total = *from;
-    for (int slot = 1; slot < layout.slots; ++slot) total += from[slot * kRows * layout.sum_stride];
-    return total;
+    const Scalar* from = sums(layout, parity) + sum_index(layout, 0, m, n);
+    FS_UNROLL
+    for (int g = 0; g < kCount; ++g) total[g] = from[2 * g * stride];
+    for (int slot = 1; slot < layout.slots; ++slot) {
+      from += kRows * layout.sum_stride;
+      FS_UNROLL
+      for (int g = 0; g < kCount; ++g) total[g] += from[2 * g * stride];
+    }
+  }
+  FS_DEVICE Scalar sum(int p, int parity, int m, int n) const {
+    Scalar total[1];
+    sum(p, parity, m, 0, n, total);
+    return total[0];
   }
 
  private:
@@ -215,21 +232,37 @@ class StepEngine {
     if (others > 0 && thread_index() == 0) arrivals_expect(arrivals(p, parity), others * bytes);
     between();
     if (others > 0) arrivals_wait(arrivals(p, parity), phases_ >> (p * 2 + parity) & 1);
+    sync_warp();
     phases_ ^= 1 << (p * 2 + parity);
   }
 
-  // Own part of the operand into the other blocks' shared memory. A thread sends the same 16 bytes to every block
-  // that is its turn; blocks begin with different ones, so that they do not all write to one at the same time.
+  // A thread's turn in push(): the same 16 bytes for every block that is its turn. Found once, by divisions that a
+  // step should not wait for.
+  struct Sender {
+    int vector, turn, turns;  // turn == turns: none
+    int64_t at;
+  };
+  FS_DEVICE Sender sender_of(const ProductLayout& layout) const {
+    const int vectors = own_vectors(layout);
+    if (thread_count() <= vectors) return {thread_index(), 0, 1, own_vector(layout, thread_index())};
+    const int turns = thread_count() / vectors, turn = thread_index() / vectors;
+    const int vector = thread_index() - turn * vectors;
+    return {vector, turn < turns ? turn : turns, turns, own_vector(layout, vector)};
+  }
+
+  // Own part of the operand into the other blocks' shared memory. Blocks begin with different ones, so that they do
+  // not all write to one at the same time.
   template <int p>
   FS_DEVICE void push(const ProductLayout& layout, int parity) {
+    const Sender& sender = p == 0 ? senders_[0] : senders_[Traits::kProducts - 1];
+    if (sender.turn == sender.turns) return;
     const int vectors = own_vectors(layout), others = args.layout.blocks - 1;
-    const int senders = thread_count() > vectors ? thread_count() / vectors : 1;
-    const int sender = thread_count() > vectors ? thread_index() / vectors : 0;
-    if (sender >= senders) return;
-    for (int v = thread_index() - sender * vectors; v < vectors; v += thread_count()) {
-      Vector16* const own = reinterpret_cast<Vector16*>(operand(layout, parity)) + own_vector(layout, v);
+    int64_t at = sender.at;
+    for (int v = sender.vector; v < vectors; v += thread_count()) {
+      if (v != sender.vector) at = own_vector(layout, v);
+      Vector16* const own = reinterpret_cast<Vector16*>(operand(layout, parity)) + at;
       const Vector16 value = *own;
-      for (int i = sender; i < others; i += senders) {
+      for (int i = sender.turn; i < others; i += sender.turns) {
         const int to = rank + 1 + i;
         send(own, value, arrivals(p, parity), to < args.layout.blocks ? to : to - args.layout.blocks);
       }
@@ -271,10 +304,11 @@ class StepEngine {
            i * M::lines_of(kRows) * layout.chunk_line_stride * M::kVector;
   }
   FS_DEVICE void fetch(const ProductLayout& layout, int parity, int chunk, int to) {
-    const int lines = M::lines_of(kRows), pairs = layout.chunk_pairs * layout.warps_k;
+    const int lines = M::lines_of(kRows), first = chunk * layout.chunk_pairs, left = layout.pairs - first;
+    const int pairs = (left < layout.chunk_pairs ? left : layout.chunk_pairs) * layout.warps_k;
     const int per_line = int(M::vectors_of(int64_t(pairs) * M::kPair));
-    const Vector16* const from =
-        reinterpret_cast<const Vector16*>(operand(layout, parity)) + int64_t(chunk) * per_line;
+    const Vector16* const from = reinterpret_cast<const Vector16*>(operand(layout, parity)) +
+                                 M::vectors_of(int64_t(first) * layout.warps_k * M::kPair);
     Vector16* const memory = reinterpret_cast<Vector16*>(stage(layout, to));
     for (int i = thread_index(); i < lines * per_line; i += thread_count()) {
       const int line = i / per_line, v = i % per_line;
@@ -289,7 +323,7 @@ class StepEngine {
     Scalar* const own = sums(layout, parity);
     product<p>().run(layout, acquire, [&](int slot, int m, int n, Two<Scalar> two) {
       if constexpr (kScatter) {
-        const int owner = m / layout.out_units, u = m - owner * layout.out_units;
+        const int owner = int(uint64_t(uint32_t(m)) * inverse_[p] >> 32), u = m - owner * layout.out_units;
         if (owner >= args.layout.blocks) return;  // tiles end at multiples of 16
         auto* const to =
             reinterpret_cast<Two<Scalar>*>(own + sum_index(layout, rank * layout.warps_k + slot, u, n));
@@ -309,6 +343,8 @@ class StepEngine {
   struct None {};
   ProductOfStep first_;
   std::conditional_t<Traits::kProducts == 2, ProductOfStep, None> second_;
+  Sender senders_[Traits::kProducts];
+  uint32_t inverse_[Traits::kProducts];
   int exchanges_ = 0;    // grid: so far
   uint32_t phases_ = 0;  // cluster: a bit of each Arrivals
 };
