@@ -216,7 +216,7 @@ WAYS = {
     ),
     "in registers and streamed": (
         lambda plan, p: p["register_units"] and not p["shared_units"] and p["streamed_units"],
-        *("float64", "stream:3", TINY_AMPERE, "GRU", 70),
+        *("float64", "stream:1", TINY_AMPERE, "LSTM"),
     ),
     "in shared memory and streamed": (
         lambda plan, p: not p["register_units"] and p["shared_units"] and p["streamed_units"],
@@ -232,7 +232,7 @@ WAYS = {
     ),
     "operand in several chunks": (
         lambda plan, p: p["chunks"] > 2,
-        *("bfloat16", "grid:3", TIGHT_AMPERE, "LSTM", 70),
+        *("float64", "grid:3", TIGHT_HOPPER, "LSTM", 70),
     ),
     "several passes over one chunk": (
         lambda plan, p: p["passes"] > 1 and p["chunks"] == 1 and plan["kernel"] == "grid",
@@ -240,7 +240,7 @@ WAYS = {
     ),
     "several passes over several chunks": (
         lambda plan, p: p["passes"] > 1 and p["chunks"] > 1 and plan["kernel"] == "grid",
-        *("float32", "grid:3", AMPERE, "LSTM", 70),
+        *("bfloat16", "grid:1", AMPERE, "LSTM", 70),
     ),
     "several passes over several chunks, streamed": (
         lambda plan, p: p["passes"] > 1 and p["chunks"] > 1 and p["streamed_units"],
@@ -256,7 +256,7 @@ WAYS = {
     ),
     "warps share k, scattered": (
         lambda plan, p: p["warps"][1] > 1 and plan["blocks"] > 1 and p["exchange"] == "partial sums",
-        *("float64", "cluster:2", HOPPER, "LSTM", 70),
+        *("float64", "cluster:2", HOPPER, "LSTM"),
     ),
     "warps share m and k, gathered by a grid": (
         lambda plan, p: min(p["warps"]) > 1 and plan["blocks"] > 1 and p["exchange"] == "operand",
@@ -275,7 +275,7 @@ WAYS = {
         lambda plan, p: rounds(plan) > 2,
         *("bfloat16", "cluster:1", HOPPER, "LSTM projected", 90),
     ),
-    "several launches": (several_launches, "float32", "grid:3", AMPERE, "LSTM"),
+    "several launches": (several_launches, "float32", "grid:2", AMPERE, "LSTM"),
     "several launches, streamed": (several_launches, "bfloat16", "stream:2", AMPERE, "LSTM projected"),
 }
 

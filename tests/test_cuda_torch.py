@@ -1,0 +1,96 @@
+"""The CUDA engine among torch's modes and settings: autocast, and the precision of float32 products."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fastseq
+from devices import HOPPER
+from fastseq import loops
+from harness import Case, assert_same_bits, cell_class, make_data, make_module, run_module
+from reference import MODES
+
+KERNELS = ("cluster:2", "grid:2", "stream:2", "steps")
+CASE = Case(hidden_size=20, batch=5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing_within_a_layer(twin, kernel, dtype):
+    """Torch's products stay in the dtype of the tensors, whose memory the kernels read."""
+    case = replace(CASE, dtype=dtype)
+    module, data = make_module(case), make_data(case)
+    with twin.using(kernel, HOPPER, tf32=False):
+        expected = run_module(case, module, data)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same_bits(run_module(case, module, data), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_changes_nothing_within_a_cell(twin, mode):
+    cls, arguments = cell_class(fastseq, mode)
+    cell, x = cls(6, 7, **arguments), torch.randn(12, 6)
+
+    def step():
+        result = cell(x)
+        return {"h": (result[0] if mode == "LSTM" else result).detach()}
+
+    with twin.using("", HOPPER, tf32=False):
+        expected = step()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same_bits(step(), expected)
+
+
+@pytest.fixture
+def precision():
+    """torch's setting for float32 products, put back afterwards."""
+    if loops._get_precision is None:
+        pytest.skip("this torch has no fp32_precision")
+    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision = before
+
+
+@pytest.mark.parametrize("before", ["ieee", "tf32", "none"])
+def test_precision_of_products_is_what_it_was_after_calls_that_overlap(precision, before):
+    precision.fp32_precision = before
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with loops._products_as_rnn(True):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with loops._products_as_rnn(True):
+        thread.start()
+        assert entered.wait(10)
+    assert precision.fp32_precision == "tf32", "the other call goes on"
+    leave.set()
+    thread.join()
+    assert precision.fp32_precision == before
+
+
+def test_inherited_precision_goes_on_being_inherited(precision):
+    precision.fp32_precision, torch.backends.fp32_precision = "none", "tf32"
+    with loops._products_as_rnn(True):
+        pass
+    torch.backends.fp32_precision = "ieee"
+    assert precision.fp32_precision == "ieee"
+
+
+def test_precision_is_left_alone_where_tf32_is_not_used(precision):
+    precision.fp32_precision = "tf32"
+    with loops._products_as_rnn(False):
+        assert precision.fp32_precision == "tf32"
+
+
+def test_sequences_of_like_lengths_share_a_plan(twin):
+    module = make_module(CASE)
+    loops._plan.cache_clear()
+    with twin.using("", HOPPER, tf32=False), torch.no_grad():
+        for steps in (33, 40, 50, 64):
+            module(torch.randn(steps, 5, 4))
+    assert loops._plan.cache_info().misses == 1
