@@ -12,6 +12,8 @@ from fastseq import loops
 from harness import Case, assert_same_bits, cell_class, make_data, make_module, run_module
 from reference import MODES
 
+pytestmark = pytest.mark.cuda_host
+
 KERNELS = ("cluster:2", "grid:2", "stream:2", "steps")
 CASE = Case(hidden_size=20, batch=5)
 

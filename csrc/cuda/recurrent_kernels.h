@@ -11,27 +11,34 @@
 //   bytes        weights none (128 KB a block, in registers); shared memory 33 KB of operand read by four rows of
 //                warps, 16 KB of sums: 400 cycles; 7.5 KB of messages received: 540 cycles; from memory 2 KB of W x,
 //                to memory 0.5 KB of h and 2.5 KB of what is saved, neither waited for
-//   has          245 registers, 28 KB of shared memory
+//   has          251 registers, 28 KB of shared memory
 //   implies      512 cycles of mma, then sums and gates (400), then messages (500 to 1000): 1.2 us a step
 // cluster, backward    the same layer
 //   operations   256 mma a block again, with U transposed: k is 128 own gates, m all 512 units
 //   bytes        8 KB of operand from shared memory; 15 KB of messages (H B floats, where d itself would be 30 KB):
 //                1100 cycles; 6 KB of what was saved and gradients from memory, 2 KB to it
-//   has          255 registers, 42 KB of shared memory
+//   has          247 registers, 58 KB of shared memory (16 KB of them weights)
 //   implies      1.6 us a step; the messages are the larger half
 // grid, forward        LSTM, H = 1024, bfloat16, 64 blocks for each of two tiles of 8 rows
-//   operations   256 mma a block: 512 cycles
-//   bytes        16 KB of operand from L2 into each of 128 blocks, 2 MB in all: 680 cycles, and no weights
-//   has          248 registers, 43 KB of shared memory (16 KB of them weights)
+//   operations   256 mma a block, 64 a sub-core: 512 cycles
+//   bytes        16 KB of operand from L2 into each of 128 blocks, 2 MB in all: 680 cycles; weights none from L2;
+//                shared memory 33 KB of operand, 16 KB of weights and 16 KB of sums: 500 cycles
+//   has          236 registers, 43 KB of shared memory
 //   implies      flags through L2 (about 1.1 us) and the above: 2.1 us a step
-// grid, backward       the same: d is 64 KB a tile, so 2700 cycles from L2; 255 registers, 130 KB; 3.7 us a step
-// stream, forward      LSTM, H = 2048, bfloat16, 128 blocks, 16 rows
-//   operations   512 mma for each column of tiles: 2048 cycles
-//   bytes        256 KB of weights a block; what is neither in registers nor in shared memory comes from L2 each
-//                step, one unit ahead; operand 64 KB from L2: 2700 cycles
-//   has          237 registers, 223 KB of shared memory
-//   implies      4.5 us a step; backward 9.8 us
-// cell                 see recurrent_cell.h
+// grid, backward       the same layer; d is gathered
+//   operations   256 mma a block: 512 cycles
+//   bytes        64 KB of d from L2 into each block, 8 MB in all: 2700 cycles; shared memory as much again
+//   has          247 registers, 130 KB of shared memory (72 KB of them weights)
+//   implies      3.7 us a step, most of it d on its way
+// stream, backward     LSTM, H = 2048, bfloat16, 128 blocks, a tile of 16 rows
+//   operations   512 mma for each of two columns of tiles, 256 a sub-core: 2050 cycles
+//   bytes        66 KB of weights from L2 into each block, one unit ahead: 2750 cycles; 256 KB of d from L2: 10900
+//   has          240 registers, 227 KB of shared memory (168 KB of them weights)
+//   implies      9.9 us a step, most of it d; forward (grid: all 256 KB of weights of a block fit) 4.6 us
+// With tf32 a tile is half as deep: twice the mma and bytes. Strict float32 and float64 have 2048 multiply-adds a
+// pair of tiles and row instead, 16 and 32 cycles a sub-core, 245 to 255 registers. Two products (GRU that resets
+// before, projection): twice the exchanges, weights in shared memory and L2 only, 220 registers.
+// cell                 see recurrent_cell.h; weights into tiles, and the rest around: recurrent_prepare.h
 //
 // loop_plan() (plan.cpp) has this arithmetic for every shape, and takes the least.
 #pragma once

@@ -1,5 +1,10 @@
-// The small kernels around the persistent one: weights into tiles, offsets of a packed sequence to the device, and
-// the previous state of every row, which the gradient of weight_hh needs.
+// The small kernels around the persistent one, once a call: weights into tiles, offsets of a packed sequence to the
+// device, and the previous state of every row, which the gradient of weight_hh needs. All are bound by memory:
+//
+//   PackKernel      reads the weights once and writes them once, 4 MB for an LSTM of H = 512 in bfloat16: 1 us at
+//                   4.8 TB/s; what it takes is the index arithmetic of each element, some 60 instructions: about 5 us
+//   PreviousKernel  reads and writes T B R elements: 14 us for T = 512, B = 64, H = 512 in bfloat16
+//   NumbersKernel   496 numbers a launch, so one launch for every 496 steps: a launch, 3 us
 #pragma once
 
 #include <prim.h>
