@@ -68,7 +68,7 @@ def named_gradients(module, data):
 
 @pytest.mark.parametrize("mode", CUDNN_MODES)
 def test_cuda_is_all_that_a_user_calls(own_plans, monkeypatch, mode):
-    """A module with torch.nn's state_dict gives cuDNN's numbers; without tf32, which both round by differently."""
+    """A module with torch.nn's state_dict gives cuDNN's numbers; without tf32, in which both round anew."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     case = replace(MIDDLE, mode=mode)
     theirs = make_module(case, nn).cuda()
