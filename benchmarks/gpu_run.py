@@ -32,7 +32,7 @@ import gpu_summary
 import grid
 import paired
 from environment import CLOCKS, gpu_environment, nvidia_smi
-from fastseq import loops
+from fastseq import loops, precision
 from fastseq.checks import CELLS, DTYPES
 from records import RESULTS, choose, difference, read, save, slug
 from timers import CudaTimer, HostTimer
@@ -102,7 +102,7 @@ def plan_of(case):
         loop = loops.Loop(
             cell=CELLS[mode].code,
             dtype=DTYPES[dtype],
-            tf32=dtype is torch.float32 and loops.rnn_may_use_tf32(),
+            tf32=precision.of_recurrent_networks(dtype) == "tf32",
             steps=shape.steps,
             batch=shape.batch,
             hidden_size=shape.hidden,

@@ -11,16 +11,15 @@ are device memory. Nothing in here waits for the device.
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _C, steps
+from . import _C, precision, steps
 from .checks import DTYPES, Layer, problem
 
 
@@ -50,64 +49,6 @@ def _cuda_facts(index: int) -> tuple[int, ...]:
 
 
 CUDA = Engine(_C, _cuda_facts, lambda index: torch.cuda.current_stream(index).cuda_stream, torch.cuda.device)
-
-
-# -------------------------------------------------------------------------------------------------- precision
-
-_get_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # from torch 2.9 on
-_set_precision = getattr(torch._C, "_set_fp32_precision_setter", None)
-
-
-def rnn_may_use_tf32() -> bool:
-    """What torch.backends.cudnn says of recurrent networks, fp32_precision or allow_tf32; by default yes."""
-    if _get_precision is None:
-        return torch.backends.cudnn.allow_tf32
-    return _get_precision("cuda", "rnn") == "tf32"
-
-
-class _ProductPrecision:
-    """Lets torch's products of float32, which have their own setting, follow that for recurrent networks, as
-    those within cuDNN do. The setting is the process's, so another thread's products may see it meanwhile;
-    calls that overlap share one change of it."""
-
-    def __init__(self) -> None:
-        self.lock, self.calls, self.before = threading.Lock(), 0, None
-
-    @contextmanager
-    def tf32(self) -> Iterator[None]:
-        with self.lock:
-            if self.calls == 0:
-                self.before = self._set("tf32", None)
-            self.calls += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.calls -= 1
-                if self.calls == 0:
-                    self._set(None, self.before)
-
-    @staticmethod
-    def _set(wanted: str | None, before: Any) -> Any:
-        """Sets tf32 and returns what was set before, or sets that again."""
-        if _get_precision is None or _set_precision is None:
-            if wanted:
-                before = torch.backends.cuda.matmul.allow_tf32
-            torch.backends.cuda.matmul.allow_tf32 = True if wanted else before
-            return before
-        if wanted:
-            before = _get_precision("cuda", "matmul")
-            if before in (_get_precision("cuda", "all"), _get_precision("generic", "all")):
-                before = "none"  # inherited, and to be inherited again
-        _set_precision("cuda", "matmul", wanted or before)
-        return before
-
-
-_precision = _ProductPrecision()
-
-
-def _products_as_rnn(tf32: bool) -> AbstractContextManager[None]:
-    return _precision.tf32() if tf32 else nullcontext()
 
 
 def _plainly(function: Callable[..., None]) -> Callable[..., None]:
@@ -148,16 +89,12 @@ def _plan(module: Any, loop: Loop, facts: tuple[int, ...], forced: str) -> Any:
     return module.loop_plan(*loop, facts, forced)
 
 
-def _uses_tf32(dtype: torch.dtype) -> bool:
-    return dtype is torch.float32 and rnn_may_use_tf32()
-
-
 def _loop_of(layer: Layer, dtype: torch.dtype, packed: bool, backward: bool) -> Loop:
     proj_size = layer.width if layer.projected else 0
     return Loop(
         layer.cell.code,
         DTYPES[dtype],
-        _uses_tf32(dtype),
+        precision.of_recurrent_networks(dtype) == "tf32",
         layer.steps,
         layer.batch,
         layer.hidden_size,
@@ -243,11 +180,12 @@ def forward(
     if layer.rows == 0:
         return
     loop = _loop_of(layer, input.dtype, batch_sizes is not None, backward=False)
+    of_rnn = precision.of_recurrent_networks(input.dtype)
     plan = plan_of(engine, loop, input.device)
     directions = _by_direction(weights, layer)
     x = input.reshape(layer.rows, layer.input_size)
     weight_ih = _joined([d.weight_ih for d in directions])
-    with _products_as_rnn(loop.tf32):
+    with precision.products(of_rnn):
         if layer.bias:
             pre = torch.addmm(
                 _joined([d.bias_ih for d in directions if d.bias_ih is not None]), x, weight_ih.t()
@@ -255,7 +193,7 @@ def forward(
         else:
             pre = x @ weight_ih.t()
     if plan.kernel == "steps":
-        with _products_as_rnn(loop.tf32):
+        with precision.products(of_rnn):
             _forward_in_steps(
                 engine, layer, mode, pre, batch_sizes, h0, c0, directions, output, h_n, c_n, saved
             )
@@ -311,7 +249,7 @@ def cell(
         return
     weight_ih, weight_hh, *biases = weights
     bias_ih, bias_hh = biases or (None, None)
-    with _products_as_rnn(_uses_tf32(input.dtype)):
+    with precision.products(precision.of_recurrent_networks(input.dtype)):
         pre = input @ weight_ih.t() if bias_ih is None else torch.addmm(bias_ih, input, weight_ih.t())
         of_step = steps.Weights(weight_hh, bias_hh, None)
         kernels = _cell_kernels(engine, layer, input)
@@ -396,6 +334,7 @@ def backward(
         lead = [None if t is None else t.unsqueeze(0) for t in states]
         h0, c0, saved, grad_h_n, grad_c_n, grad_h0, grad_c0 = lead
     loop = _loop_of(layer, input.dtype, batch_sizes is not None, backward=True)
+    of_rnn = precision.of_recurrent_networks(input.dtype)
     # One step is never worth a persistent kernel.
     in_steps = one_step or plan_of(engine, loop, input.device).kernel == "steps"
     directions, wanted = _by_direction(weights, layer), _by_direction(grad_weights, layer)
@@ -410,11 +349,11 @@ def backward(
     made = _Made(grad_pre, previous, grad_candidate, grad_hidden, grad_h0, grad_c0)
     arguments = (grad_output, grad_h_n, grad_c_n, batch_sizes, h0, c0, directions, output, saved, made)
     if in_steps:
-        with _products_as_rnn(loop.tf32):
+        with precision.products(of_rnn):
             _backward_in_steps(engine, layer, mode, *arguments)
     else:
         _backward_loop(engine, loop, input.device, *arguments)
-    with _products_as_rnn(loop.tf32):
+    with precision.products(of_rnn):
         if grad_input is not None:
             weight_ih = _joined([d.weight_ih for d in directions])
             _product(grad_pre.view(rows, -1), weight_ih, grad_input)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cuda_host
-from fastseq import _C, loops, ops
+from fastseq import _C, loops, ops, precision
 from harness import (
     Case,
     assert_all_as_accurate_as_torch,
@@ -167,7 +167,7 @@ def expected(case: Case, tf32: bool, where: str):
         return run_torch(case, parameters, data, where), exact
     torchs = run_torch_in_tf32(case, parameters, data, where)
     if where == "cuda":  # cuBLAS need not round like that: of the two, tensor by tensor, the less accurate
-        with loops._products_as_rnn(True):
+        with precision.products("tf32"):
             cublas = run_reference(case, parameters, data, torch.float32, where)
         for name, x in exact.items():
             errors = [largest(y[name].double() - x.double()) for y in (torchs, cublas)]

@@ -9,6 +9,7 @@ import torch
 import fastseq
 from devices import HOPPER
 from fastseq import loops
+from fastseq import precision as of_products
 from harness import Case, assert_same_bits, cell_class, make_data, make_module, run_module
 from reference import MODES
 
@@ -48,7 +49,7 @@ def test_autocast_changes_nothing_within_a_cell(twin, mode):
 @pytest.fixture
 def precision():
     """torch's setting for float32 products, put back afterwards."""
-    if loops._get_precision is None:
+    if of_products._get is None:
         pytest.skip("this torch has no fp32_precision")
     before = torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision
     yield torch.backends.cuda.matmul
@@ -61,12 +62,12 @@ def test_precision_of_products_is_what_it_was_after_calls_that_overlap(precision
     entered, leave = threading.Event(), threading.Event()
 
     def other():
-        with loops._products_as_rnn(True):
+        with of_products.products("tf32"):
             entered.set()
             leave.wait(10)
 
     thread = threading.Thread(target=other)
-    with loops._products_as_rnn(True):
+    with of_products.products("tf32"):
         thread.start()
         assert entered.wait(10)
     assert precision.fp32_precision == "tf32", "the other call goes on"
@@ -77,16 +78,26 @@ def test_precision_of_products_is_what_it_was_after_calls_that_overlap(precision
 
 def test_inherited_precision_goes_on_being_inherited(precision):
     precision.fp32_precision, torch.backends.fp32_precision = "none", "tf32"
-    with loops._products_as_rnn(True):
+    with of_products.products("tf32"):
         pass
     torch.backends.fp32_precision = "ieee"
     assert precision.fp32_precision == "ieee"
 
 
-def test_precision_is_left_alone_where_tf32_is_not_used(precision):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_precision_is_left_alone_for_other_dtypes(precision, dtype):
+    precision.fp32_precision = "ieee"
+    with of_products.products(of_products.of_recurrent_networks(dtype)):
+        assert precision.fp32_precision == "ieee"
+
+
+def test_products_are_exact_where_recurrent_networks_are(precision, monkeypatch):
+    """Whatever is allowed for other products."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     precision.fp32_precision = "tf32"
-    with loops._products_as_rnn(False):
-        assert precision.fp32_precision == "tf32"
+    with of_products.products(of_products.of_recurrent_networks(torch.float32)):
+        assert precision.fp32_precision == "ieee"
+    assert precision.fp32_precision == "tf32"
 
 
 def test_sequences_of_like_lengths_share_a_plan(twin):
