@@ -1,7 +1,7 @@
 """tf32 or not: recurrent networks have a setting of their own in torch, and matrix products another.
 
-Within cuDNN both sides of a layer follow the first one. Here torch makes the products around the loop, so they
-are made to follow it for the time of a call.
+Within cuDNN both sides of a layer follow the first one. Here torch makes the products around the loop, so
+they are made to follow it for the time of a call.
 """
 
 from __future__ import annotations
