@@ -260,8 +260,6 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
                                ? std::max<int64_t>(1, int64_t(problem.device.multiprocessors * 0.95) / blocks)
                                : std::max<int64_t>(1, problem.device.multiprocessors / blocks);
   plan.groups_at_once = std::min(plan.groups, cluster() ? plan.groups : together);
-  if (plan.groups_at_once < problem.directions && blocks > 1)
-    return false;  // directions run at the same time
   if (!cluster()) {
     const int64_t launches = divide_up(plan.groups, plan.groups_at_once);
     for (int i = 0; i < layout.products; ++i) {
@@ -329,6 +327,7 @@ LoopPlan loop_plan(const LoopProblem& problem) {
   const int products = products_of(problem, facts);
   LoopPlan best = {};
   best.microseconds = std::numeric_limits<double>::infinity();
+  LoopPlan apart = best;
   const ForcedLoopPlan& forced = problem.forced;
   const int most_columns = math.tensor && products == 1 ? 4 : math.tensor ? 2 : 1;
   const int least_columns = math.tensor && products == 2 ? 2 : 1;
@@ -358,11 +357,14 @@ LoopPlan loop_plan(const LoopProblem& problem) {
         Attempt attempt{problem, math, {}, 0};
         attempt.plan.kernel = kernel, attempt.plan.columns = columns;
         attempt.plan.layout.products = products;
-        if (attempt.lay_out(blocks, facts) && attempt.plan.microseconds < best.microseconds)
-          best = attempt.plan;
+        if (!attempt.lay_out(blocks, facts)) continue;
+        // Directions run at the same time, unless a layer is so large that it fills the GPU by itself.
+        LoopPlan& least = attempt.plan.groups_at_once < problem.directions ? apart : best;
+        if (attempt.plan.microseconds < least.microseconds) least = attempt.plan;
       }
     }
   }
+  if (best.microseconds == std::numeric_limits<double>::infinity()) best = apart;
   const bool free = forced.kernel < 0 && forced.blocks == 0 && forced.columns == 0;
   if (free || forced.kernel == int(LoopKernelKind::kSteps)) {
     const LoopPlan steps = steps_plan(problem, facts, products);
