@@ -109,7 +109,7 @@ if(cuda_reason STREQUAL "")
   message(STATUS "CUDA: ${cuda_names}")
 elseif(FASTSEQ_CUDA STREQUAL "on")
   message(FATAL_ERROR
-    "FASTSEQ_CUDA=on but ${cuda_reason}\non needs a working nvcc >= 12.0\nset FASTSEQ_CUDA=auto")
+    "FASTSEQ_CUDA=on but ${cuda_reason}\non needs a working nvcc >= 12.1\nset FASTSEQ_CUDA=auto")
 else()
   message(STATUS "CUDA: none, ${cuda_reason}")
 endif()

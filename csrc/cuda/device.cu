@@ -4,6 +4,9 @@
 
 #include "probe.h"
 
+static_assert(CUDART_VERSION >= 12010,
+              "CUDA 12.1 or later is needed, for messages between blocks (st.async)");
+
 namespace fastseq {
 
 __global__ void noop_kernel() {}
