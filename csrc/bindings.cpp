@@ -252,6 +252,7 @@ PYBIND11_MODULE(_C, m) {
   for (const Named& d : kDTypeNames) dtypes[d.name] = d.code;
   m.attr("CELLS") = cells;
   m.attr("DTYPES") = dtypes;
+  m.attr("MOST_FUSED_ROWS") = fastseq::kMostFusedRows;
 
   m.def("recurrent_forward", &recurrent_forward);
   m.def("recurrent_backward", &recurrent_backward);

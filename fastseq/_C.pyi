@@ -4,6 +4,7 @@ from typing import Any
 
 CELLS: dict[str, dict[str, Any]]  # mode -> code, gates, saved, cell_state
 DTYPES: dict[str, int]  # "float32" -> code
+MOST_FUSED_ROWS: int  # of cell_forward with weight_hh
 
 # Addresses are ints, 0 where there is none; strides count elements.
 def recurrent_forward(

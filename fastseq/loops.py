@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import _C, precision, steps
 from .checks import DTYPES, Layer, problem
+from .steps import addresses
 
 
 class Engine(NamedTuple):
@@ -138,10 +139,6 @@ def _by_direction(weights: Sequence[Any], layer: Layer) -> list[_Direction]:
     return directions
 
 
-def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-
-
 def _part(tensor: Tensor | None, direction: int) -> Tensor | None:
     """The part of a direction, which comes first in the shapes of states and of `saved`; None if empty."""
     return None if tensor is None or tensor.numel() == 0 else tensor[direction]
@@ -208,7 +205,7 @@ def forward(
         engine.stream(index),
         loop.steps,
         loop.batch,
-        *_addresses(batch_sizes),
+        *addresses(batch_sizes),
         loop.hidden_size,
         loop.proj_size,
         pre.data_ptr(),
@@ -216,7 +213,7 @@ def forward(
         *_strides(output, 2),
         workspace.data_ptr(),
         tuple(
-            _addresses(
+            addresses(
                 d.weight_hh,
                 d.bias_hh,
                 d.weight_hr,
@@ -336,7 +333,8 @@ def backward(
     loop = _loop_of(layer, input.dtype, batch_sizes is not None, backward=True)
     of_rnn = precision.of_recurrent_networks(input.dtype)
     # One step is never worth a persistent kernel.
-    in_steps = one_step or plan_of(engine, loop, input.device).kernel == "steps"
+    plan = None if one_step else plan_of(engine, loop, input.device)
+    in_steps = plan is None or plan.kernel == "steps"
     directions, wanted = _by_direction(weights, layer), _by_direction(grad_weights, layer)
     rows, count, hidden, width = layer.rows, layer.directions, layer.hidden_size, layer.width
     hh_wanted = any(w.weight_hh is not None for w in wanted)
@@ -352,7 +350,7 @@ def backward(
         with precision.products(of_rnn):
             _backward_in_steps(engine, layer, mode, *arguments)
     else:
-        _backward_loop(engine, loop, input.device, *arguments)
+        _backward_loop(engine, loop, plan, input.device, *arguments)
     with precision.products(of_rnn):
         if grad_input is not None:
             weight_ih = _joined([d.weight_ih for d in directions])
@@ -380,6 +378,7 @@ class _Made(NamedTuple):
 def _backward_loop(
     engine: Engine,
     loop: Loop,
+    plan: Any,
     device: torch.device,
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
@@ -392,7 +391,6 @@ def _backward_loop(
     saved: Tensor,
     made: _Made,
 ) -> None:
-    plan = plan_of(engine, loop, device)
     workspace, index = _workspace(plan, output), device.index or 0
     engine.module.loop_backward(
         plan,
@@ -403,17 +401,17 @@ def _backward_loop(
         engine.stream(index),
         loop.steps,
         loop.batch,
-        *_addresses(batch_sizes),
+        *addresses(batch_sizes),
         loop.hidden_size,
         loop.proj_size,
         made.grad_pre.data_ptr(),
         output.data_ptr(),
         *_strides(output, 2),
-        *_addresses(grad_output),
+        *addresses(grad_output),
         *_strides(grad_output, 3),
         workspace.data_ptr(),
         tuple(
-            _addresses(
+            addresses(
                 d.weight_hh,
                 None,
                 d.weight_hr,

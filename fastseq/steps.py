@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _C
+from .checks import CELLS
+
 WHOLE, FIRST, REST = range(3)  # parts of a step
-FUSED_ROWS = 8  # kMostFusedRows of csrc/fastseq.h
-GATES = {"LSTM": 4, "GRU": 3, "GRU_RESET_BEFORE": 3}  # RNN: 1
 
 
 class Kernels(NamedTuple):
@@ -47,9 +48,9 @@ class Kernels(NamedTuple):
         self.module.cell_forward(
             *(self.cell, self.dtype, part, self.device, self.stream, rows, hidden),
             *(pre.data_ptr(), pre.stride(0)),
-            *_addresses(product, weight_hh, bias_hh, h, c, h_next, c_next, output),
+            *addresses(product, weight_hh, bias_hh, h, c, h_next, c_next, output),
             0 if output is None else output.stride(0),
-            *_addresses(saved),
+            *addresses(saved),
         )
 
     def backward(
@@ -67,16 +68,16 @@ class Kernels(NamedTuple):
         rows, hidden = direct.shape
         self.module.cell_backward(
             *(self.cell, self.dtype, part, self.device, self.stream, rows, hidden),
-            *_addresses(saved, previous),
+            *addresses(saved, previous),
             0 if previous is None else previous.stride(0),
             *(n for grad in grads for n in _address_and_strides(grad)),
-            *_addresses(grad_c, grad_pre),
+            *addresses(grad_c, grad_pre),
             grad_pre.stride(0),
-            *_addresses(grad_candidate, direct, grad_c_previous),
+            *addresses(grad_candidate, direct, grad_c_previous),
         )
 
 
-def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
@@ -137,7 +138,7 @@ def take_step(
         hidden = h_next.shape[1]
         operand = torch.empty_like(h_next)
         if saved is None:
-            saved = pre.new_empty((rows, 3, hidden))
+            saved = pre.new_empty((rows, CELLS[mode].saved, hidden))
         product = None if h is None else h @ weights.hh[: 2 * hidden].t()
         kernels.forward(FIRST, pre, product, None, bias, h, None, operand, None, None, saved)
         product = operand @ weights.hh[2 * hidden :].t()
@@ -150,7 +151,7 @@ def take_step(
         if output is not None:
             output.copy_(h_next)
     else:
-        fused = h is not None and h is not h_next and rows <= FUSED_ROWS
+        fused = h is not None and h is not h_next and rows <= _C.MOST_FUSED_ROWS
         product = None if h is None or fused else h @ weights.hh.t()
         weight = weights.hh if fused else None
         kernels.forward(WHOLE, pre, product, weight, bias, h, c, h_next, c_next, output, saved)
@@ -212,7 +213,7 @@ def backward(
 ) -> None:
     """One direction. grad_h (B, R) and grad_c (B, H) are the gradients of the last states, and those of the
     initial ones when it returns."""
-    hidden = grads.pre.shape[1] // GATES.get(mode, 1)
+    hidden = grads.pre.shape[1] // CELLS[mode].gates
     for t in rows.order(not reverse):
         at, n = rows.of(t), rows.sizes[t]
         d_h = grad_h[:n]
