@@ -151,49 +151,83 @@ struct RecurrentLoopArgs {
   void* workspace;  // of the size that the plan says, 256-byte aligned
 };
 
-// ---- one step, with its matrix products made by the caller ----
+// ---- one step of all directions, with its matrix products made by the caller ----
 //
-// A step of a cell with one product is whole. With two, `first` makes the operand of the second product, and
-// `rest` what follows it. Tensors are on the device, and rows dense but where a stride (of rows) is given.
+// A step of a cell with one product is whole. With two, `first` makes the operand of the second product, and `rest`
+// what follows it. That is a reset-before GRU, and a projected LSTM: there the rest of the forward pass takes h from
+// the projection, the first part of the backward pass makes dh, its operand, and what lies between is whole; units of
+// rest and first are those of the projection.
+//
+// What the products read and write is [B, ...] of each direction, states as well, with the step's rows first. The
+// directions may be at different times, and of a packed sequence have different numbers of rows.
 
 enum class StepPart : int { kWhole = 0, kFirst = 1, kRest = 2 };
+
+// One step of the sequence, as the rows lie.
+struct StepRows {
+  int64_t t, offset;  // row of the step's row 0
+  int64_t rows;       // of the step; 0 outside the sequence
+};
+
+struct CellStepDirection {
+  StepRows now;
+  const void* product;  // [B, gates of the part, H]  U h, or null: zero, or made here from weight_hh
+  const void* bias_hh;  // [G*H] or null
+  const void* h;        // [B, H] or null: zeros
+  const void* c;        // [B, H] or null: zeros; LSTM, and z of a reset-before GRU between its parts
+  void* h_next;         // [B, H], may be h; where a second product follows, its operand instead
+  void* c_next;         // [B, H], may be c
+  void* saved;          // [rows, slots, H] as in RecurrentDirection, or null: not wanted
+};
 
 struct CellStepArgs {
   CellKind cell;
   DType dtype;
   StepPart part;
-  int64_t batch, hidden_size;
-  const void* pre;        // [B, G, H]  W x + b_ih
-  const void* product;    // [B, gates of the part, H]  U h, or null: zero, or made here from weight_hh
-  const void* weight_hh;  // [G*H, H] or null; a whole step of at most kMostFusedRows rows
-  const void* bias_hh;    // [G*H] or null
-  const void* h;          // [B, H] or null: zeros
-  const void* c;          // [B, H] or null: zeros
-  void* h_next;           // [B, H], may be h; of a first part the operand instead
-  void* c_next;           // [B, H], may be c
-  void* output;           // [B, H] or null: h_next once more
-  void* saved;            // [B, slots, H] or null: not wanted; a step in parts needs it
-  int64_t pre_stride, output_stride;
+  bool packed;
+  int64_t hidden_size;
+  int directions;
+  CellStepDirection direction[2];
+  const void* pre;        // [rows, D, G, H]  W x + b_ih
+  const void* weight_hh;  // [G*H, H] or null; a whole step of one direction and at most kMostFusedRows rows
+  SequenceTensor<void*> output;  // [T, B, D*H], feature stride 1, or null: not wanted
   int device;
   void* stream;
 };
 constexpr int kMostFusedRows = 8;
 
-// The gradients of a step. dh is the sum of `grad`, and in a rest the gradient of the operand.
+// The gradients of a step.
+struct CellGradDirection {
+  StepRows now, before;  // before: the step that the states came from
+  const void* saved;     // [rows, slots, H]
+  const void* h0;        // [B, H] or null: zeros; of rows without a step before, like c0
+  const void* c0;        // [B, H] or null: zeros; LSTM
+  // [B, H] dh but for the gradient of the output; where a product comes before the part, what that has made.
+  const void* grad;
+  const void* grad_c;  // [B, H] or null: zeros; LSTM
+  // [B, G, H] gradient of U h + b, which the caller multiplies by U; [B, H] dh of a projected LSTM's first part. Rows
+  // that only the other direction has in this step become zero.
+  void* grad_product;
+  // [B, H] the part of dh that does not pass through U, may be grad; a rest adds to it. Null where dh is another
+  // part's.
+  void* direct;
+  void* grad_c_previous;  // [B, H], may be grad_c; LSTM
+  void* previous;         // these three as in LoopDirection, each null: not wanted
+  void* grad_candidate;
+  void* grad_hidden;
+};
+
 struct CellGradArgs {
   CellKind cell;
   DType dtype;
   StepPart part;
-  int64_t batch, hidden_size;
-  const void* saved;     // [B, slots, H]
-  const void* previous;  // [B, H] c of an LSTM, h of a GRU before the step, h of an RNN after it; null: zeros
-  const void* grad[2];   // [B, H], each may be null
-  const void* grad_c;    // [B, H] or null: zeros
-  void* grad_pre;        // [B, G, H]
-  void* grad_candidate;  // [B, H] or null: not wanted; GRU
-  void* direct;          // [B, H] the part of dh that does not pass through U; a rest adds to it
-  void* grad_c_previous;  // [B, H], may be grad_c; LSTM
-  int64_t previous_stride, grad_stride[2], grad_unit_stride[2], grad_pre_stride;
+  bool packed;
+  int64_t hidden_size;
+  int directions;
+  CellGradDirection direction[2];
+  void* grad_pre;                           // [rows, D, G, H]
+  SequenceTensor<const void*> output;       // [T, B, D*H], feature stride 1
+  SequenceTensor<const void*> grad_output;  // [T, B, D*H] or null: zeros
   int device;
   void* stream;
 };

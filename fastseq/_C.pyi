@@ -162,51 +162,25 @@ def loop_backward(
     directions: tuple[tuple[int, ...], ...],
     /,
 ) -> None: ...
+
+# One step of all directions. `common` and the directions' addresses are the same for all steps of a sequence;
+# rows are (t, offset, rows) of each direction's step, for the backward pass also those of the step before it.
 def cell_forward(
-    cell: int,
-    dtype: int,
-    part: int,
-    device: int,
-    stream: int,
-    batch: int,
-    hidden_size: int,
-    pre: int,
-    pre_stride: int,
-    product: int,
-    weight_hh: int,
-    bias_hh: int,
-    h: int,
-    c: int,
-    h_next: int,
-    c_next: int,
-    output: int,
-    output_stride: int,
-    saved: int,
+    # cell, dtype, device, stream, part, packed, hidden_size, pre, weight_hh, output, its strides of t and b
+    common: tuple[int, ...],
+    # each: product, bias_hh, h, c, h_next, c_next, saved
+    directions: tuple[tuple[int, ...], ...],
+    rows: tuple[tuple[int, ...], ...],
     /,
 ) -> None: ...
 def cell_backward(
-    cell: int,
-    dtype: int,
-    part: int,
-    device: int,
-    stream: int,
-    batch: int,
-    hidden_size: int,
-    saved: int,
-    previous: int,
-    previous_stride: int,
-    grad_0: int,
-    grad_0_stride: int,
-    grad_0_unit_stride: int,
-    grad_1: int,
-    grad_1_stride: int,
-    grad_1_unit_stride: int,
-    grad_c: int,
-    grad_pre: int,
-    grad_pre_stride: int,
-    grad_candidate: int,
-    direct: int,
-    grad_c_previous: int,
+    # cell, dtype, device, stream, part, packed, hidden_size, grad_pre, output, its strides of t and b,
+    # grad_output, its strides of t, b and feature
+    common: tuple[int, ...],
+    # each: saved, h0, c0, grad, grad_c, grad_product, direct, grad_c_previous, previous, grad_candidate,
+    # grad_hidden
+    directions: tuple[tuple[int, ...], ...],
+    rows: tuple[tuple[int, ...], ...],
     /,
 ) -> None: ...
 def cuda_device_facts(device: int, /) -> tuple[int, ...]: ...  # as loop_plan takes them

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import _C, precision, steps
 from .checks import DTYPES, Layer, problem
-from .steps import addresses
+from .steps import Gradients, addresses, strides
 
 
 class Engine(NamedTuple):
@@ -148,12 +148,6 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
-def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
-    if tensor is None:
-        return (0,) * count
-    return (tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride()))[:count]
-
-
 def _workspace(plan: Any, like: Tensor) -> Tensor:
     return torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=like.device)
 
@@ -190,10 +184,13 @@ def forward(
         else:
             pre = x @ weight_ih.t()
     if plan.kernel == "steps":
+        h_n.zero_() if h0 is None else h_n.copy_(h0)
+        c = c_n if layer.cell.cell_state else None
+        if c is not None:
+            c.zero_() if c0 is None else c.copy_(c0)
+        kernels, layout = _cell_kernels(engine, layer, input), (layer.steps, layer.batch, batch_sizes)
         with precision.products(of_rnn):
-            _forward_in_steps(
-                engine, layer, mode, pre, batch_sizes, h0, c0, directions, output, h_n, c_n, saved
-            )
+            steps.forward(kernels, mode, layout, _weights(directions), pre, h_n, c, output, _if_any(saved))
         return
     workspace, index = _workspace(plan, input), input.device.index or 0
     engine.module.loop_forward(
@@ -210,7 +207,7 @@ def forward(
         loop.proj_size,
         pre.data_ptr(),
         output.data_ptr(),
-        *_strides(output, 2),
+        *strides(output, 2),
         workspace.data_ptr(),
         tuple(
             addresses(
@@ -248,9 +245,12 @@ def cell(
     bias_ih, bias_hh = biases or (None, None)
     with precision.products(precision.of_recurrent_networks(input.dtype)):
         pre = input @ weight_ih.t() if bias_ih is None else torch.addmm(bias_ih, input, weight_ih.t())
-        of_step = steps.Weights(weight_hh, bias_hh, None)
-        kernels = _cell_kernels(engine, layer, input)
-        steps.take_step(kernels, mode, of_step, pre, h0, c0, h, c, None, saved)
+        of_step = steps.Weights(weight_hh.unsqueeze(0), None if bias_hh is None else [bias_hh], None)
+        states = [None if t is None else t.unsqueeze(0) for t in (h0, c0, h, c)]
+        kernels, slots = _cell_kernels(engine, layer, input), None if saved is None else saved.unsqueeze(0)
+        whole = ((0, 0, layer.batch),)
+        for operation in steps.forward_step(kernels, mode, False, of_step, pre, *states, None, slots):
+            operation(whole)
 
 
 def _cell_kernels(engine: Engine, layer: Layer, input: Tensor) -> steps.Kernels:
@@ -259,45 +259,21 @@ def _cell_kernels(engine: Engine, layer: Layer, input: Tensor) -> steps.Kernels:
     return steps.Kernels(engine.module, layer.cell.code, DTYPES[input.dtype], index, engine.stream(index))
 
 
-def _rows_of(tensor: Tensor | None, direction: int, width: int) -> Tensor | None:
-    """A direction's columns of a tensor of outputs, (rows, R); a copy if its rows are not evenly apart."""
-    if tensor is None:
-        return None
-    return tensor.reshape(-1, tensor.shape[-1])[:, direction * width : (direction + 1) * width]
+def _if_any(tensor: Tensor) -> Tensor | None:
+    """None if empty."""
+    return tensor if tensor.numel() else None
 
 
-def _forward_in_steps(
-    engine: Engine,
-    layer: Layer,
-    mode: str,
-    pre: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    directions: Sequence[_Direction],
-    output: Tensor,
-    h_n: Tensor,
-    c_n: Tensor,
-    saved: Tensor,
-) -> None:
-    rows = steps.Rows(layer.steps, layer.batch, batch_sizes)
-    h_n.zero_() if h0 is None else h_n.copy_(h0)
-    if layer.cell.cell_state:
-        c_n.zero_() if c0 is None else c_n.copy_(c0)
-    even = (
-        output
-        if output.dim() == 2 or output.is_contiguous()
-        else torch.empty_like(pre[:, : output.shape[-1]])
-    )
-    kernels = _cell_kernels(engine, layer, pre)
-    pre = pre.view(layer.rows, layer.directions, -1)
-    for i, d in enumerate(directions):
-        columns = _rows_of(even, i, layer.width)
-        weights = steps.Weights(d.weight_hh, d.bias_hh, d.weight_hr)
-        c = _part(c_n, i)
-        steps.forward(kernels, mode, rows, i == 1, weights, pre[:, i], h_n[i], c, columns, _part(saved, i))
-    if even is not output:
-        output.copy_(even.view(output.shape))
+def _weights(directions: Sequence[_Direction]) -> steps.Weights:
+    """Side by side, so that one product is for all directions."""
+
+    def stacked(tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
+
+    biases = [d.bias_hh for d in directions if d.bias_hh is not None]
+    projections = [d.weight_hr for d in directions if d.weight_hr is not None]
+    hh = stacked([d.weight_hh for d in directions])
+    return steps.Weights(hh, biases or None, stacked(projections) if projections else None)
 
 
 @_plainly
@@ -338,13 +314,13 @@ def backward(
     directions, wanted = _by_direction(weights, layer), _by_direction(grad_weights, layer)
     rows, count, hidden, width = layer.rows, layer.directions, layer.hidden_size, layer.width
     hh_wanted = any(w.weight_hh is not None for w in wanted)
-    candidate_wanted = mode == "GRU" and (in_steps or hh_wanted or any(w.bias_hh is not None for w in wanted))
+    candidate_wanted = mode == "GRU" and (hh_wanted or any(w.bias_hh is not None for w in wanted))
     grad_pre = input.new_empty((rows, count, layer.cell.gates * hidden))
     previous = input.new_empty((count, rows, width)) if hh_wanted else None
     grad_candidate = input.new_empty((count, rows, hidden)) if candidate_wanted else None
     hr_wanted = any(w.weight_hr is not None for w in wanted)
     grad_hidden = input.new_empty((count, rows, width)) if hr_wanted else None
-    made = _Made(grad_pre, previous, grad_candidate, grad_hidden, grad_h0, grad_c0)
+    made = Gradients(grad_pre, previous, grad_candidate, grad_hidden, grad_h0, grad_c0)
     arguments = (grad_output, grad_h_n, grad_c_n, batch_sizes, h0, c0, directions, output, saved, made)
     if in_steps:
         with precision.products(of_rnn):
@@ -364,17 +340,6 @@ def backward(
                 _product(grad_hidden[i].t(), o * torch.tanh(c), grad)
 
 
-class _Made(NamedTuple):
-    """What the loop of the backward pass fills; D directions and all rows, None: not wanted."""
-
-    grad_pre: Tensor  # (rows, D, G*H)
-    previous: Tensor | None  # (D, rows, R) the states before each row
-    grad_candidate: Tensor | None  # (D, rows, H) of U_n h + b_n, GRU
-    grad_hidden: Tensor | None  # (D, rows, R) of h_t, projected LSTM
-    grad_h0: Tensor | None
-    grad_c0: Tensor | None
-
-
 def _backward_loop(
     engine: Engine,
     loop: Loop,
@@ -389,7 +354,7 @@ def _backward_loop(
     directions: Sequence[_Direction],
     output: Tensor,
     saved: Tensor,
-    made: _Made,
+    made: Gradients,
 ) -> None:
     workspace, index = _workspace(plan, output), device.index or 0
     engine.module.loop_backward(
@@ -404,11 +369,11 @@ def _backward_loop(
         *addresses(batch_sizes),
         loop.hidden_size,
         loop.proj_size,
-        made.grad_pre.data_ptr(),
+        made.pre.data_ptr(),
         output.data_ptr(),
-        *_strides(output, 2),
+        *strides(output, 2),
         *addresses(grad_output),
-        *_strides(grad_output, 3),
+        *strides(grad_output, 3),
         workspace.data_ptr(),
         tuple(
             addresses(
@@ -422,11 +387,11 @@ def _backward_loop(
                 _part(saved, i),
                 _part(grad_h_n, i),
                 _part(grad_c_n, i),
-                _part(made.grad_h0, i),
-                _part(made.grad_c0, i),
+                _part(made.h0, i),
+                _part(made.c0, i),
                 _part(made.previous, i),
-                _part(made.grad_candidate, i),
-                _part(made.grad_hidden, i),
+                _part(made.candidate, i),
+                _part(made.hidden, i),
             )
             for i, d in enumerate(directions)
         ),
@@ -446,12 +411,11 @@ def _backward_in_steps(
     directions: Sequence[_Direction],
     output: Tensor,
     saved: Tensor,
-    made: _Made,
+    made: Gradients,
 ) -> None:
-    rows, width = steps.Rows(layer.steps, layer.batch, batch_sizes), layer.width
     kernels = _cell_kernels(engine, layer, output)
     state, cell_state = (
-        (layer.directions, layer.batch, width),
+        (layer.directions, layer.batch, layer.width),
         (layer.directions, layer.batch, layer.hidden_size),
     )
 
@@ -459,30 +423,11 @@ def _backward_in_steps(
         grad = output.new_empty(shape) if of_first is None else of_first
         return grad.zero_() if of_last is None else grad.copy_(of_last)
 
-    grad_h = gradient(grad_h_n, made.grad_h0, state)
-    grad_c = gradient(grad_c_n, made.grad_c0, cell_state) if layer.cell.cell_state else None
-    for i, d in enumerate(directions):
-        reverse, out = i == 1, _rows_of(output, i, width)
-        grads = steps.Gradients(
-            made.grad_pre[:, i], _part(made.grad_candidate, i), _part(made.grad_hidden, i)
-        )
-        steps.backward(
-            kernels,
-            mode,
-            rows,
-            reverse,
-            steps.Weights(d.weight_hh, d.bias_hh, d.weight_hr),
-            _part(h0, i),
-            _part(c0, i),
-            out,
-            _part(saved, i),
-            _rows_of(grad_output, i, width),
-            grad_h[i],
-            _part(grad_c, i),
-            grads,
-        )
-        if made.previous is not None:
-            steps.previous_states(rows, reverse, _part(h0, i), out, made.previous[i])
+    grad_h = gradient(grad_h_n, made.h0, state)
+    grad_c = gradient(grad_c_n, made.c0, cell_state) if layer.cell.cell_state else None
+    layout, weights = (layer.steps, layer.batch, batch_sizes), _weights(directions)
+    arguments = (h0, c0, output, _if_any(saved), grad_output, grad_h, grad_c, made)
+    steps.backward(kernels, mode, layout, weights, *arguments)
 
 
 def _weight_gradients(

@@ -3,11 +3,16 @@
 For the *Cell modules, which have one step, and for layers whose product of one step is so large that
 launching it costs nothing beside it. loops.py says when; csrc/fastseq.h (CellStepArgs, CellGradArgs) what the
 kernels do.
+
+Both directions of a layer take their steps at the same time: every launch, of a product or of a kernel, is
+for both. What a step launches is put together once, as operations on buffers that all steps share; a step
+then calls each of them with its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +22,48 @@ from . import _C
 from .checks import CELLS
 
 WHOLE, FIRST, REST = range(3)  # parts of a step
+
+# Of each direction (t, offset, rows) of a step; in the backward pass the same of the step before it too.
+Now = tuple[tuple[int, ...], ...]
+Operation = Callable[[Now], None]
+
+NOTHING = (0, 0, 0)
+
+
+class Rows:
+    """Which rows each step has: (t, offset, rows), those of step t being offset:offset + rows of all."""
+
+    def __init__(self, steps: int, batch: int, batch_sizes: Tensor | None) -> None:
+        sizes = [batch] * steps if batch_sizes is None else batch_sizes.tolist()
+        self.steps = list(zip(range(steps), accumulate(sizes, initial=0), sizes, strict=False))
+
+    def forward(self, directions: int) -> Iterator[Now]:
+        """Direction 0 from the first step to the last, direction 1 from the last to the first."""
+        return zip(*(self.steps, self.steps[::-1])[:directions], strict=True)
+
+    def backward(self, directions: int) -> Iterator[Now]:
+        """The other way round, each step with the one before it."""
+        steps = self.steps[::-1], self.steps
+        ways = [[a + b for a, b in zip(way, [*way[1:], NOTHING], strict=True)] for way in steps]
+        return zip(*ways[:directions], strict=True)
+
+
+class Product:
+    """result = operand @ weight, or added to it, of every direction and the step's rows."""
+
+    def __init__(self, operand: Tensor, weight: Tensor, result: Tensor, add: bool = False) -> None:
+        self.all, self.weight, self.add = (operand, result), weight, add
+        self.operand, self.result, self.rows = operand, result, result.shape[1]
+
+    def __call__(self, now: Now) -> None:
+        rows = max(step[2] for step in now)
+        if rows != self.rows:
+            self.operand, self.result = (tensor[:, :rows] for tensor in self.all)
+            self.rows = rows
+        if self.add:
+            torch.baddbmm(self.result, self.operand, self.weight, out=self.result)
+        else:
+            torch.bmm(self.operand, self.weight, out=self.result)
 
 
 class Kernels(NamedTuple):
@@ -28,98 +75,49 @@ class Kernels(NamedTuple):
     device: int
     stream: int
 
-    def forward(
+
+class Launch:
+    """A kernel on the step's rows; the tensors of all directions, each a sequence of one for each or None."""
+
+    def __init__(
         self,
-        part: int,
-        pre: Tensor,
-        product: Tensor | None,
-        weight_hh: Tensor | None,
-        bias_hh: Tensor | None,
-        h: Tensor | None,
-        c: Tensor | None,
-        h_next: Tensor,
-        c_next: Tensor | None,
-        output: Tensor | None,
-        saved: Tensor | None,
+        kernel: Callable[..., None],
+        common: tuple[int, ...],
+        directions: int,
+        *tensors: Sequence[Tensor] | Tensor | None,
     ) -> None:
-        rows, hidden = h_next.shape
-        if product is not None:
-            weight_hh = None
-        self.module.cell_forward(
-            *(self.cell, self.dtype, part, self.device, self.stream, rows, hidden),
-            *(pre.data_ptr(), pre.stride(0)),
-            *addresses(product, weight_hh, bias_hh, h, c, h_next, c_next, output),
-            0 if output is None else output.stride(0),
-            *addresses(saved),
+        self.kernel, self.common, self.alive = kernel, common, tensors
+        self.directions = tuple(
+            addresses(*(None if t is None else t[i] for t in tensors)) for i in range(directions)
         )
 
-    def backward(
-        self,
-        part: int,
-        saved: Tensor | None,
-        previous: Tensor | None,
-        grads: tuple[Tensor | None, Tensor | None],
-        grad_c: Tensor | None,
-        grad_pre: Tensor,
-        grad_candidate: Tensor | None,
-        direct: Tensor,
-        grad_c_previous: Tensor | None,
-    ) -> None:
-        rows, hidden = direct.shape
-        self.module.cell_backward(
-            *(self.cell, self.dtype, part, self.device, self.stream, rows, hidden),
-            *addresses(saved, previous),
-            0 if previous is None else previous.stride(0),
-            *(n for grad in grads for n in _address_and_strides(grad)),
-            *addresses(grad_c, grad_pre),
-            grad_pre.stride(0),
-            *addresses(grad_candidate, direct, grad_c_previous),
-        )
+    def __call__(self, now: Now) -> None:
+        self.kernel(self.common, self.directions, now)
 
 
 def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
-def _address_and_strides(tensor: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), *tensor.stride())
-
-
-class Rows:
-    """Which rows each step has: of all rows, one step after another, those of step t are begin[t]:end[t]."""
-
-    def __init__(self, steps: int, batch: int, batch_sizes: Tensor | None) -> None:
-        self.sizes = [batch] * steps if batch_sizes is None else batch_sizes.tolist()
-        self.offsets = [0]
-        for size in self.sizes:
-            self.offsets.append(self.offsets[-1] + size)
-
-    def order(self, reverse: bool) -> Iterator[int]:
-        steps = range(len(self.sizes))
-        return reversed(steps) if reverse else iter(steps)
-
-    def of(self, t: int) -> slice:
-        return slice(self.offsets[t], self.offsets[t + 1])
-
-    def before(self, t: int, reverse: bool) -> tuple[int, slice]:
-        """How many rows of step t have a state from the step before, and where that step's rows are."""
-        other = t + 1 if reverse else t - 1
-        if not 0 <= other < len(self.sizes):
-            return 0, slice(0, 0)
-        return min(self.sizes[t], self.sizes[other]), self.of(other)
+def strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
+    """The first ones of step, row and feature; a packed sequence or a single step has none for steps."""
+    if tensor is None:
+        return (0,) * count
+    return (tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride()))[:count]
 
 
 class Weights(NamedTuple):
-    """Those of one direction that a step multiplies by."""
+    """Those that a step multiplies by, of all directions."""
 
-    hh: Tensor
-    bias_hh: Tensor | None
-    hr: Tensor | None
+    hh: Tensor  # (D, G*H, R)
+    bias_hh: Sequence[Tensor] | None  # (G*H) of each
+    hr: Tensor | None  # (D, R, H)
 
 
-def take_step(
+def forward_step(
     kernels: Kernels,
     mode: str,
+    packed: bool,
     weights: Weights,
     pre: Tensor,
     h: Tensor | None,
@@ -128,40 +126,58 @@ def take_step(
     c_next: Tensor | None,
     output: Tensor | None,
     saved: Tensor | None,
-) -> None:
-    """One step of n rows: pre (n, G*H), h (n, R) and c (n, H) before and after it; output takes h once more.
+) -> list[Operation]:
+    """What a step does: h (D, B, R) and c (D, B, H) before it, which may be None for zeros, h_next and c_next
+    after it, which may be the same; pre (rows, D*G*H), output (T, B, D*R) and saved (D, rows, slots, H)."""
+    directions, batch = h_next.shape[:2]
+    hidden = weights.hh.shape[1] // CELLS[mode].gates
+    operations: list[Operation] = []
 
-    h and c may be None, which means zeros, or be the next ones too. saved is (n, slots, H), or None.
-    """
-    rows, bias = len(pre), weights.bias_hh
+    def multiply(operand: Tensor | None, weight: Tensor) -> Tensor | None:
+        if operand is None:
+            return None
+        result = h_next.new_empty((directions, batch, weight.shape[1]))
+        operations.append(Product(operand, weight.transpose(1, 2), result))
+        return result
+
+    def finish(
+        part: int,
+        product: Tensor | None,
+        h: Tensor | None,
+        c: Tensor | None,
+        h_next: Tensor,
+        c_next: Tensor | None,
+        output: Tensor | None,
+        weight: Tensor | None = None,
+    ) -> None:
+        common = (*kernels[1:], part, packed, h_next.shape[2])
+        common += (*addresses(pre, weight, output), *strides(output, 2))
+        tensors = (product, weights.bias_hh, h, c, h_next, c_next, saved)
+        operations.append(Launch(kernels.module.cell_forward, common, directions, *tensors))
+
     if mode == "GRU_RESET_BEFORE":
-        hidden = h_next.shape[1]
-        operand = torch.empty_like(h_next)
-        if saved is None:
-            saved = pre.new_empty((rows, CELLS[mode].saved, hidden))
-        product = None if h is None else h @ weights.hh[: 2 * hidden].t()
-        kernels.forward(FIRST, pre, product, None, bias, h, None, operand, None, None, saved)
-        product = operand @ weights.hh[2 * hidden :].t()
-        kernels.forward(REST, pre, product, None, bias, h, None, h_next, None, output, saved)
+        z, operand = torch.empty_like(h_next), torch.empty_like(h_next)
+        product = multiply(h, weights.hh[:, : 2 * hidden])
+        finish(FIRST, product, h, None, operand, z, None)
+        product = multiply(operand, weights.hh[:, 2 * hidden :])
+        finish(REST, product, h, z, h_next, None, output)
     elif weights.hr is not None:
-        middle = pre.new_empty((rows, weights.hr.shape[1]))
-        product = None if h is None else h @ weights.hh.t()
-        kernels.forward(WHOLE, pre, product, None, bias, None, c, middle, c_next, None, saved)
-        torch.mm(middle, weights.hr.t(), out=h_next)
-        if output is not None:
-            output.copy_(h_next)
+        operand = h_next.new_empty((directions, batch, hidden))
+        product = multiply(h, weights.hh)
+        finish(WHOLE, product, None, c, operand, c_next, None)
+        product = multiply(operand, weights.hr)
+        finish(REST, product, None, None, h_next, None, output)
     else:
-        fused = h is not None and h is not h_next and rows <= _C.MOST_FUSED_ROWS
-        product = None if h is None or fused else h @ weights.hh.t()
-        weight = weights.hh if fused else None
-        kernels.forward(WHOLE, pre, product, weight, bias, h, c, h_next, c_next, output, saved)
+        fused = directions == 1 and h is not None and h is not h_next and batch <= _C.MOST_FUSED_ROWS
+        product = None if fused else multiply(h, weights.hh)
+        finish(WHOLE, product, h, c, h_next, c_next, output, weights.hh if fused else None)
+    return operations
 
 
 def forward(
     kernels: Kernels,
     mode: str,
-    rows: Rows,
-    reverse: bool,
+    layout: tuple[int, int, Tensor | None],
     weights: Weights,
     pre: Tensor,
     h: Tensor,
@@ -169,38 +185,30 @@ def forward(
     output: Tensor,
     saved: Tensor | None,
 ) -> None:
-    """One direction: pre (rows, G*H), output (rows, R), saved (rows, slots, H) or None. h (B, R) and c (B, H)
-    are the initial states, and the last ones when it returns."""
-    for t in rows.order(reverse):
-        at, n = rows.of(t), rows.sizes[t]
-        h_t, c_t = h[:n], None if c is None else c[:n]
-        take_step(
-            kernels,
-            mode,
-            weights,
-            pre[at],
-            h_t,
-            c_t,
-            h_t,
-            c_t,
-            output[at],
-            None if saved is None else saved[at],
-        )
+    """All steps; `layout`: steps, batch, batch_sizes. h (D, B, R) and c (D, B, H) are the initial states, and
+    the last ones when it returns; the rest as in forward_step."""
+    packed = layout[2] is not None
+    operations = forward_step(kernels, mode, packed, weights, pre, h, c, h, c, output, saved)
+    for now in Rows(*layout).forward(len(h)):
+        for operation in operations:
+            operation(now)
 
 
 class Gradients(NamedTuple):
-    """What the backward pass of one direction leaves; rows as in the sequence."""
+    """What the backward pass fills, D directions and all rows; None: not wanted."""
 
-    pre: Tensor  # (rows, G*H)
-    candidate: Tensor | None  # (rows, H), GRU: of U_n h + b_n
-    hidden: Tensor | None  # (rows, R), projected LSTM: of h_t
+    pre: Tensor  # (rows, D, G*H)
+    previous: Tensor | None  # (D, rows, R) the states before each row
+    candidate: Tensor | None  # (D, rows, H) of U_n h + b_n, GRU
+    hidden: Tensor | None  # (D, rows, R) of h_t, projected LSTM
+    h0: Tensor | None
+    c0: Tensor | None
 
 
 def backward(
     kernels: Kernels,
     mode: str,
-    rows: Rows,
-    reverse: bool,
+    layout: tuple[int, int, Tensor | None],
     weights: Weights,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -211,101 +219,53 @@ def backward(
     grad_c: Tensor | None,
     grads: Gradients,
 ) -> None:
-    """One direction. grad_h (B, R) and grad_c (B, H) are the gradients of the last states, and those of the
-    initial ones when it returns."""
-    hidden = grads.pre.shape[1] // CELLS[mode].gates
-    for t in rows.order(not reverse):
-        at, n = rows.of(t), rows.sizes[t]
-        d_h = grad_h[:n]
-        d_output = None if grad_output is None else grad_output[at]
-        step = _Step(
-            kernels,
-            _states_before(mode, rows, t, reverse, h0, c0, output, saved),
-            None if saved is None else saved[at],
-            None if grad_c is None else grad_c[:n],
-            grads.pre[at],
-            None if grads.candidate is None else grads.candidate[at],
-        )
-        d = step.grad_pre
-        if mode == "GRU_RESET_BEFORE":
-            step.take(FIRST, d_h, d_output, d_h)
-            step.take(REST, d[:, 2 * hidden :] @ weights.hh[2 * hidden :], None, d_h)
-            d_h.addmm_(d[:, : 2 * hidden], weights.hh[: 2 * hidden])
-        elif mode == "GRU":
-            step.take(WHOLE, d_h, d_output, d_h)
-            d_h.addmm_(d[:, : 2 * hidden], weights.hh[: 2 * hidden])
-            d_h.addmm_(step.grad_candidate, weights.hh[2 * hidden :])
-        elif weights.hr is None:
-            step.take(WHOLE, d_h, d_output, d_h)
-            torch.mm(d, weights.hh, out=d_h)
-        else:
-            if d_output is not None:
-                d_h += d_output
-            if grads.hidden is not None:
-                grads.hidden[at] = d_h
-            d_middle = d_h @ weights.hr
-            step.take(WHOLE, d_middle, None, d_middle)
-            torch.mm(d, weights.hh, out=d_h)
+    """All steps. grad_h (D, B, R) and grad_c (D, B, H) are the gradients of the last states; when it returns,
+    grad_c is that of the initial one, and grad_h too if grads.h0 is wanted."""
+    directions, batch, width = grad_h.shape
+    hidden = grads.pre.shape[2] // CELLS[mode].gates
+    packed = layout[2] is not None
+    operations: list[Operation] = []
+    grad_product = grad_h.new_empty((directions, batch, grads.pre.shape[2]))
 
+    def multiply(operand: Tensor, weight: Tensor) -> Tensor:
+        result = grad_h.new_empty((directions, batch, weight.shape[2]))
+        operations.append(Product(operand, weight, result))
+        return result
 
-def _states_before(
-    mode: str,
-    rows: Rows,
-    t: int,
-    reverse: bool,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    output: Tensor,
-    saved: Tensor | None,
-) -> list[tuple[slice, Tensor | None]]:
-    """What step t's gradients need of c (LSTM) or h (GRU) before it, or of h after it (RNN, which saves
-    nothing), for slices of the step's rows: of a reverse direction the last ones may begin with this step."""
-    n = rows.sizes[t]
-    if saved is None:
-        return [(slice(0, n), output[rows.of(t)])]
-    going_on, before = rows.before(t, reverse)
-    states, initial = (saved[:, -1], c0) if mode == "LSTM" else (output, h0)
-    pieces = [
-        (slice(0, going_on), states[before][:going_on]),
-        (slice(going_on, n), None if initial is None else initial[going_on:n]),
-    ]
-    return [(piece, state) for piece, state in pieces if piece.start < piece.stop]
+    def finish(
+        part: int,
+        units: int,
+        grad: Tensor,
+        grad_output: Tensor | None,
+        grad_product: Tensor,
+        direct: Tensor | None,
+        previous: Tensor | None,
+        hidden: Tensor | None = None,
+    ) -> None:
+        common = (*kernels[1:], part, packed, units)
+        common += (*addresses(grads.pre, output), *strides(output, 2))
+        common += (*addresses(grad_output), *strides(grad_output, 3))
+        tensors = (saved, h0, c0, grad, grad_c, grad_product, direct, grad_c)
+        tensors += (previous, grads.candidate, hidden)
+        operations.append(Launch(kernels.module.cell_backward, common, directions, *tensors))
 
-
-def previous_states(rows: Rows, reverse: bool, h0: Tensor | None, output: Tensor, to: Tensor) -> None:
-    """to (rows, R): the state before each row of `output`."""
-    for t, n in enumerate(rows.sizes):
-        going_on, before = rows.before(t, reverse)
-        at = to[rows.of(t)]
-        at[:going_on] = output[before][:going_on]
-        if going_on < n:
-            at[going_on:] = 0 if h0 is None else h0[going_on:n]
-
-
-class _Step(NamedTuple):
-    """The gradients of one step, in pieces of its rows."""
-
-    kernels: Kernels
-    pieces: list[tuple[slice, Tensor | None]]
-    saved: Tensor | None
-    grad_c: Tensor | None
-    grad_pre: Tensor
-    grad_candidate: Tensor | None
-
-    def take(self, part: int, grad: Tensor, more: Tensor | None, direct: Tensor) -> None:
-        """From the gradient of the result, grad + more; direct gets what does not pass through weight_hh."""
-        for piece, previous in self.pieces:
-            saved, grad_c, grad_candidate, second = (
-                None if x is None else x[piece] for x in (self.saved, self.grad_c, self.grad_candidate, more)
-            )
-            self.kernels.backward(
-                part,
-                saved,
-                previous,
-                (grad[piece], second),
-                grad_c,
-                self.grad_pre[piece],
-                grad_candidate,
-                direct[piece],
-                grad_c,
-            )
+    whole = grad_product, weights.hh
+    if mode == "GRU_RESET_BEFORE":
+        split = 2 * hidden
+        finish(FIRST, hidden, grad_h, grad_output, grad_product, grad_h, grads.previous)
+        grad = multiply(grad_product[:, :, split:], weights.hh[:, split:])
+        finish(REST, hidden, grad, None, grad_product, grad_h, None)
+        whole = grad_product[:, :, :split], weights.hh[:, :split]
+    elif weights.hr is not None:
+        operand = torch.empty_like(grad_h)
+        finish(FIRST, width, grad_h, grad_output, operand, grad_h, grads.previous, grads.hidden)
+        grad = multiply(operand, weights.hr)
+        finish(WHOLE, hidden, grad, None, grad_product, None, None)
+    else:
+        finish(WHOLE, hidden, grad_h, grad_output, grad_product, grad_h, grads.previous)
+    operations.append(Product(*whole, grad_h, add=True))
+    for s, now in enumerate(Rows(*layout).backward(directions)):
+        if s + 1 == layout[0] and grads.h0 is None:
+            operations.pop()
+        for operation in operations:
+            operation(now)

@@ -43,8 +43,8 @@ GPUS = {
     "RTX": (8, 9, 46, 101376, 33554432),
 }
 # Small ones, on which small layers take every way through the kernels.
-HOPPER = (9, 0, 8, 232448, 62914560)
-TIGHT_HOPPER = (9, 0, 8, 49152, 62914560)
+HOPPER = (9, 0, 12, 232448, 62914560)
+TIGHT_HOPPER = (9, 0, 12, 49152, 62914560)
 AMPERE = (8, 0, 4, 40000, 1048576)
 TIGHT_AMPERE = (8, 0, 4, 28000, 1048576)
 TINY_AMPERE = (8, 0, 3, 20000, 1048576)

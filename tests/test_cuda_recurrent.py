@@ -104,6 +104,18 @@ def test_without_a_forced_plan_modules_and_cells_run_on_the_kernels(device):
             }
 
 
+@pytest.mark.parametrize("packed", ["", "unsorted"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_steps_launch_for_both_directions_at_the_same_time(device, name, packed):
+    """One kernel a step, two for a second product, whatever the directions."""
+    case = network(name, "float64", bidirectional=True, packed=packed)
+    with device.using("steps") as ran:
+        device.run(case)
+        parts = 2 if two_products(case) else 1
+        launches = [p["pass"] for p in ran]
+        assert launches == ["forward"] * parts * case.steps + ["backward"] * parts * case.steps
+
+
 VARIANTS = [
     Case(batch=11, states=False),
     Case(batch=11, bias=False),

@@ -52,26 +52,54 @@ StepPart part_of(int64_t code) {
   return StepPart(code);
 }
 
+StepRows read_rows(Integers& from) {
+  const int64_t t = from.next(), offset = from.next(), rows = from.next();
+  return {t, offset, rows};
+}
+
 // What both structs of a step begin with.
 template <class Args>
 void read_step(Integers& from, Args& args) {
-  args.cell = cell_of(from.next()), args.dtype = dtype_of(from.next()), args.part = part_of(from.next());
+  args.cell = cell_of(from.next()), args.dtype = dtype_of(from.next());
   args.device = int(from.next()), args.stream = from.pointer<void>();
-  args.batch = from.next(), args.hidden_size = from.next();
+  args.part = part_of(from.next()), args.packed = from.next(), args.hidden_size = from.next();
 }
 
-void run_cell_forward(const py::args& arguments) {
-  Integers from(arguments);
+// common and the directions' addresses are the same for all steps; `rows` is what changes: for each direction the
+// step's rows, and the rows before them.
+struct StepArguments {
+  Integers common, directions, rows;
+  StepArguments(const py::tuple& common, const py::tuple& directions, const py::tuple& rows)
+      : common(common), directions(directions), rows(rows) {}
+
+  // read(direction, its addresses, its rows) for each.
+  template <class Args, class Read>
+  void for_directions(Args& args, Read read) {
+    args.directions = int(directions.left());
+    if (args.directions < 1 || args.directions > 2) throw py::value_error("directions: one or two");
+    for (int i = 0; i < args.directions; ++i) {
+      Integers addresses = directions.nested(), of_rows = rows.nested();
+      read(args.direction[i], addresses, of_rows);
+      if (addresses.left() || of_rows.left()) throw py::type_error("directions: too many integers");
+    }
+    if (common.left() || rows.left())
+      throw py::type_error("too many arguments; the signatures are in _C.pyi");
+  }
+};
+
+void run_cell_forward(const py::tuple& common, const py::tuple& directions, const py::tuple& rows) {
+  StepArguments from(common, directions, rows);
   CellStepArgs args = {};
-  read_step(from, args);
-  args.pre = from.pointer<void>(), args.pre_stride = from.next();
-  args.product = from.pointer<void>(), args.weight_hh = from.pointer<void>(),
-  args.bias_hh = from.pointer<void>();
-  args.h = from.pointer<void>(), args.c = from.pointer<void>();
-  args.h_next = from.pointer<void>(), args.c_next = from.pointer<void>();
-  args.output = from.pointer<void>(), args.output_stride = from.next();
-  args.saved = from.pointer<void>();
-  if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
+  read_step(from.common, args);
+  args.pre = from.common.pointer<void>(), args.weight_hh = from.common.pointer<void>();
+  read_sequence(from.common, 2, args.output);
+  from.for_directions(args, [](CellStepDirection& d, Integers& addresses, Integers& of_rows) {
+    d.now = read_rows(of_rows);
+    d.product = addresses.pointer<void>(), d.bias_hh = addresses.pointer<void>();
+    d.h = addresses.pointer<void>(), d.c = addresses.pointer<void>();
+    d.h_next = addresses.pointer<void>(), d.c_next = addresses.pointer<void>();
+    d.saved = addresses.pointer<void>();
+  });
   const char* error;
   {
     py::gil_scoped_release release;
@@ -80,21 +108,22 @@ void run_cell_forward(const py::args& arguments) {
   check(error, args.device);
 }
 
-void run_cell_backward(const py::args& arguments) {
-  Integers from(arguments);
+void run_cell_backward(const py::tuple& common, const py::tuple& directions, const py::tuple& rows) {
+  StepArguments from(common, directions, rows);
   CellGradArgs args = {};
-  read_step(from, args);
-  args.saved = from.pointer<void>();
-  args.previous = from.pointer<void>(), args.previous_stride = from.next();
-  for (int i = 0; i < 2; ++i) {
-    args.grad[i] = from.pointer<void>();
-    args.grad_stride[i] = from.next(), args.grad_unit_stride[i] = from.next();
-  }
-  args.grad_c = from.pointer<void>();
-  args.grad_pre = from.pointer<void>(), args.grad_pre_stride = from.next();
-  args.grad_candidate = from.pointer<void>(), args.direct = from.pointer<void>();
-  args.grad_c_previous = from.pointer<void>();
-  if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
+  read_step(from.common, args);
+  args.grad_pre = from.common.pointer<void>();
+  read_sequence(from.common, 2, args.output);
+  read_sequence(from.common, 3, args.grad_output);
+  from.for_directions(args, [](CellGradDirection& d, Integers& addresses, Integers& of_rows) {
+    d.now = read_rows(of_rows), d.before = read_rows(of_rows);
+    d.saved = addresses.pointer<void>();
+    d.h0 = addresses.pointer<void>(), d.c0 = addresses.pointer<void>();
+    d.grad = addresses.pointer<void>(), d.grad_c = addresses.pointer<void>();
+    d.grad_product = addresses.pointer<void>(), d.direct = addresses.pointer<void>();
+    d.grad_c_previous = addresses.pointer<void>(), d.previous = addresses.pointer<void>();
+    d.grad_candidate = addresses.pointer<void>(), d.grad_hidden = addresses.pointer<void>();
+  });
   const char* error;
   {
     py::gil_scoped_release release;

@@ -16,15 +16,16 @@ constexpr double kMmaLatency = 40;    // of a warp, for a pair: one mma after an
 constexpr double kPlainLatency = 60;
 constexpr double kRemoteBytes = 14;     // through distributed shared memory into one block
 constexpr double kL2Bytes = 24;         // from L2 into one multiprocessor, while all of them read
+constexpr double kMemoryBytes = 4e6;    // from memory, in a microsecond
 constexpr double kClusterCycles = 500;  // messages: the way there, and the wait for the slowest block
 constexpr double kGridCycles = 1900;    // flags through L2
 constexpr double kBlockCycles = 60;     // a block barrier
 constexpr double kStepCycles = 250;     // what every step has: gate math, latencies of its loads
 constexpr double kRoundCycles = 120;    // each further round of items
 
-// One product by cuBLAS and one kernel of a cell, in microseconds: what launching them from Python takes, and the
-// least that they take on the GPU, a kernel's beginning and end included.
-constexpr double kForwardLaunchMicroseconds = 22, kBackwardLaunchMicroseconds = 45;
+// One product by cuBLAS and one kernel of a cell, in microseconds: what launching them takes (3 of it is Python and
+// torch), and the least that they take on the GPU, a kernel's beginning and end included.
+constexpr double kLaunchMicroseconds = 9;
 constexpr double kProductMicroseconds = 5;
 // Once for a persistent kernel: weights into tiles, and everything that comes before the first step.
 constexpr double kLoopMicroseconds = 25;
@@ -259,6 +260,7 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
   const int64_t together = cluster()
                                ? std::max<int64_t>(1, int64_t(problem.device.multiprocessors * 0.95) / blocks)
                                : std::max<int64_t>(1, problem.device.multiprocessors / blocks);
+  if (together < problem.directions) return false;  // they run at the same time
   plan.groups_at_once = std::min(plan.groups, cluster() ? plan.groups : together);
   if (!cluster()) {
     const int64_t launches = divide_up(plan.groups, plan.groups_at_once);
@@ -279,8 +281,7 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
   return true;
 }
 
-// A launch of each for every product of a step. A product of this size fills the GPU, so that directions run one
-// after the other.
+// A launch of each for every product of a step, for all directions.
 LoopPlan steps_plan(const LoopProblem& p, const ProductFacts (&facts)[kMaxProducts], int products) {
   LoopPlan plan = {};
   plan.kernel = LoopKernelKind::kSteps;
@@ -295,13 +296,17 @@ LoopPlan steps_plan(const LoopProblem& p, const ProductFacts (&facts)[kMaxProduc
                                          : p.dtype == DType::kFloat64 ? 1e5
                                          : p.tf32                     ? 8e5
                                                                       : 2e5);
-  const double launch = p.backward ? kBackwardLaunchMicroseconds : kForwardLaunchMicroseconds;
+  double weights = 0;
   for (int i = 0; i < products; ++i) {
-    const ProductWeights& w = facts[i].weights;
-    const double gates = std::max(facts[i].segments, facts[i].out_gates);
-    const double product = gates * double(w.outputs) * double(w.inputs) * double(p.batch) / rate;
-    plan.microseconds += p.directions * std::max(launch, kProductMicroseconds + product);
+    weights += double(std::max(facts[i].segments, facts[i].out_gates)) * double(facts[i].weights.outputs) *
+               double(facts[i].weights.inputs) * p.directions;
   }
+  const double bytes = weights * (half ? 2 : p.dtype == DType::kFloat64 ? 8 : 4);
+  const double bandwidth =
+      bytes < double(p.device.l2_bytes) ? multiprocessors * kL2Bytes * kCyclesPerMicrosecond : kMemoryBytes;
+  const double gpu =
+      products * kProductMicroseconds + std::max(weights * double(p.batch) / rate, bytes / bandwidth);
+  plan.microseconds = std::max(products * kLaunchMicroseconds, gpu);
   return plan;
 }
 
@@ -327,7 +332,6 @@ LoopPlan loop_plan(const LoopProblem& problem) {
   const int products = products_of(problem, facts);
   LoopPlan best = {};
   best.microseconds = std::numeric_limits<double>::infinity();
-  LoopPlan apart = best;
   const ForcedLoopPlan& forced = problem.forced;
   const int most_columns = math.tensor && products == 1 ? 4 : math.tensor ? 2 : 1;
   const int least_columns = math.tensor && products == 2 ? 2 : 1;
@@ -358,13 +362,10 @@ LoopPlan loop_plan(const LoopProblem& problem) {
         attempt.plan.kernel = kernel, attempt.plan.columns = columns;
         attempt.plan.layout.products = products;
         if (!attempt.lay_out(blocks, facts)) continue;
-        // Directions run at the same time, unless a layer is so large that it fills the GPU by itself.
-        LoopPlan& least = attempt.plan.groups_at_once < problem.directions ? apart : best;
-        if (attempt.plan.microseconds < least.microseconds) least = attempt.plan;
+        if (attempt.plan.microseconds < best.microseconds) best = attempt.plan;
       }
     }
   }
-  if (best.microseconds == std::numeric_limits<double>::infinity()) best = apart;
   const bool free = forced.kernel < 0 && forced.blocks == 0 && forced.columns == 0;
   if (free || forced.kernel == int(LoopKernelKind::kSteps)) {
     const LoopPlan steps = steps_plan(problem, facts, products);
@@ -374,7 +375,8 @@ LoopPlan loop_plan(const LoopProblem& problem) {
     throw std::runtime_error(
         "given: " + describe(problem) + describe(forced) +
         "\naccepted: what fits one of the kernels cluster (compute capability 9.0), grid, "
-        "stream, steps\ntry: another FASTSEQ_CUDA_PLAN, or none, or the module on the CPU");
+        "stream, all directions at the same time, or steps\ntry: another FASTSEQ_CUDA_PLAN, or none, or the "
+        "module on the CPU");
   }
   return best;
 }

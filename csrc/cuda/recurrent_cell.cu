@@ -17,6 +17,14 @@ const char* run_everywhere(const typename Kernel::Args& args, int64_t threads) {
   return launch<Kernel>({blocks, kThreads, 0, 1, false, args.stream}, args);
 }
 
+// Threads that have something to do.
+template <class Args>
+int64_t units_of(const Args& args) {
+  int64_t rows = 0;
+  for (int d = 0; d < args.directions; ++d) rows = std::max(rows, args.direction[d].now.rows);
+  return args.directions * rows * args.hidden_size;
+}
+
 // Calls body(S{}) for the storage type of a dtype.
 template <class Body>
 const char* with_storage(DType dtype, Body body) {
@@ -40,14 +48,14 @@ const char* cell_forward(const CellStepArgs& args) {
   return with_storage(args.dtype, [&](auto storage) {
     using S = decltype(storage);
     if (args.weight_hh) return run_everywhere<FusedCellKernel<S>>(args, args.hidden_size * kWarp);
-    return run_everywhere<CellKernel<S>>(args, args.batch * args.hidden_size);
+    return run_everywhere<CellKernel<S>>(args, units_of(args));
   });
 }
 
 const char* cell_backward(const CellGradArgs& args) {
   const DeviceGuard guard(args.device);
   return with_storage(args.dtype, [&](auto storage) {
-    return run_everywhere<CellGradKernel<decltype(storage)>>(args, args.batch * args.hidden_size);
+    return run_everywhere<CellGradKernel<decltype(storage)>>(args, units_of(args));
   });
 }
 

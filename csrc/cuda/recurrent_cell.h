@@ -1,13 +1,13 @@
-// One step of a cell between matrix products, for the *Cell modules and for layers whose products are too large to
-// stand still (plan "steps").
+// One step of a cell between matrix products, of all directions at the same time: for the *Cell modules, and for
+// layers whose products are too large to stand still (plan "steps").
 //
 // CellKernel, CellGradKernel: a thread makes a unit of a row. Bound by memory: a step reads (2 G + 2) B H elements
 // and writes up to (slots + 2) B H, 0.3 us for an LSTM of H = 512, B = 64 in bfloat16 at 4.8 TB/s; a launch takes
-// longer. 39 to 56 registers, no shared memory.
+// longer. 49 to 64 registers, no shared memory.
 //
 // FusedCellKernel: U h as well, for few rows, where a product of its own would be one more launch. A warp makes all
 // gates of a unit for all rows; its lanes share k, so that the rows of U are read once, in order, G H^2 elements in
-// all (2 MB, 0.5 us from L2, for an LSTM of H = 512 in bfloat16), and h from the first-level cache. 80 registers.
+// all (2 MB, 0.5 us from L2, for an LSTM of H = 512 in bfloat16), and h from the first-level cache. 78 to 80 registers, 118 in float64.
 #pragma once
 
 #include <prim.h>
@@ -24,46 +24,78 @@ template <class S>
 FS_DEVICE ScalarOf<S> read(const void* tensor, int64_t at) {
   return tensor ? ScalarOf<S>(widen(static_cast<const S*>(tensor)[at])) : ScalarOf<S>(0);
 }
+// What the next product reads, or the next step.
 template <class S>
 FS_DEVICE void write(void* tensor, int64_t at, ScalarOf<S> value) {
+  if (tensor) narrow(value, static_cast<S*>(tensor)[at]);
+}
+// What lies until the backward pass.
+template <class S>
+FS_DEVICE void leave(void* tensor, int64_t at, ScalarOf<S> value) {
   if (tensor) keep(static_cast<S*>(tensor) + at, value);
+}
+
+// Rows of the direction that has most of them.
+template <class Args>
+FS_DEVICE int64_t most_rows(const Args& a) {
+  const int64_t rows = a.direction[0].now.rows, others = a.directions == 2 ? a.direction[1].now.rows : 0;
+  return rows > others ? rows : others;
+}
+
+// body(direction, row, unit) for the thread's share of them; rows that the direction does not have too.
+template <class Args, class Body>
+FS_DEVICE void for_units(const Args& a, Body body) {
+  const int64_t of_direction = most_rows(a) * a.hidden_size;
+  for (int64_t i = int64_t(block_index()) * thread_count() + thread_index(); i < a.directions * of_direction;
+       i += int64_t(block_count()) * thread_count()) {
+    const int direction = i >= of_direction;
+    const int64_t j = i - direction * of_direction;
+    body(direction, j / a.hidden_size, j % a.hidden_size);
+  }
 }
 
 // What follows the product, for one unit of one row; u holds the gates of the part, without bias.
 template <class S>
-FS_DEVICE void finish_step(const CellStepArgs& a, int64_t row, int64_t unit, ScalarOf<S>* u) {
+FS_DEVICE void finish_step(const CellStepArgs& a, int direction, int64_t row, int64_t unit, ScalarOf<S>* u) {
   using T = ScalarOf<S>;
-  const int64_t hidden = a.hidden_size, at = row * hidden + unit;
+  const CellStepDirection& d = a.direction[direction];
+  const int64_t hidden = a.hidden_size, at = row * hidden + unit, of_all = d.now.offset + row;
   T x[kMostGates];
-  const auto add_bias = [&](int first, int gates) {
+  const auto read_gates = [&](int first, int last, int gates) {
+    const int64_t from = (of_all * a.directions + direction) * gates * hidden + unit;
     FS_UNROLL
     for (int g = 0; g < kMostGates; ++g) {
-      if (g < first || g >= gates) continue;
-      x[g] = read<S>(a.pre, row * a.pre_stride + g * hidden + unit);
-      u[g] += read<S>(a.bias_hh, g * hidden + unit);
+      if (g < first || g >= last) continue;
+      x[g] = read<S>(a.pre, from + g * hidden);
+      u[g] += read<S>(d.bias_hh, g * hidden + unit);
     }
   };
-  const auto put_h = [&](T h) {
-    write<S>(a.h_next, at, h);
-    write<S>(a.output, row * a.output_stride + unit, h);
-  };
   const auto put_saved = [&](int slots, int i, T value) {
-    if (a.saved) write<S>(a.saved, (row * slots + i) * hidden + unit, value);
+    leave<S>(d.saved, (of_all * slots + i) * hidden + unit, value);
   };
-  const T h = read<S>(a.h, at);
+  const auto put_h = [&](T h) {
+    write<S>(d.h_next, at, h);
+    if (a.output.data) keep(row_at<S>(a.output, a.packed, d.now, row) + direction * hidden + unit, h);
+  };
+  if (a.cell == CellKind::kLstm && a.part == StepPart::kRest) {
+    put_h(u[0]);
+    return;
+  }
+  const T h = read<S>(d.h, at);
   if (a.cell == CellKind::kGruResetBefore) {
     using C = GRUResetBefore<T>;
     T saved[C::kSaved];
     if (a.part == StepPart::kFirst) {
       T operand = 0;
-      add_bias(0, C::kFirstGates);
+      read_gates(0, C::kFirstGates, C::kGates);
       C::first(x, u, h, saved, operand);
       for (int i = 0; i < C::kFirstGates; ++i) put_saved(C::kSaved, i, saved[i]);
+      write<S>(d.c_next, at, saved[C::Z]);
       put_h(operand);
     } else {
       T h_next = 0, unused = 0;
-      add_bias(C::kFirstGates, C::kGates);
-      saved[C::Z] = read<S>(a.saved, (row * C::kSaved + C::Z) * hidden + unit);
+      read_gates(C::kFirstGates, C::kGates, C::kGates);
+      saved[C::Z] = read<S>(d.c, at);
       C::step(x, u, h, T(0), saved, h_next, unused);
       put_saved(C::kSaved, C::N, saved[C::N]);
       put_h(h_next);
@@ -74,11 +106,11 @@ FS_DEVICE void finish_step(const CellStepArgs& a, int64_t row, int64_t unit, Sca
     using C = decltype(cell);
     constexpr int kSlots = C::kSaved + C::kCellState;
     T saved[C::kSaved + 1], h_next = 0, c_next = 0;
-    add_bias(0, C::kGates);
-    take_step<C>(x, u, h, C::kCellState ? read<S>(a.c, at) : T(0), saved, h_next, c_next);
+    read_gates(0, C::kGates, C::kGates);
+    take_step<C>(x, u, h, C::kCellState ? read<S>(d.c, at) : T(0), saved, h_next, c_next);
     if constexpr (C::kCellState) {
       saved[C::kSaved] = c_next;
-      write<S>(a.c_next, at, c_next);
+      write<S>(d.c_next, at, c_next);
     }
     FS_UNROLL
     for (int i = 0; i < kSlots; ++i) put_saved(kSlots, i, saved[i]);
@@ -91,21 +123,22 @@ struct CellKernel {
   using Args = CellStepArgs;
   static constexpr int kThreads = 256;
   static FS_DEVICE void run(const Args& a) {
-    const bool reset_before = a.cell == CellKind::kGruResetBefore;
-    const int gates = a.cell == CellKind::kLstm ? 4 : a.cell == CellKind::kGru || reset_before ? 3 : 1;
-    const int first = a.part == StepPart::kRest ? 2 : 0, last = a.part == StepPart::kFirst ? 2 : gates;
-    const int64_t all = a.batch * a.hidden_size;
-    for (int64_t i = int64_t(block_index()) * thread_count() + thread_index(); i < all;
-         i += int64_t(block_count()) * thread_count()) {
-      const int64_t row = i / a.hidden_size, unit = i % a.hidden_size;
+    const bool lstm = a.cell == CellKind::kLstm, reset_before = a.cell == CellKind::kGruResetBefore;
+    const int gates = lstm ? 4 : a.cell == CellKind::kGru || reset_before ? 3 : 1;
+    const bool rest = a.part == StepPart::kRest;
+    const int first = rest && reset_before ? 2 : 0;
+    const int last = reset_before && !rest ? 2 : rest && lstm ? 1 : gates;
+    for_units(a, [&](int direction, int64_t row, int64_t unit) {
+      const CellStepDirection& d = a.direction[direction];
+      if (row >= d.now.rows) return;
       ScalarOf<S> u[kMostGates] = {};
       FS_UNROLL
       for (int g = 0; g < kMostGates; ++g) {
         if (g < first || g >= last) continue;
-        u[g] = read<S>(a.product, (row * (last - first) + g - first) * a.hidden_size + unit);
+        u[g] = read<S>(d.product, (row * (last - first) + g - first) * a.hidden_size + unit);
       }
-      finish_step<S>(a, row, unit, u);
-    }
+      finish_step<S>(a, direction, row, unit, u);
+    });
   }
 };
 
@@ -130,8 +163,8 @@ struct FusedCellKernel {
         }
         FS_UNROLL
         for (int row = 0; row < kRows; ++row) {
-          if (row >= a.batch) break;
-          const T h = read<S>(a.h, row * a.hidden_size + k);
+          if (row >= a.direction[0].now.rows) break;
+          const T h = read<S>(a.direction[0].h, row * a.hidden_size + k);
           FS_UNROLL
           for (int g = 0; g < kGates; ++g) sums[g * kRows + row] = fma(w[g], h, sums[g * kRows + row]);
         }
@@ -143,11 +176,11 @@ struct FusedCellKernel {
       }
       FS_UNROLL
       for (int row = 0; row < kRows; ++row) {
-        if (row != lane || row >= a.batch) continue;
+        if (row != lane || row >= a.direction[0].now.rows) continue;
         T u[kMostGates] = {};
         FS_UNROLL
         for (int g = 0; g < kGates; ++g) u[g] = sums[g * kRows + row];
-        finish_step<S>(a, row, unit, u);
+        finish_step<S>(a, 0, row, unit, u);
       }
     });
   }
@@ -159,59 +192,130 @@ struct CellGradKernel {
   using T = ScalarOf<S>;
   static constexpr int kThreads = 256;
   static FS_DEVICE void run(const Args& a) {
-    const int64_t all = a.batch * a.hidden_size;
-    for (int64_t i = int64_t(block_index()) * thread_count() + thread_index(); i < all;
-         i += int64_t(block_count()) * thread_count()) {
-      gradients(a, i / a.hidden_size, i % a.hidden_size);
-    }
+    for_units(a, [&](int direction, int64_t row, int64_t unit) { Unit(a, direction, row, unit).run(); });
   }
 
  private:
-  static FS_DEVICE void gradients(const Args& a, int64_t row, int64_t unit) {
-    const int64_t hidden = a.hidden_size, at = row * hidden + unit;
-    T dh = 0;
-    FS_UNROLL
-    for (int i = 0; i < 2; ++i)
-      dh += read<S>(a.grad[i], row * a.grad_stride[i] + unit * a.grad_unit_stride[i]);
-    const T previous = read<S>(a.previous, row * a.previous_stride + unit);
-    const auto saved_at = [&](int slots, int i) {
-      return read<S>(a.saved, (row * slots + i) * hidden + unit);
-    };
-    const auto put = [&](int gate, T d) {
-      write<S>(a.grad_pre, row * a.grad_pre_stride + gate * hidden + unit, d);
-    };
-    if (a.cell == CellKind::kGruResetBefore) {
-      using C = GRUResetBefore<T>;
-      T saved[C::kSaved], d[C::kGrads] = {}, direct = 0, unused = 0;
-      for (int slot = 0; slot < C::kSaved; ++slot) saved[slot] = saved_at(C::kSaved, slot);
-      if (a.part == StepPart::kFirst) {
-        C::step_grad(saved, previous, T(0), T(0), T(0), dh, T(0), d, direct, unused);
-        put(C::Z, d[C::Z]);
-        put(C::N, d[C::N]);
+  struct Unit {
+    const Args& a;
+    const CellGradDirection& d;
+    const int direction;
+    const int64_t row, unit, hidden, at, of_all;
+    const bool active;
+
+    FS_DEVICE Unit(const Args& a, int direction, int64_t row, int64_t unit)
+        : a(a),
+          d(a.direction[direction]),
+          direction(direction),
+          row(row),
+          unit(unit),
+          hidden(a.hidden_size),
+          at(row * hidden + unit),
+          of_all(d.now.offset + row),
+          active(row < d.now.rows) {}
+
+    FS_DEVICE void run() const {
+      if (a.cell == CellKind::kLstm && a.part == StepPart::kFirst) {
+        projected();
+      } else if (a.cell == CellKind::kGruResetBefore) {
+        reset_before();
       } else {
-        direct = read<S>(a.direct, at);
-        C::first_grad(saved, previous, dh, d, direct, unused);
-        put(C::R, d[C::R]);
+        with_cell<T, 1>(a.cell, [&](auto cell) { whole<decltype(cell)>(); });
       }
-      write<S>(a.direct, at, direct);
-      return;
     }
-    with_cell<T, 1>(a.cell, [&](auto cell) {
-      using C = decltype(cell);
-      constexpr int kSlots = C::kSaved + C::kCellState;
-      T saved[kSlots + 1] = {}, d[C::kGrads], direct = 0, dc = 0;
-      for (int slot = 0; slot < kSlots; ++slot) saved[slot] = saved_at(kSlots, slot);
-      C::step_grad(saved, previous, previous, previous, saved[C::kCellState ? C::kSaved : 0], dh,
-                   C::kCellState ? read<S>(a.grad_c, at) : T(0), d, direct, dc);
-      for_constants<C::kGates>([&](auto g) {
-        constexpr int kGrad = C::kInputGrad[g];
-        put(g, d[kGrad]);
+
+    // ---- what a unit reads ----
+
+    FS_DEVICE T output(const StepRows& step) const {
+      return T(widen(row_at<const S>(a.output, a.packed, step, row)[direction * hidden + unit]));
+    }
+    FS_DEVICE T h_before() const { return row < d.before.rows ? output(d.before) : read<S>(d.h0, at); }
+    FS_DEVICE T saved(const StepRows& step, int slots, int i) const {
+      return read<S>(d.saved, ((step.offset + row) * slots + i) * hidden + unit);
+    }
+    FS_DEVICE T grad_h() const {
+      const T dh = read<S>(d.grad, at);
+      if (!a.grad_output.data) return dh;
+      const S* const from = row_at<const S>(a.grad_output, a.packed, d.now, row);
+      return dh + T(widen(from[(direction * hidden + unit) * a.grad_output.stride[2]]));
+    }
+
+    // ---- what it leaves ----
+
+    FS_DEVICE void put_pre(int gates, int gate, T value) const {
+      leave<S>(a.grad_pre, ((of_all * a.directions + direction) * gates + gate) * hidden + unit, value);
+    }
+    FS_DEVICE void put_product(int gates, int gate, T value) const {
+      write<S>(d.grad_product, (row * gates + gate) * hidden + unit, value);
+    }
+    FS_DEVICE void put_previous() const {
+      if (d.previous) leave<S>(d.previous, of_all * hidden + unit, h_before());
+    }
+
+    FS_DEVICE void projected() const {
+      const T dh = active ? grad_h() : T(0);
+      put_product(1, 0, dh);
+      if (!active) return;
+      write<S>(d.direct, at, T(0));
+      leave<S>(d.grad_hidden, of_all * hidden + unit, dh);
+      put_previous();
+    }
+
+    FS_DEVICE void reset_before() const {
+      using C = GRUResetBefore<T>;
+      T of_gates[C::kSaved], grads[C::kGrads] = {};
+      const bool first = a.part == StepPart::kFirst;
+      if (active) {
+        for (int slot = 0; slot < C::kSaved; ++slot) of_gates[slot] = saved(d.now, C::kSaved, slot);
+        const T h = h_before();
+        T direct = 0, unused = 0;
+        if (first) {
+          C::step_grad(of_gates, h, T(0), T(0), T(0), grad_h(), T(0), grads, direct, unused);
+          put_previous();
+        } else {
+          direct = read<S>(d.direct, at);
+          C::first_grad(of_gates, h, grad_h(), grads, direct, unused);
+        }
+        write<S>(d.direct, at, direct);
+      }
+      for_constants<C::kGates>([&](auto gate) {
+        if ((gate == C::R) == first) return;
+        if (active) put_pre(C::kGates, gate, grads[gate]);
+        put_product(C::kGates, gate, grads[gate]);
       });
-      if constexpr (C::kGrads > C::kGates) write<S>(a.grad_candidate, at, d[C::kGates]);
-      if constexpr (C::kDirect) write<S>(a.direct, at, direct);
-      if constexpr (C::kCellState) write<S>(a.grad_c_previous, at, dc);
-    });
-  }
+    }
+
+    template <class C>
+    FS_DEVICE void whole() const {
+      constexpr int kSlots = C::kSaved + C::kCellState;
+      T of_gates[kSlots + 1] = {}, grads[C::kGrads] = {};
+      if (active) {
+        for (int slot = 0; slot < kSlots; ++slot) of_gates[slot] = saved(d.now, kSlots, slot);
+        // c before an LSTM's step, h before a GRU's, h after an RNN's, which saves nothing else.
+        const T state = C::kCellState && row < d.before.rows ? saved(d.before, kSlots, C::kSaved)
+                        : C::kCellState                      ? read<S>(d.c0, at)
+                        : kSlots == 0                        ? output(d.now)
+                                                             : h_before();
+        T direct = 0, dc = 0;
+        C::step_grad(of_gates, state, state, state, of_gates[C::kCellState ? C::kSaved : 0], grad_h(),
+                     C::kCellState ? read<S>(d.grad_c, at) : T(0), grads, direct, dc);
+        for_constants<C::kGates>([&](auto gate) {
+          constexpr int kGrad = C::kInputGrad[gate];
+          put_pre(C::kGates, gate, grads[kGrad]);
+        });
+        if constexpr (C::kGrads > C::kGates) {
+          leave<S>(d.grad_candidate, of_all * hidden + unit, grads[C::kGates]);
+        }
+        write<S>(d.direct, at, direct);
+        if constexpr (C::kCellState) write<S>(d.grad_c_previous, at, dc);
+        put_previous();
+      }
+      for_constants<C::kGates>([&](auto gate) {
+        constexpr int kGrad = C::kRecurrentGrad[gate];
+        put_product(C::kGates, gate, grads[kGrad]);
+      });
+    }
+  };
 };
 
 }  // namespace fastseq::FASTSEQ_ISA

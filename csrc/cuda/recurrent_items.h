@@ -13,12 +13,6 @@ namespace fastseq::FASTSEQ_ISA {
 
 constexpr int kAhead = 2;
 
-// One step of the sequence, as the rows lie.
-struct StepRows {
-  int64_t t, offset;  // row of the step's row 0
-  int64_t rows;       // of the step; 0 outside the sequence
-};
-
 FS_DEVICE StepRows rows_of(const LoopKernelArgs& args, int64_t t) {
   if (t < 0 || t >= args.loop.shape.steps) return {t, 0, 0};
   if (!args.loop.shape.batch_sizes) return {t, t * args.loop.shape.batch, args.loop.shape.batch};
