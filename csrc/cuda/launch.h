@@ -5,18 +5,8 @@
 #include <prim.h>
 
 #include <atomic>
-#include <cstddef>
 
 namespace fastseq::FASTSEQ_ISA {
-
-struct LaunchShape {
-  int64_t blocks;
-  int threads;
-  size_t shared_bytes = 0;
-  int cluster = 1;        // blocks of a cluster; divides `blocks`
-  bool together = false;  // all blocks must run at the same time, because they wait for each other
-  void* stream = nullptr;
-};
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, 1)

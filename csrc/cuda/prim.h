@@ -19,6 +19,8 @@
 #define FS_UNROLL _Pragma("unroll")
 #define FS_NO_UNROLL _Pragma("unroll 1")
 
+#include "portable.h"
+
 namespace fastseq::FASTSEQ_ISA {
 
 struct bfloat16 {
@@ -27,13 +29,8 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
-struct alignas(16) Vector16 {
-  uint32_t word[4];
-};
-
 // ---- who am I ----
 
-constexpr int kWarp = 32;
 FS_DEVICE int thread_index() { return threadIdx.x; }
 FS_DEVICE int thread_count() { return blockDim.x; }
 FS_DEVICE int block_index() { return blockIdx.x; }
@@ -278,20 +275,5 @@ FS_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
 FS_DEVICE double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 FS_DEVICE float tanh(float x) { return tanhf(x); }
 FS_DEVICE double tanh(double x) { return ::tanh(x); }
-// Two sums side by side.
-template <class T>
-struct alignas(2 * sizeof(T)) Two {
-  T value[2];
-};
-
-template <class T>
-FS_DEVICE T relu(T x) {
-  return x <= T(0) ? T(0) : x;
-}
-// dh where h = relu(a) is positive or NaN, else zero.
-template <class T>
-FS_DEVICE T relu_grad(T h, T dh) {
-  return h <= T(0) ? T(0) : dh;
-}
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -4,21 +4,11 @@
 
 #include <prim.h>
 
-#include <cstddef>
 #include <cstring>
 #include <type_traits>
 #include <typeinfo>
 
 namespace fastseq::FASTSEQ_ISA {
-
-struct LaunchShape {
-  int64_t blocks;
-  int threads;
-  size_t shared_bytes = 0;
-  int cluster = 1;        // blocks of a cluster; divides `blocks`
-  bool together = false;  // all blocks run at the same time; without it, one cluster runs after another
-  void* stream = nullptr;
-};
 
 // In which order threads that could all go on are resumed, and clusters that do not run together: a kernel gives
 // the same bits with each. The order stays set until the next call.

@@ -13,11 +13,9 @@
 #define FS_UNROLL
 #define FS_NO_UNROLL
 
-namespace fastseq::FASTSEQ_ISA {
+#include "../cuda/portable.h"
 
-struct alignas(16) Vector16 {
-  uint32_t word[4];
-};
+namespace fastseq::FASTSEQ_ISA {
 
 // ---- who am I ----
 
@@ -28,7 +26,6 @@ struct Who {
 };
 extern Who* who;
 
-constexpr int kWarp = 32;
 FS_DEVICE int thread_index() { return who->thread; }
 FS_DEVICE int thread_count() { return who->threads; }
 FS_DEVICE int block_index() { return who->block; }
@@ -135,19 +132,5 @@ FS_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 FS_DEVICE double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 FS_DEVICE float tanh(float x) { return std::tanh(x); }
 FS_DEVICE double tanh(double x) { return std::tanh(x); }
-// Two sums side by side.
-template <class T>
-struct alignas(2 * sizeof(T)) Two {
-  T value[2];
-};
-
-template <class T>
-FS_DEVICE T relu(T x) {
-  return x <= T(0) ? T(0) : x;
-}
-template <class T>
-FS_DEVICE T relu_grad(T h, T dh) {
-  return h <= T(0) ? T(0) : dh;
-}
 
 }  // namespace fastseq::FASTSEQ_ISA
