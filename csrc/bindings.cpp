@@ -17,6 +17,7 @@
 
 #include "arguments.h"
 #include "cpu/engine.h"
+#include "cpu/team.h"
 #include "cuda/plan_bindings.h"
 #include "cuda/probe.h"
 #include "fastseq.h"
@@ -253,6 +254,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("CELLS") = cells;
   m.attr("DTYPES") = dtypes;
   m.attr("MOST_FUSED_ROWS") = fastseq::kMostFusedRows;
+  m.attr("UNIT_QUANTUM") = fastseq::kUnitQuantum;
 
   m.def("recurrent_forward", &recurrent_forward);
   m.def("recurrent_backward", &recurrent_backward);
@@ -260,6 +262,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_tensors",
         [](py::handle tensor, py::handle parameter) { return g_tensors.use(tensor.ptr(), parameter.ptr()); });
   m.def("recurrent_plan", &recurrent_plan);
+  m.def("available_threads", &fastseq::available_threads);
   m.def("cpu_info", [] {
     py::dict d;
     d["isa"] = fastseq::engine().isa;

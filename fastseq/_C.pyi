@@ -5,6 +5,7 @@ from typing import Any
 CELLS: dict[str, dict[str, Any]]  # mode -> code, gates, saved, cell_state
 DTYPES: dict[str, int]  # "float32" -> code
 MOST_FUSED_ROWS: int  # of cell_forward with weight_hh
+UNIT_QUANTUM: int  # the least hidden units of a unit part of recurrent_plan
 
 # Addresses are ints, 0 where there is none; strides count elements.
 def recurrent_forward(
@@ -89,6 +90,7 @@ def recurrent_plan(
     backward: bool,
     /,
 ) -> dict[str, int | str]: ...
+def available_threads(requested: int, /) -> int: ...  # of those, how many a call may use here and now
 
 # ---- the CUDA engine; all but loop_plan only where cuda_info()["built"], and in the tests' host twin ----
 

@@ -14,7 +14,6 @@ constexpr double kFarBytes = 16 << 20;     // what of L3 the gradients may take
 constexpr double kBarrierNs = 250;         // two threads meet
 constexpr double kRegionNs = 4000;         // waking the threads
 constexpr double kGateNs = 1.5;            // one gate of one unit of one row
-constexpr int64_t kUnitQuantum = 16;       // one vector of the widest instruction set
 
 double element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 

@@ -26,6 +26,9 @@ struct RecurrentProblem {
   const int* forced_plan;  // [4], see RecurrentArgs
 };
 
+// A unit part has so many hidden units at least: one vector of the widest instruction set.
+constexpr int64_t kUnitQuantum = 16;
+
 RecurrentPlan recurrent_plan(const RecurrentProblem& problem);
 
 }  // namespace fastseq
