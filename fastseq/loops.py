@@ -106,13 +106,49 @@ def _loop_of(layer: Layer, dtype: torch.dtype, packed: bool, backward: bool) -> 
     )
 
 
-def plan_of(engine: Engine, loop: Loop, device: torch.device) -> Any:
+def plan_of(engine: Engine, loop: Loop, device: torch.device, forced: str | None = None) -> Any:
     """The plan for a loop on a device; FASTSEQ_CUDA_PLAN=kernel[:blocks[xcolumns]] forces one."""
-    forced = os.environ.get("FASTSEQ_CUDA_PLAN", "")
+    if forced is None:
+        forced = os.environ.get("FASTSEQ_CUDA_PLAN", "")
     # Only what is done once a call, and the room for offsets of packed rows, goes by the steps: their next
     # power of two, so that sequences of many lengths have few plans.
     loop = loop._replace(steps=1 << (loop.steps - 1).bit_length())
     return _plan(engine.module, loop, engine.facts(device.index or 0), forced)
+
+
+def plan_in_data(
+    engine: Engine,
+    layer: Layer,
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: bool,
+    one_step: bool,
+    backward: bool,
+) -> dict[str, Any]:
+    """What the engine does with a call, see ops.Kernels.plan. Beside the plan, those that each kernel would
+    have if it were forced, and that there would be with other settings; None where nothing fits."""
+    plan = {"engine": "loop", "facts": engine.facts(device.index or 0), "partition": {}}
+    if layer.rows == 0:
+        return plan | {"kernel": "none"}
+    if one_step:
+        return plan | {"kernel": "cell"}
+    loop = _loop_of(layer, dtype, packed, backward)
+
+    def described(loop: Loop, forced: str | None) -> dict[str, Any] | None:
+        try:
+            return plan_of(engine, loop, device, forced).describe()
+        except RuntimeError:  # nothing fits
+            return None
+
+    chosen = plan_of(engine, loop, device).describe()
+    return plan | {
+        "kernel": chosen.pop("kernel"),
+        "partition": chosen,
+        "tf32": loop.tf32,
+        "alone": {kernel: described(loop, kernel) for kernel in ("cluster", "grid", "stream", "steps")},
+        "not_forced": described(loop, ""),
+        "in_tf32": described(loop._replace(tf32=True), "") if dtype is torch.float32 else None,
+    }
 
 
 # --------------------------------------------------------------------------------------------- the two passes

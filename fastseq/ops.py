@@ -14,6 +14,7 @@ T steps, B batch, I input_size, H hidden_size, R recurrent size (proj_size or H)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -453,15 +454,56 @@ def _cpu_backward(
     )
 
 
+# ---------------------------------------------------------------------------------------------------- plans
+
+
+def _cpu_plan(
+    layer: Layer, dtype: torch.dtype, device: torch.device, packed: bool, one_step: bool, backward: bool
+) -> dict[str, Any]:
+    """What the CPU's engine does with a call; see Kernels.plan."""
+
+    def cut(threads: int) -> dict[str, Any]:
+        return _C.recurrent_plan(
+            layer.cell.code,
+            DTYPES[dtype],
+            threads,
+            layer.steps,
+            layer.batch,
+            layer.input_size,
+            layer.hidden_size,
+            layer.width if layer.projected else 0,
+            layer.directions,
+            backward,
+        )
+
+    # The backward pass packs its weights even for one step.
+    kernel = "sequence" if backward or layer.steps != 1 else "cell" if one_step else "step"
+    threads = _C.available_threads(torch.get_num_threads())
+    return {
+        "engine": "cpu",
+        "kernel": kernel,
+        "partition": cut(threads),
+        "available_threads": threads,
+        "threads_on_all_cpus": cut(len(os.sched_getaffinity(0)))["threads"],
+    }
+
+
 # --------------------------------------------------------------------------------------------- registration
+
+OPERATORS = ("recurrent", "recurrent_cell", "recurrent_backward")
 
 
 class Kernels(NamedTuple):
-    """The three operators on one device."""
+    """The three operators on one device.
+
+    plan(layer, dtype, device, packed, one_step, backward), for fastseq.explain: what such a call runs, as
+    data; the name of the engine under "engine", which says what the rest means (see plan_words.ENGINES).
+    """
 
     recurrent: Callable[..., Any]
     recurrent_cell: Callable[..., Any]
     recurrent_backward: Callable[..., Any]
+    plan: Callable[..., dict[str, Any]] | None = None
 
 
 def loop_kernels(engine: loops.Engine) -> Kernels:
@@ -470,19 +512,23 @@ def loop_kernels(engine: loops.Engine) -> Kernels:
         partial(_run_layer, partial(loops.forward, engine)),
         partial(_run_cell, partial(loops.cell, engine)),
         partial(_run_backward, partial(loops.backward, engine)),
+        partial(loops.plan_in_data, engine),
     )
 
 
 KERNELS = {
     "cpu": Kernels(
-        partial(_run_layer, _cpu_layer), partial(_run_cell, _cpu_cell), partial(_run_backward, _cpu_backward)
+        partial(_run_layer, _cpu_layer),
+        partial(_run_cell, _cpu_cell),
+        partial(_run_backward, _cpu_backward),
+        _cpu_plan,
     )
 }
 if _C.cuda_info()["built"]:
     KERNELS["cuda"] = loop_kernels(loops.CUDA)
 
 for _name, _fake in zip(
-    Kernels._fields, (_recurrent_fake, _recurrent_cell_fake, _recurrent_backward_fake), strict=True
+    OPERATORS, (_recurrent_fake, _recurrent_cell_fake, _recurrent_backward_fake), strict=True
 ):
     for _device, _kernels in KERNELS.items():
         _library.impl(_name, getattr(_kernels, _name), _device.upper())
@@ -500,7 +546,7 @@ def _kernels(*tensors: Tensor | None) -> Any:
     return KERNELS.get(_plain_device(*tensors), _DISPATCHED) if _nobody_listens() else _DISPATCHED
 
 
-_DISPATCHED = Kernels(*(getattr(torch.ops.fastseq, name).default for name in Kernels._fields))
+_DISPATCHED = Kernels(*(getattr(torch.ops.fastseq, name).default for name in OPERATORS))
 
 
 def recurrent(

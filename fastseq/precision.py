@@ -15,6 +15,9 @@ import torch
 _get = getattr(torch._C, "_get_fp32_precision_getter", None)  # from torch 2.9 on
 _set = getattr(torch._C, "_set_fp32_precision_setter", None)
 
+# What a user writes to allow tf32 in recurrent networks.
+SETTING = "torch.backends.cudnn." + ("allow_tf32 = True" if _get is None else "rnn.fp32_precision = 'tf32'")
+
 
 def of_recurrent_networks(dtype: torch.dtype) -> str | None:
     """ "tf32" or "ieee", by torch.backends.cudnn's fp32_precision or allow_tf32; None for another dtype."""
