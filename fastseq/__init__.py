@@ -22,6 +22,7 @@ except ModuleNotFoundError as _error:
 
 from . import functional
 from .config import show_config
+from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __version__ = _version("fastseq")
@@ -33,6 +34,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "__version__",
+    "explain",
     "functional",
     "show_config",
 ]

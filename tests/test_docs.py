@@ -38,7 +38,9 @@ def test_docstring_examples_run(module):
         assert not output, "".join(output)
 
 
-@pytest.mark.parametrize("thing", [*MODULES, *FUNCTIONS, fastseq.show_config], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    "thing", [*MODULES, *FUNCTIONS, fastseq.explain, fastseq.show_config], ids=lambda x: x.__name__
+)
 def test_public_docstring_has_a_runnable_example(thing):
     assert ">>> " in thing.__doc__
 

@@ -1,0 +1,367 @@
+"""Which kernel runs, how it is cut, what is saved, and why nothing faster.
+
+explain() makes one call under a recorder, a TorchDispatchMode of this thread, which sees every operator of
+torch.ops.fastseq, runs it as it would have run, and asks the plan of that call of the kernels' owner
+(ops.Kernels.plan). A plan is data, and two tables make words of it:
+
+    _READERS              for each operator, what its arguments and results say about the call
+    plan_words.ENGINES    for each engine that a plan may name, the plan in words and the reasons
+
+Another operator needs an entry in the first, another engine one in the second.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import ops, plan_words
+from .checks import Layer, check_layer, problem
+from .plan_words import amount
+
+
+class Plan(NamedTuple):
+    """How one pass of a call runs."""
+
+    kernel: str  # CPU: sequence, step, cell; CUDA: cluster, grid, stream, steps, cell; none if nothing runs
+    architecture: str  # the instruction set of a CPU, or a GPU's compute capability
+    partition: dict[str, Any]  # the plan's numbers
+    words: tuple[str, ...]  # the same, in words
+    reasons: tuple[str, ...]  # why it is not faster, each with the setting that would change it
+
+
+class Call(NamedTuple):
+    """One call of an operator of torch.ops.fastseq."""
+
+    operator: str
+    title: str  # what it is called with, in words
+    mode: str  # LSTM, GRU, GRU_RESET_BEFORE, RNN_TANH, RNN_RELU
+    weight: str  # which layer: the name of its first recurrent weight in the state_dict, "" if it has none
+    layer: Layer  # the sizes
+    packed: bool
+    dtype: torch.dtype
+    device: torch.device
+    plan: Plan
+    backward: Plan | None  # the plan of the backward pass for which this call saved; None if it saved nothing
+    saved: dict[str, int]  # bytes of the tensors that are kept for the backward pass
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(self.saved.values())
+
+    def __str__(self) -> str:
+        return _call_in_words(self)
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """The calls in order. Iterating, indexing and len() give them; str() is made for people."""
+
+    calls: tuple[Call, ...]
+    replaceable: tuple[str, ...]  # torch.nn's recurrent modules in what was called, and what can replace each
+
+    def __iter__(self) -> Iterator[Call]:
+        return iter(self.calls)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __getitem__(self, index: int) -> Call:
+        return self.calls[index]
+
+    def __str__(self) -> str:
+        counts = Counter(str(call) for call in self.calls)  # in the order of the first of each
+        parts = [text if n == 1 else f"{n} calls, each: {text}" for text, n in counts.items()]
+        parts = parts or ["no fastseq kernel was called"]
+        if self.replaceable:
+            parts.append("\n".join(["fastseq can replace:", *(f"  {line}" for line in self.replaceable)]))
+        return "\n".join(parts)
+
+    __repr__ = __str__
+
+
+def explain(module_or_function: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Explanation:
+    """Which kernel on what hardware, how the work is cut, what is saved, and why not something faster.
+
+    Calls `module_or_function(*inputs, **kwargs)` once, for real: gradients are recorded or not as outside of
+    explain(), and a module in training mode updates its buffers. Afterwards torch's random state is as it
+    was, and the results are dropped. Seen are the calls of this thread and of a backward pass that it starts;
+    what torch.compile has compiled runs as it was written, which calls the same operators.
+
+    Args:
+        module_or_function: a module of fastseq, a function of fastseq.functional, or anything that uses them.
+        inputs, kwargs: what it is called with.
+
+    Returns:
+        The calls of fastseq's operators in order, printable, each with the fields operator, mode, weight,
+        layer (steps, batch, input_size, hidden_size, width, directions, ...), packed, dtype, device, saved,
+        saved_bytes, plan and, if something was saved, backward. A plan has kernel, architecture, partition,
+        words and reasons. Without any call it says so, and which modules of torch.nn fastseq could replace.
+
+    Raises:
+        TypeError: something that cannot be called.
+        Whatever the call raises.
+
+    Example:
+        >>> lstm = fastseq.LSTM(8, 16, num_layers=2)
+        >>> explanation = fastseq.explain(lstm, torch.randn(5, 3, 8))
+        >>> [(call.mode, call.weight, call.layer.steps, call.plan.kernel) for call in explanation]
+        [('LSTM', 'weight_hh_l0', 5, 'sequence'), ('LSTM', 'weight_hh_l1', 5, 'sequence')]
+        >>> print(explanation)  # doctest: +ELLIPSIS
+        LSTM, float32 on cpu, T 5, B 3, I 8, H 16 (weight_hh_l0)
+          forward   sequence, ...
+        >>> print(fastseq.explain(torch.nn.GRU(8, 16), torch.randn(5, 3, 8)))
+        no fastseq kernel was called
+        fastseq can replace:
+          torch.nn.GRU with fastseq.GRU
+    """
+    if not callable(module_or_function):
+        raise TypeError(
+            problem(
+                f"module_or_function of type {type(module_or_function).__name__}",
+                "a module or a function, which is called with the other arguments",
+                "fastseq.explain(module, input)",
+            )
+        )
+    modules = _modules_of(module_or_function)
+    recorder = _Recorder(_names_of_weights(modules))
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(gpus), _nothing_compiles(), recorder:
+        module_or_function(*inputs, **kwargs)
+    return Explanation(tuple(recorder.calls), _replaceable(modules))
+
+
+# ------------------------------------------------------------------------------------------------ recording
+
+
+def _nothing_compiles() -> AbstractContextManager[Any]:
+    """What torch.compile has compiled runs as it was written: the operators are the same, and it would
+    remember of functions that it meets under a recorder that they cannot be compiled."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+class _Recorder(TorchDispatchMode):
+    """Runs everything as without it, and lists the calls of fastseq's operators."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names, self.calls = names, []  # names of recurrent weights by address
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # loading it takes seconds, and nothing compiles in here
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace != "fastseq" or name not in _READERS:
+            return func(*args, **(kwargs or {}))
+        # As from fastseq.autograd: in here the mode is off, so the kernel is found as it is outside.
+        results = getattr(ops, name)(*args)
+        self.calls.append(_READERS[name](self.names, args, results))
+        return results
+
+
+def _read_layer(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
+    input, batch_sizes, h0, c0, weights, mode, directions, bias, _, save = arguments
+    layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
+    output, _, _, gates = results
+    kept = {"input": input, "batch_sizes": batch_sizes, "h0": h0, "c0": c0, "output": output, "gates": gates}
+    return _call("recurrent", names, mode, layer, input, weights, kept if save else None, batch_sizes)
+
+
+def _read_cell(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
+    input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save = arguments
+    weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
+    layer = check_layer(input, None, h0, c0, weights, mode, 1, bias_ih is not None, one_step=True)
+    kept = {"input": input, "h0": h0, "c0": c0, "output": results[0], "gates": results[-1]}
+    return _call("recurrent_cell", names, mode, layer, input, weights, kept if save else None, one_step=True)
+
+
+def _read_gradients(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:
+    _, _, _, input, batch_sizes, h0, c0, weights, _, _, mode, directions, bias, _ = arguments
+    one_step = batch_sizes is None and input.dim() == 2
+    layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias, one_step)
+    return _call("recurrent_backward", names, mode, layer, input, weights, None, batch_sizes, one_step)
+
+
+_READERS = dict(zip(ops.OPERATORS, (_read_layer, _read_cell, _read_gradients), strict=True))
+
+
+def _call(
+    operator: str,
+    names: dict[int, str],
+    mode: str,
+    layer: Layer,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    kept: dict[str, Tensor | None] | None,
+    batch_sizes: Tensor | None = None,
+    one_step: bool = False,
+) -> Call:
+    plan = partial(_plan, mode, layer, input, weights, batch_sizes is not None, one_step)
+    saved = {name: x.nbytes for name, x in (kept or {}).items() if x is not None}
+    if kept is not None:
+        saved["weights"] = sum(weight.nbytes for weight in weights)
+    weight = names.get(_address(weights[1]), "")
+    return Call(
+        operator,
+        _title(operator, mode, weight, layer, input, batch_sizes is not None),
+        mode,
+        weight,
+        layer,
+        batch_sizes is not None,
+        input.dtype,
+        input.device,
+        plan(operator == "recurrent_backward"),
+        plan(True) if kept is not None else None,
+        {name: size for name, size in saved.items() if size},
+    )
+
+
+def _plan(
+    mode: str,
+    layer: Layer,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    packed: bool,
+    one_step: bool,
+    backward: bool,
+) -> Plan:
+    """What the owner of the device's kernels says of a call, and its engine in words."""
+    kernels = ops.KERNELS.get(input.device.type)
+    if kernels is None or kernels.plan is None:
+        return Plan("none", "", {}, (), (f"nothing is computed on device {input.device}",))
+    try:
+        plan = kernels.plan(layer, input.dtype, input.device, packed, one_step, backward)
+    except RuntimeError as error:  # of a backward pass that will fail: a call that failed has raised
+        return Plan(
+            "none", "", {}, (), tuple(f"it will fail, {line}" for line in str(error).splitlines()[:1])
+        )
+    architecture, words, reasons = plan_words.ENGINES[plan["engine"]](plan, mode, layer, input.dtype)
+    if any(not weight.is_contiguous() for weight in weights):
+        reasons.append("weights that are not contiguous are copied in every call: weight.contiguous()")
+    return Plan(plan["kernel"], architecture, plan["partition"], tuple(words), tuple(reasons))
+
+
+# -------------------------------------------------------------------------------------- modules in a callable
+
+
+def _modules_of(function: Callable[..., Any]) -> dict[str, nn.Module]:
+    """The modules that are called, that have or hold the method that is called, or that a function names."""
+    while isinstance(function, partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    owner = getattr(function, "__self__", None)
+    found: dict[str, Any] = {"": function, "self": owner, **getattr(owner, "__dict__", {})}
+    if inspect.isfunction(function):
+        with suppress(ValueError):  # of a variable that has no value yet
+            used = inspect.getclosurevars(function)
+            found |= {**used.globals, **used.nonlocals}
+    modules: dict[str, nn.Module] = {}
+    for prefix, value in found.items():
+        if isinstance(value, nn.Module):
+            modules |= value.named_modules(prefix=prefix)
+    return modules
+
+
+def _names_of_weights(modules: dict[str, nn.Module]) -> dict[int, str]:
+    """The names of recurrent weights by address, which is what the operators know of them."""
+    return {
+        address: f"{prefix}.{name}" if prefix else name
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name.startswith("weight_hh") and (address := _address(parameter))
+    }
+
+
+def _address(weight: Tensor) -> int:
+    """0 of tensors that have none: those of subclasses, without data, or in another layout."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided and not weight.is_meta
+    return weight.data_ptr() if plain else 0
+
+
+_REPLACEABLE = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+
+
+def _replaceable(modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    return tuple(
+        f"{f'{name}, ' if name else ''}torch.nn.{type(module).__name__} with fastseq.{type(module).__name__}"
+        for name, module in modules.items()
+        if type(module) in _REPLACEABLE
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- words
+
+
+def _of_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_INDENT = 12 * " "
+
+
+def _wrap(text: str, begin: str) -> list[str]:
+    return textwrap.wrap(text, 120, initial_indent=begin, subsequent_indent=len(begin) * " ")
+
+
+def _title(operator: str, mode: str, weight: str, layer: Layer, input: Tensor, packed: bool) -> str:
+    words = ["the gradients of " * (operator == "recurrent_backward") + mode]
+    words += [f"{_of_dtype(input.dtype)} on {input.device}"]
+    words += [f"T {layer.steps}"] * (operator != "recurrent_cell")
+    words += [f"B {layer.batch}", f"I {layer.input_size}", f"H {layer.hidden_size}"]
+    words += [f"R {layer.width}"] * layer.projected
+    words += ["both directions"] * (layer.directions == 2)
+    words += [f"packed in {layer.rows} rows"] * packed
+    return ", ".join(words) + f" ({weight})" * bool(weight)
+
+
+def _call_in_words(call: Call) -> str:
+    lines = [call.title]
+    plans = {"forward": call.plan, "backward": call.backward}
+    if call.operator == "recurrent_backward":
+        plans = {"backward": call.plan}
+    for name, plan in plans.items():
+        if plan is None:
+            continue
+        where = f", {plan.architecture}" if plan.architecture else ""
+        first, *rest = plan.words or ("",)
+        lines += _wrap(f"{plan.kernel}{where}{', ' if first else ''}{first}", f"  {name:<9} ")
+        for line in rest:
+            lines += _wrap(line, _INDENT)
+    if call.saved:
+        parts = ", ".join(f"{name} {amount(size)}" for name, size in call.saved.items())
+        lines += _wrap(f"{amount(call.saved_bytes)} for the backward pass: {parts}", f"  {'saved':<9} ")
+    elif call.operator != "recurrent_backward":
+        lines.append(f"  {'saved':<9} nothing")
+    for reason in _reasons_of(plans):
+        lines += _wrap(reason, "  - ")
+    return "\n".join(lines)
+
+
+def _reasons_of(plans: dict[str, Plan | None]) -> list[str]:
+    """Those of both passes once, those of one with its name."""
+    of_pass = {name: plan.reasons for name, plan in plans.items() if plan is not None}
+    lines: list[str] = []
+    for name, reasons in of_pass.items():
+        for reason in reasons:
+            everywhere = all(reason in others for others in of_pass.values())
+            line = reason if everywhere else f"{name}: {reason}"
+            if line not in lines:
+                lines.append(line)
+    return lines

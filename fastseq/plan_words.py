@@ -1,0 +1,216 @@
+"""The plan of a call in words, and why it is not faster: what ops.Kernels.plan gives, for fastseq.explain.
+
+A reason comes from the plan's own numbers, and names the setting that would change it. What another kernel or
+setting would give is the planner's answer too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import _C, precision
+from .checks import Layer
+
+Words = tuple[str, list[str], list[str]]  # architecture, the plan, reasons
+
+
+def amount(size: int) -> str:
+    for unit, bytes_of in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if size >= bytes_of:
+            return f"{size / bytes_of:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _class_of(mode: str) -> str:
+    return mode.partition("_")[0]
+
+
+# ------------------------------------------------------------------------------------------------ on the CPU
+
+
+def _cpu_in_words(plan: dict[str, Any], mode: str, layer: Layer, dtype: torch.dtype) -> Words:
+    isa, cut, kernel = _C.cpu_info()["isa"], plan["partition"], plan["kernel"]
+    parts = "{direction_parts} x {batch_parts} x {unit_parts}".format(**cut)
+    words = f"{many(cut['threads'], 'thread')}, directions x rows x hidden units in {parts} parts"
+    if layer.steps > 1:
+        words += f", chunks of {cut['chunk_rows']} rows"
+    reasons = _isa_reasons(dtype) + _thread_reasons(plan, layer)
+    rows = -(-layer.batch // cut["batch_parts"])
+    if cut["unit_parts"] > 1:
+        reasons.append(
+            f"{cut['unit_parts']} threads share each row's hidden units, and so wait for each other at every "
+            "step; a larger batch can be cut by rows instead"
+        )
+    if kernel == "step" and layer.directions == 1 and not layer.projected:
+        reasons.append(
+            f"a sequence of one step: weights are packed for it alone; fastseq.{_class_of(mode)}Cell uses "
+            "them where they lie"
+        )
+    elif kernel == "cell":
+        reasons.append(_one_step_a_call(mode))
+    elif layer.steps > 1 and 0 < rows < 4:
+        reasons.append(
+            f"{many(rows, 'row')} a step in each part: reading the recurrent weights takes longer than "
+            "multiplying by them; from 4 rows on it does not"
+        )
+    return isa, [words], reasons
+
+
+def _one_step_a_call(mode: str) -> str:
+    return f"one step a call; fastseq.{_class_of(mode)} runs all steps of a sequence in one call"
+
+
+def _isa_reasons(dtype: torch.dtype) -> list[str]:
+    info = _C.cpu_info()
+    isa, here, built = info["isa"], info["isas"], info["compiled_isas"]
+    reasons = []
+    if better := here[here.index(isa) + 1 :]:
+        reasons.append(
+            f"FASTSEQ_ISA={isa} was set when fastseq was imported; this CPU has {', '.join(better)}"
+        )
+    elif missing := [name for name in built if name not in here]:
+        reasons.append(f"this CPU has no {', no '.join(missing)}, for which there are kernels")
+    if dtype is torch.bfloat16 and isa != "avx512bf16":
+        reasons.append("bfloat16 is multiplied as float32, at its speed: only avx512bf16 multiplies bfloat16")
+    elif dtype is torch.float16:
+        faster = "; bfloat16 is multiplied as it is" if isa == "avx512bf16" else ""
+        reasons.append(f"float16 is multiplied as float32, at its speed: no CPU kernel multiplies it{faster}")
+    elif dtype is torch.float64:
+        reasons.append("a vector has half as many float64 as float32")
+    return reasons
+
+
+def _thread_reasons(plan: dict[str, Any], layer: Layer) -> list[str]:
+    wanted, there = torch.get_num_threads(), plan["available_threads"]
+    used = plan["partition"]["threads"]
+    reasons = []
+    if there < wanted:
+        reasons.append(
+            f"{there} of torch's {many(wanted, 'thread')} can be used: there are fewer in a forked child, "
+            "within a parallel region, and by OMP_THREAD_LIMIT"
+        )
+    elif wanted == 1 and plan["threads_on_all_cpus"] > 1:
+        more = plan["threads_on_all_cpus"]
+        reasons.append(f"torch has one thread; torch.set_num_threads({more}) would give this call {more}")
+    if forced := os.environ.get("FASTSEQ_PLAN"):
+        reasons.append(f"FASTSEQ_PLAN={forced} forces the cut")
+    elif used < there:
+        most = layer.directions * layer.batch * -(-layer.hidden_size // _C.UNIT_QUANTUM)
+        if used == most:
+            what = f"directions x rows x blocks of {_C.UNIT_QUANTUM} hidden units give {most}"
+        else:
+            what = "the plan's arithmetic finds no faster cut; FASTSEQ_PLAN=DxBxU forces one"
+        reasons.append(f"{used} of {many(there, 'thread')}: {what}")
+    return reasons
+
+
+# ------------------------------------------------------------------------------- where time loops are kernels
+
+
+def _loop_in_words(plan: dict[str, Any], mode: str, layer: Layer, dtype: torch.dtype) -> Words:
+    major, minor = plan["facts"][:2]
+    architecture, kernel = f"compute capability {major}.{minor}", plan["kernel"]
+    if kernel == "none":
+        return architecture, ["there are no rows"], []
+    if kernel == "cell":
+        return architecture, ["a product and a kernel for what is left of the step"], [_one_step_a_call(mode)]
+    chosen = plan["partition"]
+    time = f"{_time(chosen)} by arithmetic for an H200, not measured"
+    if kernel == "steps":
+        words = ["for each step torch's products, and a kernel for what is left of it", time]
+    else:
+        groups, at_once = chosen["groups"], chosen["groups_at_once"]
+        room = "all at once" if at_once == groups else f"{at_once} at a time"
+        if kernel == "cluster":  # the hardware places them
+            room = "as there is room"
+        words = [
+            f"{many(groups, 'group')} of {chosen['rows']} rows on {many(chosen['blocks'], 'block')} each, "
+            f"{room}; {chosen['threads']} threads a block",
+            *(_weights_in_words(product) for product in chosen["products"]),
+            f"{amount(chosen['workspace_bytes'])} of workspace; {time}",
+        ]
+    return architecture, words, _loop_reasons(plan, mode, layer, dtype)
+
+
+def _time(plan: dict[str, Any]) -> str:
+    return f"{plan['microseconds']:.1f} us a step"
+
+
+def _weights_in_words(product: dict[str, Any]) -> str:
+    places = {
+        "register_units": "in registers",
+        "shared_units": "in shared memory",
+        "streamed_units": "from L2 at every step",
+    }
+    shares = {place: product[name] / product["units"] for name, place in places.items()}
+    return "weights " + ", ".join(f"{100 * share:.0f} % {place}" for place, share in shares.items() if share)
+
+
+def _loop_reasons(plan: dict[str, Any], mode: str, layer: Layer, dtype: torch.dtype) -> list[str]:
+    chosen, kernel, free = plan["partition"], plan["kernel"], plan["not_forced"]
+    reasons = []
+    if forced := os.environ.get("FASTSEQ_CUDA_PLAN"):
+        reasons.append(f"FASTSEQ_CUDA_PLAN={forced} forces this plan; without it {_plan_in_short(free)}")
+    else:
+        kinds = list(plan["alone"])
+        for other, alone in plan["alone"].items():
+            before = kinds.index(other) < kinds.index(kernel)
+            if before or (alone and alone["microseconds"] < chosen["microseconds"]):
+                reasons.append(f"not {other}: {_why_not(other, alone, plan, mode, layer)}")
+    if kernel == "stream" and any(product["streamed_units"] for product in chosen["products"]):
+        reasons.append(
+            "the weights that fit neither registers nor shared memory are read from L2 at every step"
+        )
+    if kernel == "steps":
+        reasons.append("no shape is handed to cuDNN, whose standard algorithm launches as much a step")
+        if layer.directions == 2:
+            reasons.append("the directions run one after the other")
+    elif chosen["groups_at_once"] < chosen["groups"]:
+        rounds = -(-chosen["groups"] // chosen["groups_at_once"])
+        reasons.append(
+            f"{chosen['groups_at_once']} of {chosen['groups']} groups have room on {plan['facts'][2]} "
+            f"multiprocessors: the layer runs in {rounds} rounds"
+        )
+    if dtype is torch.float32 and not plan["tf32"]:
+        reasons.append(
+            f"float32 is multiplied as it is; {precision.SETTING} lets tensor cores do it: "
+            f"{_plan_in_short(plan['in_tf32'])}"
+        )
+    elif dtype is torch.float64:
+        reasons.append("float64 does not run on tensor cores here; float32 as tf32, bfloat16 and float16 do")
+    return reasons
+
+
+def _plan_in_short(plan: dict[str, Any] | None) -> str:
+    if plan is None:
+        return "nothing fits"
+    blocks = f" of {many(plan['blocks'], 'block')}" if "blocks" in plan else ""
+    return f"{plan['kernel']}{blocks}, {_time(plan)}"
+
+
+def _why_not(other: str, alone: dict[str, Any] | None, plan: dict[str, Any], mode: str, layer: Layer) -> str:
+    facts = plan["facts"]
+    if alone is not None:
+        if alone["microseconds"] < plan["partition"]["microseconds"]:
+            return f"{_time(alone)}, but the directions would run one after the other"
+        return f"it fits, but takes {_time(alone)} by the same arithmetic"
+    if other == "cluster" and facts[0] != 9:
+        return f"its thread-block clusters are for compute capability 9.0, this is {facts[0]}.{facts[1]}"
+    if other == "grid" and (mode == "GRU_RESET_BEFORE" or layer.projected):
+        return "a step with two products has no such kernel; stream makes both"
+    if other == "stream":
+        return "the operands of a step do not fit shared memory"
+    most = facts[2] if other == "grid" else facts[5] if len(facts) > 5 else 16
+    most = min(most, -(-layer.hidden_size // 8))  # a block has 8 hidden units at least
+    return f"the layer does not fit the registers and shared memory of {many(most, 'block')}"
+
+
+ENGINES: dict[str, Callable[..., Words]] = {"cpu": _cpu_in_words, "loop": _loop_in_words}
