@@ -161,18 +161,14 @@ def _loop_reasons(plan: dict[str, Any], mode: str, layer: Layer, dtype: torch.dt
         reasons.append(f"FASTSEQ_CUDA_PLAN={forced} forces this plan; without it {_plan_in_short(free)}")
     else:
         kinds = list(plan["alone"])
-        for other, alone in plan["alone"].items():
-            before = kinds.index(other) < kinds.index(kernel)
-            if before or (alone and alone["microseconds"] < chosen["microseconds"]):
-                reasons.append(f"not {other}: {_why_not(other, alone, plan, mode, layer)}")
+        for other in kinds[: kinds.index(kernel)]:
+            reasons.append(f"not {other}: {_why_not(other, plan, mode, layer)}")
     if kernel == "stream" and any(product["streamed_units"] for product in chosen["products"]):
         reasons.append(
             "the weights that fit neither registers nor shared memory are read from L2 at every step"
         )
     if kernel == "steps":
         reasons.append("no shape is handed to cuDNN, whose standard algorithm launches as much a step")
-        if layer.directions == 2:
-            reasons.append("the directions run one after the other")
     elif chosen["groups_at_once"] < chosen["groups"]:
         rounds = -(-chosen["groups"] // chosen["groups_at_once"])
         reasons.append(
@@ -196,21 +192,22 @@ def _plan_in_short(plan: dict[str, Any] | None) -> str:
     return f"{plan['kernel']}{blocks}, {_time(plan)}"
 
 
-def _why_not(other: str, alone: dict[str, Any] | None, plan: dict[str, Any], mode: str, layer: Layer) -> str:
-    facts = plan["facts"]
+def _why_not(other: str, plan: dict[str, Any], mode: str, layer: Layer) -> str:
+    facts, alone = plan["facts"], plan["alone"][other]
     if alone is not None:
-        if alone["microseconds"] < plan["partition"]["microseconds"]:
-            return f"{_time(alone)}, but the directions would run one after the other"
         return f"it fits, but takes {_time(alone)} by the same arithmetic"
     if other == "cluster" and facts[0] != 9:
         return f"its thread-block clusters are for compute capability 9.0, this is {facts[0]}.{facts[1]}"
     if other == "grid" and (mode == "GRU_RESET_BEFORE" or layer.projected):
         return "a step with two products has no such kernel; stream makes both"
     if other == "stream":
-        return "the operands of a step do not fit shared memory"
+        room = " of the multiprocessors that each direction has" * (layer.directions == 2)
+        return f"the operands of a step do not fit the shared memory{room}"
     most = facts[2] if other == "grid" else facts[5] if len(facts) > 5 else 16
+    most = min(most, facts[2] // layer.directions)  # which run at the same time
     most = min(most, -(-layer.hidden_size // 8))  # a block has 8 hidden units at least
-    return f"the layer does not fit the registers and shared memory of {many(most, 'block')}"
+    each = ", for each direction" * (layer.directions == 2)
+    return f"the layer does not fit the registers and shared memory of {many(most, 'block')}{each}"
 
 
 ENGINES: dict[str, Callable[..., Words]] = {"cpu": _cpu_in_words, "loop": _loop_in_words}
