@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from . import _C, precision, steps
+from .addresses import addresses, strides
 from .checks import DTYPES, Layer, problem
-from .steps import Gradients, addresses, strides
+from .steps import Gradients
 
 
 class Engine(NamedTuple):

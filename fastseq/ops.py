@@ -14,7 +14,6 @@ T steps, B batch, I input_size, H hidden_size, R recurrent size (proj_size or H)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _C, loops
-from .checks import CELLS, DTYPES, Layer, check_batch_sizes, check_layer, check_like, problem, unsupported
+from . import _C, cpu, loops
+from .checks import CELLS, Layer, check_batch_sizes, check_layer, check_like, problem, unsupported
 
 _library = torch.library.Library("fastseq", "DEF")
 # weights: for each direction weight_ih, weight_hh, then bias_ih, bias_hh if `bias`, then weight_hr of a
@@ -49,45 +48,8 @@ _library.define(
 )
 
 
-# ------------------------------------------------------------------------------------------------ addresses
-
-
 def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _strides(tensor: Tensor | None) -> tuple[int, ...]:
-    """Strides of step, row and feature; a packed sequence or a single step has none of its own for steps."""
-    if tensor is None:
-        return (0, 0, 0)
-    return tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
-
-
-def _state_addresses(tensors: Sequence[Tensor | None], directions: int) -> list[list[int]]:
-    """For each direction, which come first in their shapes, the addresses in dense tensors; 0 if empty."""
-    addresses = [[0 if t is None else t.data_ptr() for t in tensors]]
-    if directions == 2:
-        addresses.append([0 if t is None else t.data_ptr() + t.nbytes // 2 for t in tensors])
-    return addresses
-
-
-def _weight_addresses(weights: Sequence[Tensor | None], layer: Layer) -> list[list[int]]:
-    """For each direction the addresses of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, or 0."""
-    flat = [0 if weight is None else weight.data_ptr() for weight in weights]
-    count = len(flat) // layer.directions
-    addresses = []
-    for start in range(0, len(flat), count):
-        a = flat[start : start + count]
-        if not layer.bias:
-            a[2:2] = (0, 0)
-        if not layer.projected:
-            a.append(0)
-        addresses.append(a)
-    return addresses
 
 
 # ------------------------------------------------------------------------------------------------ one layer
@@ -135,27 +97,6 @@ def _run_layer(
     return results
 
 
-def _cpu_layer(layer, _, input, batch_sizes, h0, c0, weights, output, h_n, c_n, saved) -> None:
-    states = _state_addresses((h0, c0, h_n, c_n, saved), layer.directions)
-    _C.recurrent_forward(
-        layer.cell.code,
-        DTYPES[input.dtype],
-        torch.get_num_threads(),
-        layer.steps,
-        layer.batch,
-        _address(batch_sizes),
-        layer.input_size,
-        layer.hidden_size,
-        layer.width if layer.projected else 0,
-        False,
-        input.data_ptr(),
-        *_strides(input),
-        output.data_ptr(),
-        *_strides(output)[:2],
-        tuple([(*w, *s) for w, s in zip(_weight_addresses(weights, layer), states, strict=True)]),
-    )
-
-
 # ------------------------------------------------------------------------------------------------ one step
 
 
@@ -193,31 +134,6 @@ def _allocate_step(input: Tensor, batch: int, hidden: int, mode: str, save: bool
     if save:
         results.append(input.new_empty((batch, cell.saved, hidden) if cell.saved else (0,)))
     return results
-
-
-def _cpu_cell(layer, _, input, h0, c0, weights, h, c, saved) -> None:
-    row, feature = input.stride()
-    (weight_addresses,) = _weight_addresses(weights, layer)
-    _C.recurrent_forward(
-        layer.cell.code,
-        DTYPES[input.dtype],
-        torch.get_num_threads(),
-        1,
-        layer.batch,
-        0,
-        layer.input_size,
-        layer.hidden_size,
-        0,
-        True,
-        input.data_ptr(),
-        0,
-        row,
-        feature,
-        h.data_ptr(),
-        0,
-        layer.hidden_size,
-        ((*weight_addresses, _address(h0), _address(c0), 0, _address(c), _address(saved)),),
-    )
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -281,34 +197,39 @@ def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, 
 # ------------------------------------------------------------------------------------------------ gradients
 
 
-def _check_backward(
-    grad_output,
-    grad_h_n,
-    grad_c_n,
-    input,
-    batch_sizes,
-    h0,
-    c0,
-    weights,
-    output,
-    saved,
-    mode,
-    directions,
-    bias,
-) -> Layer:
-    one_step = batch_sizes is None and input.dim() == 2
-    layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias, one_step)
-    lead = () if one_step else (directions,)
-    shape = (*input.shape[:-1], directions * layer.width)
-    check_like("output", output, shape, "that of the forward pass", input)
+class _Backward(NamedTuple):
+    """The arguments of recurrent_backward but the last one, `wanted`."""
+
+    grad_output: Tensor | None
+    grad_h_n: Tensor | None
+    grad_c_n: Tensor | None
+    input: Tensor
+    batch_sizes: Tensor | None
+    h0: Tensor | None
+    c0: Tensor | None
+    weights: Sequence[Tensor]
+    output: Tensor
+    saved: Tensor
+    mode: str
+    directions: int
+    bias: bool
+
+
+def _check_backward(a: _Backward) -> Layer:
+    input = a.input
+    one_step = a.batch_sizes is None and input.dim() == 2
+    layer = check_layer(input, a.batch_sizes, a.h0, a.c0, a.weights, a.mode, a.directions, a.bias, one_step)
+    lead = () if one_step else (a.directions,)
+    shape = (*input.shape[:-1], a.directions * layer.width)
+    check_like("output", a.output, shape, "that of the forward pass", input)
     slots, rows, hidden = layer.cell.saved, layer.rows, layer.hidden_size
     check_like(
-        "saved", saved, (*lead, rows, slots, hidden) if slots else (0,), "that of the forward pass", input
+        "saved", a.saved, (*lead, rows, slots, hidden) if slots else (0,), "that of the forward pass", input
     )
     for name, grad, like in (
-        ("grad_output", grad_output, shape),
-        ("grad_h_n", grad_h_n, (*lead, layer.batch, layer.width)),
-        ("grad_c_n", grad_c_n, (*lead, layer.batch, hidden)),
+        ("grad_output", a.grad_output, shape),
+        ("grad_h_n", a.grad_h_n, (*lead, layer.batch, layer.width)),
+        ("grad_c_n", a.grad_c_n, (*lead, layer.batch, hidden)),
     ):
         if grad is not None:
             check_like(name, grad, like, "that of the forward pass", input)
@@ -331,164 +252,33 @@ def _allocate_gradients(
     return grads
 
 
-def _recurrent_backward_fake(
-    grad_output,
-    grad_h_n,
-    grad_c_n,
-    input,
-    batch_sizes,
-    h0,
-    c0,
-    weights,
-    output,
-    saved,
-    mode,
-    directions,
-    bias,
-    wanted,
-) -> list[Tensor]:
-    _check_backward(
-        grad_output,
-        grad_h_n,
-        grad_c_n,
-        input,
-        batch_sizes,
-        h0,
-        c0,
-        weights,
-        output,
-        saved,
-        mode,
-        directions,
-        bias,
-    )
-    return [grad for grad in _allocate_gradients(input, h0, c0, weights, wanted) if grad is not None]
-
-
-def _run_backward(
-    run,
-    grad_output,
-    grad_h_n,
-    grad_c_n,
-    input,
-    batch_sizes,
-    h0,
-    c0,
-    weights,
-    output,
-    saved,
-    mode,
-    directions,
-    bias,
-    wanted,
-) -> list[Tensor]:
-    """Checks, allocates, has run(layer, mode, grad_output, ..., saved, grads) fill the gradients."""
-    layer = _check_backward(
-        grad_output,
-        grad_h_n,
-        grad_c_n,
-        input,
-        batch_sizes,
-        h0,
-        c0,
-        weights,
-        output,
-        saved,
-        mode,
-        directions,
-        bias,
-    )
-    if batch_sizes is not None:
-        check_batch_sizes(batch_sizes, layer)
-    grads = _allocate_gradients(input, h0, c0, weights, wanted)
-    # As the forward pass made them, unless a hook on saved tensors laid them out anew.
-    saved, output = saved.contiguous(), output if output.stride(-1) == 1 else output.contiguous()
-    run(
-        layer,
-        mode,
-        grad_output,
-        _dense(grad_h_n),
-        _dense(grad_c_n),
-        input,
-        _dense(batch_sizes),
-        _dense(h0),
-        _dense(c0),
-        [weight.contiguous() for weight in weights],
-        output,
-        saved,
-        grads,
-    )
+def _recurrent_backward_fake(*arguments: Any) -> list[Tensor]:
+    *given, wanted = arguments
+    a = _Backward(*given)
+    _check_backward(a)
+    grads = _allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
     return [grad for grad in grads if grad is not None]
 
 
-def _cpu_backward(
-    layer, _, grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weights, output, saved, grads
-) -> None:
-    grad_input, grad_h0, grad_c0, *grad_weights = grads
-    rows = zip(
-        _weight_addresses(weights, layer),
-        _state_addresses((h0, c0, None, None, saved, grad_h_n, grad_c_n), layer.directions),
-        _weight_addresses(grad_weights, layer),
-        _state_addresses((grad_h0, grad_c0), layer.directions),
-        strict=True,
-    )
-    _C.recurrent_backward(
-        layer.cell.code,
-        DTYPES[input.dtype],
-        torch.get_num_threads(),
-        layer.steps,
-        layer.batch,
-        _address(batch_sizes),
-        layer.input_size,
-        layer.hidden_size,
-        layer.width if layer.projected else 0,
-        input.data_ptr(),
-        *_strides(input),
-        output.data_ptr(),
-        *_strides(output)[:2],
-        _address(grad_output),
-        *_strides(grad_output),
-        _address(grad_input),
-        *_strides(grad_input)[:2],
-        tuple([(*w, *states, *grad_w, *grad_states) for w, states, grad_w, grad_states in rows]),
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- plans
-
-
-def _cpu_plan(
-    layer: Layer, dtype: torch.dtype, device: torch.device, packed: bool, one_step: bool, backward: bool
-) -> dict[str, Any]:
-    """What the CPU's engine does with a call; see Kernels.plan."""
-
-    def cut(threads: int) -> dict[str, Any]:
-        return _C.recurrent_plan(
-            layer.cell.code,
-            DTYPES[dtype],
-            threads,
-            layer.steps,
-            layer.batch,
-            layer.input_size,
-            layer.hidden_size,
-            layer.width if layer.projected else 0,
-            layer.directions,
-            backward,
-        )
-
-    # The backward pass packs its weights even for one step.
-    kernel = "sequence" if backward or layer.steps != 1 else "cell" if one_step else "step"
-    threads = _C.available_threads(torch.get_num_threads())
-    return {
-        "engine": "cpu",
-        "kernel": kernel,
-        "partition": cut(threads),
-        "available_threads": threads,
-        "threads_on_all_cpus": cut(len(os.sched_getaffinity(0)))["threads"],
-    }
+def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
+    """Checks, allocates, has run(layer, mode, grad_output, ..., saved, grads) fill the gradients."""
+    *given, wanted = arguments
+    a = _Backward(*given)
+    layer = _check_backward(a)
+    if a.batch_sizes is not None:
+        check_batch_sizes(a.batch_sizes, layer)
+    grads = _allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
+    # As the forward pass made them, unless a hook on saved tensors laid them out anew.
+    output = a.output if a.output.stride(-1) == 1 else a.output.contiguous()
+    states = (_dense(a.batch_sizes), _dense(a.h0), _dense(a.c0))
+    grads_of_states = (a.grad_output, _dense(a.grad_h_n), _dense(a.grad_c_n))
+    weights = [weight.contiguous() for weight in a.weights]
+    run(layer, a.mode, *grads_of_states, a.input, *states, weights, output, a.saved.contiguous(), grads)
+    return [grad for grad in grads if grad is not None]
 
 
 # --------------------------------------------------------------------------------------------- registration
+
 
 OPERATORS = ("recurrent", "recurrent_cell", "recurrent_backward")
 
@@ -518,10 +308,10 @@ def loop_kernels(engine: loops.Engine) -> Kernels:
 
 KERNELS = {
     "cpu": Kernels(
-        partial(_run_layer, _cpu_layer),
-        partial(_run_cell, _cpu_cell),
-        partial(_run_backward, _cpu_backward),
-        _cpu_plan,
+        partial(_run_layer, cpu.layer_forward),
+        partial(_run_cell, cpu.cell_forward),
+        partial(_run_backward, cpu.backward),
+        cpu.plan_in_data,
     )
 }
 if _C.cuda_info()["built"]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .addresses import addresses, strides
 from .checks import CELLS
 
 WHOLE, FIRST, REST = range(3)  # parts of a step
@@ -93,17 +94,6 @@ class Launch:
 
     def __call__(self, now: Now) -> None:
         self.kernel(self.common, self.directions, now)
-
-
-def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-
-
-def strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
-    """The first ones of step, row and feature; a packed sequence or a single step has none for steps."""
-    if tensor is None:
-        return (0,) * count
-    return (tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride()))[:count]
 
 
 class Weights(NamedTuple):
