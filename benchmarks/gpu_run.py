@@ -32,8 +32,6 @@ import gpu_summary
 import grid
 import paired
 from environment import CLOCKS, gpu_environment, nvidia_smi
-from fastseq import loops, precision
-from fastseq.checks import CELLS, DTYPES
 from records import RESULTS, choose, difference, read, save, slug
 from timers import CudaTimer, HostTimer
 
@@ -91,34 +89,13 @@ def parse_arguments():
 # ------------------------------------------------------------------------------------------------ one case
 
 
-def plan_of(case):
-    """Which plans fastseq has for a case's layers, as text; None where its kernels do not run on a GPU."""
-    if not torch.cuda.is_available() or not fastseq._C.cuda_info()["built"]:
-        return None
-    shape, dtype = case.shape, getattr(torch, case.dtype)
-    mode = {"RNN": "RNN_TANH"}.get(case.cell, case.cell)
-    texts = []
-    for backward in (False, True)[: 1 + (case.mode == "training")]:
-        loop = loops.Loop(
-            cell=CELLS[mode].code,
-            dtype=DTYPES[dtype],
-            tf32=precision.of_recurrent_networks(dtype) == "tf32",
-            steps=shape.steps,
-            batch=shape.batch,
-            hidden_size=shape.hidden,
-            proj_size=0,
-            directions=1 + shape.bidirectional,
-            packed=False,
-            backward=backward,
-        )
-        plan = loops.plan_of(loops.CUDA, loop, torch.device("cuda", torch.cuda.current_device())).describe()
-        texts.append(("backward " if backward else "forward ") + json.dumps(plan))
-    return "; ".join(texts)
-
-
-def plan_or_error(case):
+def plans_of(function):
+    """Which plans fastseq has for the layers of a call, as text: those of each layer once."""
     try:
-        return plan_of(case)
+        calls = [call for call in fastseq.explain(function) if call.operator == "recurrent"]
+        plans = [("forward", call.plan) for call in calls] + [("backward", call.backward) for call in calls]
+        texts = [f"{name} {plan.kernel} {json.dumps(plan.partition)}" for name, plan in plans if plan]
+        return "; ".join(dict.fromkeys(texts))
     except Exception as error:  # what cannot be explained can still be timed
         return f"explain failed: {error}"
 
@@ -177,7 +154,7 @@ def measure_case(case, device, timer, budget, longest):
         "difference": apart,
         "errors": errors,
         "others": pairs.others,
-        "plan": plan_or_error(case),
+        "plan": plans_of(ours),
     }
 
 
