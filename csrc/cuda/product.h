@@ -21,11 +21,10 @@ class Product {
   // `tiles`: the block's packed weights in global memory; `shared`: room for layout.shared_units of each warp.
   FS_DEVICE void load_weights(const ProductLayout& layout, const Vector16* tiles, Vector16* shared) {
     const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-    im_ = warp % layout.warps_m, ik_ = warp / layout.warps_m;
-    works_ = ik_ < layout.warps_k;
+    place_ = uint32_t(warp / layout.warps_m) << 16 | uint32_t(warp % layout.warps_m);
     shared_ = shared + int64_t(warp) * layout.shared_units * layout.unit_vectors() + lane;
     tiles_ = tiles + int64_t(warp) * layout.units() * layout.unit_vectors() + lane;
-    if (!works_) return;
+    if (warp / layout.warps_m >= layout.warps_k) return;
     FS_UNROLL
     for (int i = 0; i < kRegisterUnits; ++i) {
       if (i < layout.units()) load_unit(layout, i, registers_[i]);
@@ -46,6 +45,9 @@ class Product {
   // take(slot, m, n, two) gets every sum once, those of n and n + 1 together.
   template <class Acquire, class Take>
   FS_DEVICE void run(const ProductLayout& layout, Acquire acquire, Take take) {
+    const uint32_t place = as_new(place_);
+    const int im = int(place & 0xffff), ik = int(place >> 16);
+    const bool works = ik < layout.warps_k;
     FS_NO_UNROLL
     for (int pass = 0; pass < layout.passes; ++pass) {
       typename M::template Sums<N> sums[kTiles];
@@ -57,14 +59,14 @@ class Product {
         const Element* const operand = acquire(pass, chunk);
         const int begin = first + chunk * layout.chunk_pairs;
         const int end = first + (chunk + 1 < layout.chunks ? (chunk + 1) * layout.chunk_pairs : layout.pairs);
-        if (works_) multiply(layout, begin, end, operand, sums);
+        if (works) multiply(layout, ik, begin, end, operand, sums);
       }
-      if (!works_) continue;
+      if (!works) continue;
       FS_UNROLL
       for (int t = 0; t < kTiles; ++t) {
-        const int tile = (pass * layout.warps_m + im_) * layout.tiles + t;
+        const int tile = (pass * layout.warps_m + im) * layout.tiles + t;
         if (t >= layout.tiles || tile >= layout.m_tiles) break;
-        M::finish(sums[t], [&](int row, int n, Two<Scalar> two) { take(ik_, tile * 16 + row, n, two); });
+        M::finish(sums[t], [&](int row, int n, Two<Scalar> two) { take(ik, tile * 16 + row, n, two); });
       }
     }
   }
@@ -85,12 +87,12 @@ class Product {
   }
 
   // Units [begin, end), whose pairs are warps_k apart in the operand.
-  FS_DEVICE void multiply(const ProductLayout& layout, int begin, int end, const Element* operand,
+  FS_DEVICE void multiply(const ProductLayout& layout, int ik, int begin, int end, const Element* operand,
                           typename M::template Sums<N> (&sums)[kTiles]) {
     // The operand of the next unit is on its way while this one is multiplied, where it takes few registers.
     typename M::template Operand<N> next;
     const auto load = [&](typename M::template Operand<N>& o, int i) {
-      M::load(o, operand, layout.chunk_line_stride, ik_ + (i - begin) * layout.warps_k);
+      M::load(o, operand, layout.chunk_line_stride, ik + (i - begin) * layout.warps_k);
     };
     if constexpr (M::kTensor) load(next, begin);
     const auto unit = [&](int i, const Pair(&a)[kTiles]) {
@@ -139,8 +141,7 @@ class Product {
     }
   }
 
-  int im_, ik_;
-  bool works_;
+  uint32_t place_;         // ik and im, of 16 bits each; see as_new()
   Vector16* shared_;       // this lane's place in the warp's units
   const Vector16* tiles_;  // likewise
   Pair registers_[kRegisterUnits > 0 ? kRegisterUnits : 1][kTiles];

@@ -34,18 +34,27 @@ template <int kRows>
 struct Items {
   int units, all_units, rank;
   int64_t first_row, batch;
-  Item first[kAhead];  // those of the first round, which in most layouts is the only one
+  // Those of the first round, which in most layouts is the only one: n and u, as numbers of 16 bits. What follows from
+  // them is made anew each time, since it would stay in registers over the product.
+  uint32_t first[kAhead];
 
   FS_DEVICE Items(int units, int all_units, int rank, int64_t first_row, int64_t batch)
       : units(units), all_units(all_units), rank(rank), first_row(first_row), batch(batch) {
     FS_UNROLL
-    for (int a = 0; a < kAhead; ++a) first[a] = at(thread_index() + a * thread_count());
+    for (int a = 0; a < kAhead; ++a) {
+      const int i = thread_index() + a * thread_count();
+      first[a] = uint32_t(i / units) << 16 | uint32_t(i % units);
+    }
   }
   FS_DEVICE int count() const { return units * kRows; }
   FS_DEVICE Item at(int i) const {
-    const int n = i / units, u = i - n * units, unit = rank * units + u;
+    const int n = i / units;
+    return place(i - n * units, n);
+  }
+  FS_DEVICE Item place(int u, int n) const {
+    const int unit = rank * units + u;
     const int64_t row = first_row + n;
-    return {u, n, unit, row, i < count() && unit < all_units && row < batch};
+    return {u, n, unit, row, unit < all_units && row < batch};
   }
   // body(item) for all of the thread's items.
   template <class Body>
@@ -58,7 +67,9 @@ struct Items {
     FS_UNROLL
     for (int a = 0; a < kAhead; ++a) {
       const int i = begin + thread_index() + a * thread_count();
-      if (i < count()) body(a, begin == 0 ? first[a] : at(i));
+      if (i >= count()) continue;
+      const uint32_t known = as_new(first[a]);
+      body(a, begin == 0 ? place(known & 0xffff, known >> 16) : at(i));
     }
   }
 };

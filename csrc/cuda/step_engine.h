@@ -239,15 +239,17 @@ class StepEngine {
   // A thread's turn in push(): the same 16 bytes for every block that is its turn. Found once, by divisions that a
   // step should not wait for.
   struct Sender {
-    int vector, turn, turns;  // turn == turns: none
-    int64_t at;
+    uint32_t turn;  // vector, turn and turns, of 10 bits each; turn == turns: none
+    int at;
   };
   FS_DEVICE Sender sender_of(const ProductLayout& layout) const {
     const int vectors = own_vectors(layout);
-    if (thread_count() <= vectors) return {thread_index(), 0, 1, own_vector(layout, thread_index())};
-    const int turns = thread_count() / vectors, turn = thread_index() / vectors;
+    const int turns = vectors < thread_count() ? thread_count() / vectors : 1;
+    const int turn = turns > 1 ? thread_index() / vectors : 0;
     const int vector = thread_index() - turn * vectors;
-    return {vector, turn < turns ? turn : turns, turns, own_vector(layout, vector)};
+    const uint32_t packed =
+        uint32_t(turns) << 20 | uint32_t(turn < turns ? turn : turns) << 10 | uint32_t(vector);
+    return {packed, own_vector(layout, vector)};
   }
 
   // Own part of the operand into the other blocks' shared memory. Blocks begin with different ones, so that they do
@@ -255,14 +257,16 @@ class StepEngine {
   template <int p>
   FS_DEVICE void push(const ProductLayout& layout, int parity) {
     const Sender& sender = p == 0 ? senders_[0] : senders_[Traits::kProducts - 1];
-    if (sender.turn == sender.turns) return;
+    const uint32_t packed = as_new(sender.turn);
+    const int first = int(packed & 0x3ff), turn = int(packed >> 10 & 0x3ff), turns = int(packed >> 20);
+    if (turn == turns) return;
     const int vectors = own_vectors(layout), others = args.layout.blocks - 1;
-    int64_t at = sender.at;
-    for (int v = sender.vector; v < vectors; v += thread_count()) {
-      if (v != sender.vector) at = own_vector(layout, v);
+    int at = sender.at;
+    for (int v = first; v < vectors; v += thread_count()) {
+      if (v != first) at = own_vector(layout, v);
       Vector16* const own = reinterpret_cast<Vector16*>(operand(layout, parity)) + at;
       const Vector16 value = *own;
-      for (int i = sender.turn; i < others; i += sender.turns) {
+      for (int i = turn; i < others; i += turns) {
         const int to = rank + 1 + i;
         send(own, value, arrivals(p, parity), to < args.layout.blocks ? to : to - args.layout.blocks);
       }
@@ -271,10 +275,10 @@ class StepEngine {
   FS_DEVICE static int own_vectors(const ProductLayout& layout) {
     return layout.segments * M::lines_of(kRows) * int(M::vectors_of(layout.in_units));
   }
-  FS_DEVICE int64_t own_vector(const ProductLayout& layout, int v) const {
+  FS_DEVICE int own_vector(const ProductLayout& layout, int v) const {
     const int lines = M::lines_of(kRows), per_line = int(M::vectors_of(layout.in_units));
     const int line = v / per_line % lines, segment = v / (per_line * lines);
-    return int64_t(line) * layout.line_stride + M::vectors_of(own_k(layout, segment)) + v % per_line;
+    return line * layout.line_stride + int(M::vectors_of(own_k(layout, segment))) + v % per_line;
   }
 
   // The chunk of the operand in shared memory. Where there are several, one is on its way while another is used.

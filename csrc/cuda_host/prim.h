@@ -31,6 +31,8 @@ FS_DEVICE int thread_count() { return who->threads; }
 FS_DEVICE int block_index() { return who->block; }
 FS_DEVICE int block_count() { return who->blocks; }
 
+FS_DEVICE uint32_t as_new(uint32_t x) { return x; }
+
 // Bytes 0xFF, NaN in every type, until it is written.
 FS_DEVICE unsigned char* shared_memory() { return who->shared; }
 
