@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,12 +22,14 @@ from fastseq.checks import CELLS, DTYPES
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels" / "recurrent_cuda.md"
 H200 = (9, 0, 132, 232448, 62914560)
 BATCHES = (1, 16, 64, 256)
+# Two products a step, of 16-bit numbers: name, cell, and hidden units for each of the projection.
+TWO_PRODUCTS = (("GRU reset before", "GRU_RESET_BEFORE", 0), ("LSTM projected to H / 2", "LSTM", 2))
 
 
-def plan(cell, dtype, batch, hidden, backward):
+def plan(cell, dtype, batch, hidden, backward, projected=0):
     tf32 = dtype == "float32"
     code = DTYPES[getattr(torch, dtype)]
-    shape = (gpu_grid.STEPS, batch, hidden, 0, 1, False, backward)
+    shape = (gpu_grid.STEPS, batch, hidden, projected, 1, False, backward)
     return _C.loop_plan(CELLS[cell].code, code, tf32, *shape, H200, "").describe()
 
 
@@ -42,13 +45,14 @@ def table():
         "| layer | " + " | ".join(f"B = {batch}" for batch in BATCHES) + " |",
         "| --- |" + " --- |" * len(BATCHES),
     ]
-    for cell in gpu_grid.CELLS:
-        for dtype in ("bfloat16", "float32"):
-            for backward in (False, True):
-                for hidden in gpu_grid.HIDDEN:
-                    name = f"{cell} {dtype} {'backward' if backward else 'forward'} H = {hidden}"
-                    cells = [word(plan(cell, dtype, batch, hidden, backward)) for batch in BATCHES]
-                    lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    layers = [(cell, cell, 0, dtype) for cell in gpu_grid.CELLS for dtype in ("bfloat16", "float32")]
+    layers += [(*layer, "bfloat16") for layer in TWO_PRODUCTS]
+    for (layer, cell, part, dtype), backward in product(layers, (False, True)):
+        for hidden in gpu_grid.HIDDEN:
+            projected = hidden // part if part else 0
+            name = f"{layer} {dtype} {'backward' if backward else 'forward'} H = {hidden}"
+            cells = [word(plan(cell, dtype, batch, hidden, backward, projected)) for batch in BATCHES]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

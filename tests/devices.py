@@ -58,10 +58,9 @@ def two_products(case: Case) -> bool:
 def plans_of(case: Case, arithmetic: str, blocks: dict[str, tuple[int, ...]]) -> list[str]:
     """All values of FASTSEQ_CUDA_PLAN for a network, with these numbers of blocks for each kernel; the plan
     "steps", with which torch makes the products, has none."""
-    kernels = [kernel for kernel in blocks if kernel != "grid" or not two_products(case)]
-    several = (2,) if two_products(case) else (1, 2, 4)
+    several = (1, 2) if two_products(case) else (1, 2, 4)
     columns = several if arithmetic in ON_TENSOR_CORES else (1,)
-    plans = [f"{kernel}:{n}x{c}" for kernel in kernels for n in blocks[kernel] for c in columns]
+    plans = [f"{kernel}:{n}x{c}" for kernel in blocks for n in blocks[kernel] for c in columns]
     return plans + ["steps"] * ("steps" in blocks)
 
 

@@ -74,7 +74,8 @@ def assert_sound(p, mode, arithmetic, facts, **sizes):
         assert min(q["register_units"], q["shared_units"], q["streamed_units"]) >= 0
         assert q["units"] % q["passes"] == 0
         assert 1 <= q["chunks"] <= q["units"] // q["passes"]
-        if products == 1 and p["kernel"] != "stream":
+        assert q["register_units"] > 0
+        if p["kernel"] != "stream":
             assert q["streamed_units"] == 0, f"the {p['kernel']} kernel streams nothing"
         if p["kernel"] == "cluster":
             assert q["chunks"] == 1
@@ -207,7 +208,11 @@ IMPOSSIBLE = {  # what does not fit, and the arguments of the plan
     "more columns than there are": {"arithmetic": "bfloat16", "forced": "grid:8x8"},
     "columns of tensor cores in float64": {"arithmetic": "float64", "forced": "stream:8x2"},
     "weights that do not fit a cluster": {"hidden_size": 4096, "forced": "cluster"},
-    "a grid for two products": {"mode": "GRU_RESET_BEFORE", "forced": "grid"},
+    "more columns than there are for two products": {
+        "mode": "GRU_RESET_BEFORE",
+        "arithmetic": "bfloat16",
+        "forced": "grid:8x4",
+    },
 }
 
 

@@ -19,6 +19,7 @@
 namespace fastseq {
 
 constexpr int kMaxProducts = 2;
+constexpr int kMostTiles = 2;     // rows of tiles of a warp at one time
 constexpr int kPairBytes = 64;    // of a row of weights, or of operand, along k
 constexpr int kTileVectors = 32;  // 16-byte vectors of a tile: one for each lane
 
@@ -29,7 +30,7 @@ struct ProductLayout {
   int out_gates;         // 1 if scatter
   int out_units;         // of a block and gate, a multiple of 8
   int m_tiles;           // of 16 rows, of the block's part of the product
-  int tiles;             // rows of tiles of a warp at one time: 1 or 2
+  int tiles;             // rows of tiles of a warp at one time, 1 to kMostTiles
   int warps_m, warps_k;  // warps share m, and k
   int passes;            // over m, if warps_m * tiles do not cover it
   int pairs;             // of a warp and pass

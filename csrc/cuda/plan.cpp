@@ -96,15 +96,19 @@ struct Attempt {
 
   bool cluster() const { return plan.kernel == LoopKernelKind::kCluster; }
   bool scatter() const { return cluster() && problem.backward; }
+  int in_registers(int product) const {
+    return register_units(math.tensor, plan.layout.products, plan.columns, plan.kernel, problem.backward,
+                          product);
+  }
   LoopLayout& layout() { return plan.layout; }
 
   bool lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]);
   bool lay_out_product(int index, int64_t shared_left);
-  double product_cycles(const ProductLayout& l) const;
+  double product_cycles(const ProductLayout& l, int in_registers) const;
   double exchange_cycles(const ProductLayout& l) const;
 };
 
-double Attempt::product_cycles(const ProductLayout& l) const {
+double Attempt::product_cycles(const ProductLayout& l, int in_registers) const {
   const LoopLayout& layout = plan.layout;
   const double pairs = double(l.units()) * l.tiles * l.warps();  // of all warps
   const double sub_core = double(l.units()) * l.tiles * double(divide_up(l.warps(), 4));
@@ -121,8 +125,6 @@ double Attempt::product_cycles(const ProductLayout& l) const {
   const double weights = double(l.shared_units) * l.warps() * l.tiles * 1024;
   const double sums =
       2.0 * l.slots * l.m_tiles * 16 * layout.rows * math.scalar_bytes / (l.scatter ? layout.blocks : 1);
-  const int in_registers =
-      register_units(math.tensor, layout.products, plan.columns, plan.kernel, problem.backward);
   const double streamed =
       std::max(0.0, double(l.units() - in_registers - l.shared_units)) * l.warps() * l.tiles * 1024;
   return std::max({arithmetic, latency, (operand + weights + sums) / kSharedBytes, streamed / kL2Bytes}) +
@@ -151,11 +153,10 @@ bool Attempt::lay_out_product(int index, int64_t shared_left) {
   const int64_t all_pairs = divide_up(k, math.pair());
   const int64_t out_rows = int64_t(l.out_gates) * l.out_units * (l.scatter ? layout().blocks : 1);
   l.m_tiles = int(divide_up(out_rows, 16));
-  const int in_registers =
-      register_units(math.tensor, layout().products, plan.columns, plan.kernel, problem.backward);
+  const int in_registers = this->in_registers(index);
   double best = std::numeric_limits<double>::infinity();
   ProductLayout found = l;
-  for (int tiles = 1; tiles <= std::min(most_tiles(math.tensor, layout().products), l.m_tiles); ++tiles) {
+  for (int tiles = 1; tiles <= std::min(kMostTiles, l.m_tiles); ++tiles) {
     for (int warps_m = 1; warps_m <= most_warps; ++warps_m) {
       if (warps_m > 1 && (warps_m - 1) * tiles >= l.m_tiles) break;
       for (int warps_k = 1; warps_k <= std::min<int64_t>(most_warps / warps_m, all_pairs); ++warps_k) {
@@ -190,8 +191,8 @@ bool Attempt::lay_out_product(int index, int64_t shared_left) {
         if (left < 0) continue;
         const int wanted = std::max(0, t.units() - in_registers);
         t.shared_units = int(std::min<int64_t>(wanted, left / unit_bytes));
-        if (t.shared_units < wanted && !may_stream(layout().products, plan.kernel)) continue;
-        const double cycles = product_cycles(t) + exchange_cycles(t);
+        if (t.shared_units < wanted && !may_stream(plan.kernel)) continue;
+        const double cycles = product_cycles(t, in_registers) + exchange_cycles(t);
         if (cycles < best) best = cycles, found = t;
       }
     }
@@ -219,8 +220,6 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
   layout.arrivals_at = take(int64_t(layout.products) * 2 * 8);
   layout.state_at = take(int64_t(2) * state_units * layout.rows * math.scalar_bytes);
   layout.bias_at = take(int64_t(layout.gates) * layout.units * math.scalar_bytes);
-  const int64_t room = problem.device.shared_bytes - shared - layout.products * 3 * 128;
-  if (room <= 0) return false;
 
   int64_t workspace = 0;
   const auto reserve = [&](int64_t bytes) {
@@ -230,13 +229,16 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
   };
   cycles = kStepCycles;
   int warps = 1;
-  for (int i = 0; i < layout.products; ++i) {
+  // Of two products the smaller first: it may have half of the room, the larger has all that is left.
+  for (int left = layout.products; left > 0; --left) {
+    const int i = problem.backward ? layout.products - left : left - 1;
     ProductLayout& l = layout.product[i];
     l.scatter = scatter();
     l.segments = facts[i].segments, l.out_gates = facts[i].out_gates;
     l.in_units = facts[i].from_projected ? layout.projected_units : layout.units;
     l.out_units = facts[i].to_projected ? layout.projected_units : layout.units;
-    if (!lay_out_product(i, room / layout.products)) return false;
+    const int64_t room = problem.device.shared_bytes - shared - left * 3 * 128;
+    if (room <= 0 || !lay_out_product(i, room / left)) return false;
     const int64_t sums = int64_t(l.slots) * layout.rows * l.sum_stride * math.scalar_bytes;
     const int64_t chunk = math.lines(layout.rows) * l.chunk_line_stride * 16;
     l.operand_at = take(cluster() ? l.image_bytes * (l.scatter ? 1 : 2) : chunk * (l.chunks > 1 ? 2 : 1));
@@ -245,7 +247,7 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
     l.tiles_bytes = int64_t(l.warps()) * l.units() * l.unit_vectors() * 16;
     l.tiles_at = reserve(problem.directions * blocks * l.tiles_bytes);
     warps = std::max(warps, l.warps());
-    cycles += product_cycles(l) + exchange_cycles(l);
+    cycles += product_cycles(l, in_registers(i)) + exchange_cycles(l);
     plan.weights[i] = facts[i].weights;
   }
   // Items need threads too, and the cheapest way to share a small product may have few warps.
@@ -333,19 +335,16 @@ LoopPlan loop_plan(const LoopProblem& problem) {
   LoopPlan best = {};
   best.microseconds = std::numeric_limits<double>::infinity();
   const ForcedLoopPlan& forced = problem.forced;
-  const int most_columns = math.tensor && products == 1 ? 4 : math.tensor ? 2 : 1;
-  const int least_columns = math.tensor && products == 2 ? 2 : 1;
   for (const LoopKernelKind kernel :
        {LoopKernelKind::kCluster, LoopKernelKind::kGrid, LoopKernelKind::kStream}) {
     if (forced.kernel >= 0 && forced.kernel != int(kernel)) continue;
     const bool cluster = kernel == LoopKernelKind::kCluster;
     if (cluster && problem.device.major != 9)
       continue;  // they are compiled for sm_90a, which runs nowhere else
-    if (kernel == LoopKernelKind::kGrid && products == 2) continue;  // it may always stream
-    for (int columns = least_columns; columns <= most_columns; columns *= 2) {
+    for (int columns = 1; columns <= most_columns(math.tensor, products); columns *= 2) {
       if (forced.columns > 0 && forced.columns != columns) continue;
-      // More columns than the batch has rows are of no use, but the least that there is.
-      if (!forced.columns && columns > least_columns && columns / 2 * math.rows() >= problem.batch) continue;
+      // More columns than the batch has rows are of no use.
+      if (!forced.columns && columns > 1 && columns / 2 * math.rows() >= problem.batch) continue;
       const int64_t widest = std::max(problem.hidden_size, problem.proj_size);
       const int most_blocks =
           int(std::min<int64_t>(cluster ? problem.device.most_cluster_blocks : problem.device.multiprocessors,

@@ -64,17 +64,24 @@ constexpr bool uses_tensor_cores(DType dtype, bool tf32) {
   return dtype == DType::kBFloat16 || dtype == DType::kFloat16 || (dtype == DType::kFloat32 && tf32);
 }
 constexpr int kLoopThreads = 256;  // so that a thread may have 255 registers
-constexpr int register_units(bool tensor, int products, int columns, LoopKernelKind kernel, bool backward) {
-  if (products == 2) return 0;
-  if (kernel == LoopKernelKind::kStream) return tensor ? (columns == 4 ? 2 : 4) : 2;
-  if (!tensor) return 4;
-  if (columns > 1) return columns == 4 ? 4 : 6;
-  return kernel == LoopKernelKind::kCluster && !backward ? 8 : 7;
+// Units of a warp that stay in registers, of a step's product: as many as ptxas finds room for, whatever the
+// arithmetic and the architecture. Of two products the larger, which comes first forward, last backward, has the more.
+constexpr int register_units(bool tensor, int products, int columns, LoopKernelKind kernel, bool backward,
+                             int product) {
+  const bool streams = kernel == LoopKernelKind::kStream, cluster = kernel == LoopKernelKind::kCluster;
+  if (products == 2) {
+    const bool larger = product == int(backward);
+    if (!tensor) return streams ? 1 : larger && (cluster || !backward) ? 3 : 2;
+    if (streams) return larger ? 4 - columns : columns == 2 && backward ? 1 : 2;
+    if (columns == 1) return larger && cluster != backward ? 5 : 4;
+    return cluster && backward && !larger ? 3 : 4;
+  }
+  if (!tensor) return streams ? 3 : 5;
+  if (streams) return columns == 4 ? 3 : columns == 2 ? 5 : 6;
+  return columns == 4 ? 5 : columns == 2 ? 7 : backward ? 8 : 9;
 }
-constexpr int most_tiles(bool tensor, int products) { return tensor || products == 1 ? 2 : 1; }
-constexpr bool may_stream(int products, LoopKernelKind kernel) {
-  return products == 2 || kernel == LoopKernelKind::kStream;
-}
+constexpr int most_columns(bool tensor, int products) { return !tensor ? 1 : products == 2 ? 2 : 4; }
+constexpr bool may_stream(LoopKernelKind kernel) { return kernel == LoopKernelKind::kStream; }
 
 // Throws std::runtime_error, in three lines, if nothing fits or the forced plan does not.
 LoopPlan loop_plan(const LoopProblem& problem);

@@ -56,7 +56,6 @@ inline py::dict describe_product(const ProductLayout& l, int in_registers) {
 
 inline py::dict describe_plan(const LoopPlan& plan, bool tensor, bool backward) {
   const LoopLayout& layout = plan.layout;
-  const int in_registers = register_units(tensor, layout.products, plan.columns, plan.kernel, backward);
   py::dict d;
   d["kernel"] = kLoopKernelNames[int(plan.kernel)];
   d["microseconds"] = plan.microseconds;
@@ -71,8 +70,10 @@ inline py::dict describe_plan(const LoopPlan& plan, bool tensor, bool backward) 
   d["shared_bytes"] = layout.shared_bytes;
   d["workspace_bytes"] = layout.workspace_bytes;
   py::list products;
-  for (int i = 0; i < layout.products; ++i)
+  for (int i = 0; i < layout.products; ++i) {
+    const int in_registers = register_units(tensor, layout.products, plan.columns, plan.kernel, backward, i);
     products.append(describe_product(layout.product[i], in_registers));
+  }
   d["products"] = products;
   return d;
 }

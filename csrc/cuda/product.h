@@ -11,11 +11,12 @@
 
 namespace fastseq::FASTSEQ_ISA {
 
-template <class M, int N, int kTiles, int kRegisterUnits, bool kStreams>
+template <class M, int N, int kRegisterUnits, bool kStreams>
 class Product {
   using Element = typename M::Element;
   using Scalar = typename M::Scalar;
   using Pair = Vector16[2];
+  static constexpr int kTiles = kMostTiles;
 
  public:
   // `tiles`: the block's packed weights in global memory; `shared`: room for layout.shared_units of each warp.
@@ -144,7 +145,7 @@ class Product {
   uint32_t place_;         // ik and im, of 16 bits each; see as_new()
   Vector16* shared_;       // this lane's place in the warp's units
   const Vector16* tiles_;  // likewise
-  Pair registers_[kRegisterUnits > 0 ? kRegisterUnits : 1][kTiles];
+  Pair registers_[kRegisterUnits][kTiles];
   Pair next_[kTiles];
 };
 

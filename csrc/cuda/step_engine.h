@@ -26,17 +26,20 @@ struct LoopKernelArgs {
   int64_t first_group;  // of this launch
 };
 
-// How a kernel is built: kRegisterUnits of a warp's weights in registers, kStreams if some may be in global memory.
-template <class Math, int kColumnTiles, Exchange kHow, bool kBackwardPass, int kProductsOfStep,
-          int kInRegisters, bool kFromGlobal>
+// How a kernel is built: in_registers(p) units of a warp's weights in registers, kStreams if some may be in global
+// memory.
+template <class Math, LoopKernelKind kKind, bool kBackwardPass, int kProductsOfStep, int kColumnTiles>
 struct KernelTraits {
   using M = Math;
-  static constexpr int kColumns = kColumnTiles, kProducts = kProductsOfStep, kRegisterUnits = kInRegisters;
-  static constexpr Exchange kExchange = kHow;
-  static constexpr bool kBackward = kBackwardPass, kStreams = kFromGlobal;
-  static constexpr bool kScatter = kHow == Exchange::kCluster && kBackwardPass;
+  static constexpr int kColumns = kColumnTiles, kProducts = kProductsOfStep;
+  static constexpr bool kBackward = kBackwardPass, kStreams = may_stream(kKind);
+  static constexpr Exchange kExchange =
+      kKind == LoopKernelKind::kCluster ? Exchange::kCluster : Exchange::kGrid;
+  static constexpr bool kScatter = kExchange == Exchange::kCluster && kBackward;
+  static constexpr int in_registers(int p) {
+    return register_units(M::kTensor, kProducts, kColumns, kKind, kBackward, p);
+  }
   static constexpr int kRows = kColumns * M::kRows;  // of a batch tile
-  static constexpr int kTiles = most_tiles(M::kTensor, kProducts);
 };
 
 template <class Traits>
@@ -342,11 +345,11 @@ class StepEngine {
     });
   }
 
-  using ProductOfStep =
-      Product<M, Traits::kColumns, Traits::kTiles, Traits::kRegisterUnits, Traits::kStreams>;
+  template <int p>
+  using ProductOfStep = Product<M, Traits::kColumns, Traits::in_registers(p), Traits::kStreams>;
   struct None {};
-  ProductOfStep first_;
-  std::conditional_t<Traits::kProducts == 2, ProductOfStep, None> second_;
+  ProductOfStep<0> first_;
+  std::conditional_t<Traits::kProducts == 2, ProductOfStep<1>, None> second_;
   Sender senders_[Traits::kProducts];
   uint32_t inverse_[Traits::kProducts];
   int exchanges_ = 0;    // grid: so far
