@@ -198,8 +198,6 @@ def _why_not(other: str, plan: dict[str, Any], mode: str, layer: Layer) -> str:
         return f"it fits, but takes {_time(alone)} by the same arithmetic"
     if other == "cluster" and facts[0] != 9:
         return f"its thread-block clusters are for compute capability 9.0, this is {facts[0]}.{facts[1]}"
-    if other == "grid" and (mode == "GRU_RESET_BEFORE" or layer.projected):
-        return "a step with two products has no such kernel; stream makes both"
     if other == "stream":
         room = " of the multiprocessors that each direction has" * (layer.directions == 2)
         return f"the operands of a step do not fit the shared memory{room}"

@@ -20,6 +20,7 @@ from devices import (
     TIGHT_HOPPER,
     TINY_AMPERE,
     plans_of,
+    two_products,
 )
 from fastseq import loops, ops
 from harness import (

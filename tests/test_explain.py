@@ -330,12 +330,7 @@ WHY = {  # the GPU, the layer, the kernel that it gets, and what the reasons say
         "stream",
         ["not grid", "memory of 132 blocks", "from L2 at every step"],
     ),
-    "two products": (
-        "H200",
-        {"hidden_size": 768, "mode": "GRU_RESET_BEFORE"},
-        "stream",
-        ["two products has no such kernel"],
-    ),
+    "two products": ("H200", {"hidden_size": 1024, "mode": "GRU_RESET_BEFORE"}, "grid", ["not cluster"]),
     "products worth a launch": (
         "H200",
         {"hidden_size": 2048, "batch": 256, "bidirectional": True},
@@ -351,7 +346,7 @@ WHY = {  # the GPU, the layer, the kernel that it gets, and what the reasons say
     "float64": ("H200", {"hidden_size": 64, "dtype": torch.float64}, "cluster", ["float64 does not run on"]),
     "more groups than room": (
         "H200",
-        {"mode": "GRU", "hidden_size": 512, "batch": 32, "dtype": torch.float64},
+        {"hidden_size": 512, "batch": 32, "dtype": torch.float64},
         "grid",
         ["8 groups of", "on 32 blocks each, 4 at a time", "2 rounds"],
     ),
