@@ -287,11 +287,11 @@ WAYS = {
     ),
     "several rounds of items, reset before": (
         lambda plan, p: rounds(plan) > 2,
-        *("bfloat16", "stream:1", HOPPER, "GRU_RESET_BEFORE", 90),
+        *("bfloat16", "stream:1x2", HOPPER, "GRU_RESET_BEFORE", 90),
     ),
     "several rounds of items, projected": (
         lambda plan, p: rounds(plan) > 2,
-        *("bfloat16", "cluster:1", HOPPER, "LSTM projected", 90),
+        *("bfloat16", "cluster:1x2", HOPPER, "LSTM projected", 90),
     ),
     "several launches": (several_launches, "float32", "grid:2", AMPERE, "LSTM"),
     "several launches, two products": (several_launches, "float32", "grid:2", AMPERE, "GRU_RESET_BEFORE"),
