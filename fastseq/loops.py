@@ -108,7 +108,7 @@ def _loop_of(layer: Layer, dtype: torch.dtype, packed: bool, backward: bool) -> 
 
 
 def plan_of(engine: Engine, loop: Loop, device: torch.device, forced: str | None = None) -> Any:
-    """The plan for a loop on a device; FASTSEQ_CUDA_PLAN=kernel[:blocks[xcolumns]] forces one."""
+    """The plan for a loop on a device; FASTSEQ_CUDA_PLAN=kernel[:blocks[xcolumns]][:exchange] forces one."""
     if forced is None:
         forced = os.environ.get("FASTSEQ_CUDA_PLAN", "")
     # Only what is done once a call, and the room for offsets of packed rows, goes by the steps: their next

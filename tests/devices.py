@@ -60,7 +60,13 @@ def plans_of(case: Case, arithmetic: str, blocks: dict[str, tuple[int, ...]]) ->
     "steps", with which torch makes the products, has none."""
     several = (1, 2) if two_products(case) else (1, 2, 4)
     columns = several if arithmetic in ON_TENSOR_CORES else (1,)
-    plans = [f"{kernel}:{n}x{c}" for kernel in blocks for n in blocks[kernel] for c in columns]
+    plans = [
+        f"{kernel}:{n}x{c}{exchange}"
+        for kernel in blocks
+        for n in blocks[kernel]
+        for c in columns
+        for exchange in ((":sums", ":operand") if kernel == "cluster" else ("",))
+    ]
     return plans + ["steps"] * ("steps" in blocks)
 
 
@@ -147,12 +153,14 @@ class Device:
             assert_all_as_accurate_as_torch(ours, torchs, exact, case.dtype, what)
             if case.batch:
                 assert {plan["pass"] for plan in ran} == {"forward", "backward"}
-            kernel, _, numbers = forced.partition(":")
+            kernel, numbers, exchange = [*forced.split(":"), "", ""][:3]
             blocks, _, columns = numbers.partition("x")
             for plan in ran:
                 assert kernel in ("", plan["kernel"])
                 assert blocks in ("", str(plan.get("blocks")))
                 assert columns in ("", str(plan.get("columns")))
+                if exchange and plan["pass"] == "backward":
+                    assert {product["exchange"] for product in plan["products"]} == {exchange}
             return list(ran)
 
 

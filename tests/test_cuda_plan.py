@@ -66,9 +66,9 @@ def assert_sound(p, mode, arithmetic, facts, **sizes):
     else:
         assert p["blocks"] * p["groups_at_once"] <= multiprocessors, "blocks wait for others without room"
     assert len(p["products"]) == products
-    scatters = p["kernel"] == "cluster" and sizes["backward"]
+    may_scatter = p["kernel"] == "cluster" and sizes["backward"]
     for q in p["products"]:
-        assert q["exchange"] == ("partial sums" if scatters else "operand")
+        assert q["exchange"] == "operand" or (may_scatter and q["exchange"] == "sums")
         assert q["warps"][0] * q["warps"][1] * 32 <= p["threads"]
         assert q["register_units"] + q["shared_units"] + q["streamed_units"] == q["units"], "weights left out"
         assert min(q["register_units"], q["shared_units"], q["streamed_units"]) >= 0
@@ -156,6 +156,22 @@ def test_layers_that_fit_a_cluster_run_in_one_on_hopper(mode, hidden_size, backw
         assert p["kernel"] == "cluster", (arithmetic, batch)
 
 
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32"])
+@pytest.mark.parametrize("mode", MODES)
+def test_clusters_exchange_what_takes_less_time(mode, arithmetic):
+    """In the backward pass; forward there is nothing to choose."""
+    chosen = set()
+    for hidden_size in (64, 128, 256):
+        sizes = {"mode": mode, "arithmetic": arithmetic, "hidden_size": hidden_size}
+        both = [plan(**sizes, backward=True, forced=f"cluster:8:{what}") for what in ("sums", "operand")]
+        best = plan(**sizes, backward=True, forced="cluster:8")
+        assert best == min(both, key=lambda p: p["microseconds"])
+        chosen.add(best["products"][0]["exchange"])
+        assert plan(**sizes, forced="cluster:8:sums") == plan(**sizes, forced="cluster:8:operand")
+    if arithmetic == "bfloat16":  # h of a row in floats, against 16 bits of each gate
+        assert ("operand" in chosen) == (mode in ("RNN_TANH", "RNN_RELU", "GRU_RESET_BEFORE"))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_more_shared_memory_never_streams_more(name):
     mode, part = NETWORKS[name]
@@ -198,7 +214,8 @@ def test_forced_plan_is_the_plan(kernel, columns, blocks, backward):
 
 
 MALFORMED = ["2", "best", "grid:", "grid:0", "grid:-1", "grid:x2", "grid:2x", "grid:2x0", "grid:2x2x2"]
-MALFORMED += ["grid,2", "Grid", " grid", "grid ", "grid:2 ", "grid:two", "grid:2.5", "stream:2x4,"]
+MALFORMED += ["grid,2", "Grid", " grid", "grid ", "grid:2 ", "grid:two", "grid:2.5", "stream:2x4,", "steps:2"]
+MALFORMED += ["grid:sums", "cluster:", "cluster:2:", "cluster:parts", "cluster:sums:2", "cluster:2:sums:"]
 IMPOSSIBLE = {  # what does not fit, and the arguments of the plan
     "cluster before Hopper": {"facts": GPUS["A100"], "forced": "cluster"},
     "blocks that are no power of two": {"forced": "cluster:3"},

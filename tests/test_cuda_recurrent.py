@@ -268,13 +268,17 @@ WAYS = {
         lambda plan, p: p["passes"] > 1 and plan["kernel"] == "cluster" and p["exchange"] == "operand",
         *("float64", "cluster:1", HOPPER, "LSTM"),
     ),
+    "several passes, gathered in a cluster's backward pass": (
+        lambda plan, p: p["passes"] > 1 and plan["pass"] == "backward" and p["exchange"] == "operand",
+        *("float64", "cluster:1:operand", HOPPER, "LSTM", 70),
+    ),
     "several passes, scattered": (
-        lambda plan, p: p["passes"] > 1 and p["exchange"] == "partial sums",
-        *("float32", "cluster:1", HOPPER, "RNN_TANH", 70),
+        lambda plan, p: p["passes"] > 1 and p["exchange"] == "sums",
+        *("float32", "cluster:1:sums", HOPPER, "RNN_TANH", 70),
     ),
     "warps share k, scattered": (
-        lambda plan, p: p["warps"][1] > 1 and plan["blocks"] > 1 and p["exchange"] == "partial sums",
-        *("float64", "cluster:2", HOPPER, "LSTM"),
+        lambda plan, p: p["warps"][1] > 1 and plan["blocks"] > 1 and p["exchange"] == "sums",
+        *("float64", "cluster:2:sums", HOPPER, "LSTM"),
     ),
     "warps share m and k, gathered by a grid": (
         lambda plan, p: min(p["warps"]) > 1 and plan["blocks"] > 1 and p["exchange"] == "operand",
@@ -366,7 +370,9 @@ SMALL = Case(dtype=torch.float64, steps=2, batch=2, input_size=1, hidden_size=9)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("plan", ["cluster:1", "cluster:2", "grid:2", "stream:2", "steps"])
+@pytest.mark.parametrize(
+    "plan", ["cluster:1:sums", "cluster:2:sums", "cluster:2:operand", "grid:2", "stream:2", "steps"]
+)
 def test_gradients_are_those_of_finite_differences(device, name, plan):
     mode, _, projected = name.partition(" ")
     case = replace(SMALL, mode=mode, proj_size=3 if projected else 0, batch=3, packed="unsorted")

@@ -95,10 +95,9 @@ struct Attempt {
   double cycles;
 
   bool cluster() const { return plan.kernel == LoopKernelKind::kCluster; }
-  bool scatter() const { return cluster() && problem.backward; }
   int in_registers(int product) const {
-    return register_units(math.tensor, plan.layout.products, plan.columns, plan.kernel, problem.backward,
-                          product);
+    return register_units(math.tensor, plan.layout.products, plan.columns, plan.kernel, plan.exchange,
+                          problem.backward, product);
   }
   LoopLayout& layout() { return plan.layout; }
 
@@ -233,7 +232,7 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
   for (int left = layout.products; left > 0; --left) {
     const int i = problem.backward ? layout.products - left : left - 1;
     ProductLayout& l = layout.product[i];
-    l.scatter = scatter();
+    l.scatter = plan.exchange == Exchange::kSums;
     l.segments = facts[i].segments, l.out_gates = facts[i].out_gates;
     l.in_units = facts[i].from_projected ? layout.projected_units : layout.units;
     l.out_units = facts[i].to_projected ? layout.projected_units : layout.units;
@@ -323,6 +322,7 @@ std::string describe(const ForcedLoopPlan& forced) {
   std::string text = std::string(", and a forced plan, ") + kLoopKernelNames[forced.kernel];
   if (forced.blocks) text += ":" + std::to_string(forced.blocks);
   if (forced.columns) text += "x" + std::to_string(forced.columns);
+  if (forced.exchange >= 0) text += std::string(":") + kExchangeNames[forced.exchange];
   return text;
 }
 
@@ -357,11 +357,18 @@ LoopPlan loop_plan(const LoopProblem& problem) {
         const int blocks = cluster || forced.blocks ? wish : int(divide_up(widest, units));
         if (blocks == before) continue;
         before = blocks;
-        Attempt attempt{problem, math, {}, 0};
-        attempt.plan.kernel = kernel, attempt.plan.columns = columns;
-        attempt.plan.layout.products = products;
-        if (!attempt.lay_out(blocks, facts)) continue;
-        if (attempt.plan.microseconds < best.microseconds) best = attempt.plan;
+        for (const Exchange exchange : {Exchange::kSums, Exchange::kOperand}) {
+          const bool choice = cluster && problem.backward;
+          if (choice ? forced.exchange >= 0 && forced.exchange != int(exchange)
+                     : exchange == Exchange::kSums) {
+            continue;
+          }
+          Attempt attempt{problem, math, {}, 0};
+          attempt.plan.kernel = kernel, attempt.plan.exchange = exchange, attempt.plan.columns = columns;
+          attempt.plan.layout.products = products;
+          if (!attempt.lay_out(blocks, facts)) continue;
+          if (attempt.plan.microseconds < best.microseconds) best = attempt.plan;
+        }
       }
     }
   }

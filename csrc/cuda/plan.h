@@ -13,6 +13,12 @@ namespace fastseq {
 enum class LoopKernelKind : int { kCluster = 0, kGrid = 1, kStream = 2, kSteps = 3 };
 constexpr const char* kLoopKernelNames[] = {"cluster", "grid", "stream", "steps"};
 
+// What blocks of a group exchange for a product: its operand, each block then making the results of its own units from
+// all of it; or, in the backward pass of a cluster, parts of the results of all units, each block's from its own part
+// of the operand.
+enum class Exchange : int { kOperand = 0, kSums = 1 };
+constexpr const char* kExchangeNames[] = {"operand", "sums"};
+
 struct DeviceFacts {
   int major, minor;  // compute capability
   int multiprocessors;
@@ -24,8 +30,9 @@ struct DeviceFacts {
 // What the user, or a test, wants of a plan; -1 and 0: not forced.
 struct ForcedLoopPlan {
   int kernel = -1;
-  int blocks = 0;   // of a group
-  int columns = 0;  // of tiles
+  int blocks = 0;     // of a group
+  int columns = 0;    // of tiles
+  int exchange = -1;  // of a cluster's backward pass
 };
 
 struct LoopProblem {
@@ -51,6 +58,7 @@ struct ProductWeights {
 
 struct LoopPlan {
   LoopKernelKind kernel;
+  Exchange exchange;
   int columns;             // of tiles: the batch tile is this times 8 rows (4 in float64)
   int64_t groups;          // directions times batch tiles
   int64_t groups_at_once;  // of a launch
@@ -66,15 +74,15 @@ constexpr bool uses_tensor_cores(DType dtype, bool tf32) {
 constexpr int kLoopThreads = 256;  // so that a thread may have 255 registers
 // Units of a warp that stay in registers, of a step's product: as many as ptxas finds room for, whatever the
 // arithmetic and the architecture. Of two products the larger, which comes first forward, last backward, has the more.
-constexpr int register_units(bool tensor, int products, int columns, LoopKernelKind kernel, bool backward,
-                             int product) {
+constexpr int register_units(bool tensor, int products, int columns, LoopKernelKind kernel, Exchange exchange,
+                             bool backward, int product) {
   const bool streams = kernel == LoopKernelKind::kStream, cluster = kernel == LoopKernelKind::kCluster;
   if (products == 2) {
     const bool larger = product == int(backward);
     if (!tensor) return streams ? 1 : larger && (cluster || !backward) ? 3 : 2;
     if (streams) return larger ? 4 - columns : columns == 2 && backward ? 1 : 2;
     if (columns == 1) return larger && cluster != backward ? 5 : 4;
-    return cluster && backward && !larger ? 3 : 4;
+    return cluster && backward && !larger ? (exchange == Exchange::kSums ? 3 : 2) : 4;
   }
   if (!tensor) return streams ? 3 : 5;
   if (streams) return columns == 4 ? 3 : columns == 2 ? 5 : 6;

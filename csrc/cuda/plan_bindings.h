@@ -10,15 +10,19 @@
 
 namespace fastseq {
 
-// "grid", "grid:4", "grid:4x2": kernel, blocks of a group, columns of tiles; "" forces nothing.
+// "grid", "grid:4", "grid:4x2": kernel, blocks of a group, columns of tiles; "cluster:4:sums", "cluster:operand": what
+// the backward pass exchanges, too. "" forces nothing.
 inline ForcedLoopPlan forced_loop_plan(const std::string& text) {
   ForcedLoopPlan forced;
   if (text.empty()) return forced;
+  const auto named = [](const std::string& name, const auto& names) {
+    for (int i = 0; i < int(std::size(names)); ++i) {
+      if (name == names[i]) return i;
+    }
+    return -1;
+  };
   const size_t colon = text.find(':');
-  const std::string name = text.substr(0, colon);
-  for (int i = 0; i < int(std::size(kLoopKernelNames)); ++i) {
-    if (name == kLoopKernelNames[i]) forced.kernel = i;
-  }
+  forced.kernel = named(text.substr(0, colon), kLoopKernelNames);
   // A number of one to six digits.
   const auto number = [&](size_t& at, int& value) {
     const size_t first = at;
@@ -28,22 +32,26 @@ inline ForcedLoopPlan forced_loop_plan(const std::string& text) {
     return at > first && value > 0;
   };
   bool good = forced.kernel >= 0;
-  if (good && colon != std::string::npos) {
-    size_t at = colon + 1;
-    good = forced.kernel != int(LoopKernelKind::kSteps) && number(at, forced.blocks);
+  size_t at = std::min(colon, text.size());
+  if (good && at + 1 < text.size() && text[at + 1] >= '0' && text[at + 1] <= '9') {
+    good = forced.kernel != int(LoopKernelKind::kSteps) && number(++at, forced.blocks);
     if (good && at < text.size() && text[at] == 'x') good = number(++at, forced.columns);
-    good = good && at == text.size();
+  }
+  if (good && at < text.size()) {
+    forced.exchange = text[at] == ':' ? named(text.substr(at + 1), kExchangeNames) : -1;
+    good = forced.exchange >= 0 && forced.kernel == int(LoopKernelKind::kCluster);
   }
   if (good) return forced;
-  throw std::runtime_error(
-      "given: FASTSEQ_CUDA_PLAN=\"" + text +
-      "\"\naccepted: a kernel (cluster, grid, stream, steps), then, if wanted, the blocks of a group "
-      "and the columns of tiles\ntry: cluster, grid:64 or stream:64x2 say, or unset it");
+  throw std::runtime_error("given: FASTSEQ_CUDA_PLAN=\"" + text +
+                           "\"\naccepted: a kernel (cluster, grid, stream, steps), then, if wanted, blocks "
+                           "of a group and columns of "
+                           "tiles, of a cluster what it exchanges (sums, operand)\ntry: grid:64, stream:64x2 "
+                           "or cluster:sums say, or unset it");
 }
 
 inline py::dict describe_product(const ProductLayout& l, int in_registers) {
   py::dict d;
-  d["exchange"] = l.scatter ? "partial sums" : "operand";
+  d["exchange"] = kExchangeNames[l.scatter];
   d["warps"] = py::make_tuple(l.warps_m, l.warps_k);
   d["passes"] = l.passes;
   d["units"] = l.units();
@@ -71,7 +79,8 @@ inline py::dict describe_plan(const LoopPlan& plan, bool tensor, bool backward) 
   d["workspace_bytes"] = layout.workspace_bytes;
   py::list products;
   for (int i = 0; i < layout.products; ++i) {
-    const int in_registers = register_units(tensor, layout.products, plan.columns, plan.kernel, backward, i);
+    const int in_registers =
+        register_units(tensor, layout.products, plan.columns, plan.kernel, plan.exchange, backward, i);
     products.append(describe_product(layout.product[i], in_registers));
   }
   d["products"] = products;

@@ -6,9 +6,10 @@
 //   the gradients follows from that
 //
 // Who holds what: as in the forward pass, a block has some hidden units of one batch tile for all steps; here it
-// makes all d of its units. In a cluster it multiplies its own d by the same rows of U that it had in the forward
-// pass and scatters parts of dh for all units, in float; that is H floats of a row, where d itself would be G H
-// elements. In a grid, where parts from a hundred blocks would be too much, d is gathered.
+// makes all d of its units. In a cluster it may multiply its own d by the same rows of U that it had in the forward
+// pass and scatter parts of dh for all units, in float: H floats of a row, where d itself would be G H elements. Or d
+// is gathered, which is less for one gate of 16 bits; so the plan says. In a grid, where parts from a hundred blocks
+// would be too much, d always is.
 //
 // What is left to matrix products over all steps: grad_pre and the other d are stored for them.
 #pragma once

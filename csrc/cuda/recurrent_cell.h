@@ -7,7 +7,8 @@
 //
 // FusedCellKernel: U h as well, for few rows, where a product of its own would be one more launch. A warp makes all
 // gates of a unit for all rows; its lanes share k, so that the rows of U are read once, in order, G H^2 elements in
-// all (2 MB, 0.5 us from L2, for an LSTM of H = 512 in bfloat16), and h from the first-level cache. 78 to 80 registers, 118 in float64.
+// all (2 MB, 0.5 us from L2, for an LSTM of H = 512 in bfloat16), and h from the first-level cache. 78 to 80 registers,
+// 118 in float64.
 #pragma once
 
 #include <prim.h>

@@ -19,6 +19,7 @@
 //                1100 cycles; 6 KB of what was saved and gradients from memory, 2 KB to it
 //   has          247 registers, 41 KB of shared memory
 //   implies      1.6 us a step; the messages are the larger half
+//   d gathered   what an RNN does instead, and a reset-before GRU: 2 bytes a unit, row and gate received, not 4 a unit
 // grid, forward        LSTM, H = 1024, bfloat16, 64 blocks for each of two tiles of 8 rows
 //   operations   256 mma a block, 64 a sub-core: 512 cycles
 //   bytes        16 KB of operand from L2 into each of 128 blocks, 2 MB in all: 680 cycles; weights none from L2;
@@ -80,7 +81,15 @@ struct LoopKernel {
 
 template <class M, LoopKernelKind kKind, bool kBackward, int kProducts, int kColumns>
 const char* launch_kernel(const LaunchShape& shape, const LoopKernelArgs& args) {
-  return launch<LoopKernel<KernelTraits<M, kKind, kBackward, kProducts, kColumns>>>(shape, args);
+  const auto launch_with = [&](auto exchange) {
+    return launch<LoopKernel<KernelTraits<M, kKind, exchange, kBackward, kProducts, kColumns>>>(shape, args);
+  };
+  if constexpr (kKind == LoopKernelKind::kCluster && kBackward) {
+    if (args.layout.product[0].scatter) {
+      return launch_with(std::integral_constant<Exchange, Exchange::kSums>{});
+    }
+  }
+  return launch_with(std::integral_constant<Exchange, Exchange::kOperand>{});
 }
 
 template <class M, LoopKernelKind kKind, bool kBackward, int kProducts>

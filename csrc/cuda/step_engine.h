@@ -18,8 +18,6 @@
 
 namespace fastseq::FASTSEQ_ISA {
 
-enum class Exchange { kCluster, kGrid };
-
 struct LoopKernelArgs {
   RecurrentLoopArgs loop;
   LoopLayout layout;
@@ -28,16 +26,16 @@ struct LoopKernelArgs {
 
 // How a kernel is built: in_registers(p) units of a warp's weights in registers, kStreams if some may be in global
 // memory.
-template <class Math, LoopKernelKind kKind, bool kBackwardPass, int kProductsOfStep, int kColumnTiles>
+template <class Math, LoopKernelKind kKind, Exchange kExchange, bool kBackwardPass, int kProductsOfStep,
+          int kColumnTiles>
 struct KernelTraits {
   using M = Math;
   static constexpr int kColumns = kColumnTiles, kProducts = kProductsOfStep;
   static constexpr bool kBackward = kBackwardPass, kStreams = may_stream(kKind);
-  static constexpr Exchange kExchange =
-      kKind == LoopKernelKind::kCluster ? Exchange::kCluster : Exchange::kGrid;
-  static constexpr bool kScatter = kExchange == Exchange::kCluster && kBackward;
+  static constexpr bool kCluster = kKind == LoopKernelKind::kCluster, kScatter = kExchange == Exchange::kSums;
+  static_assert(!kScatter || (kCluster && kBackward));
   static constexpr int in_registers(int p) {
-    return register_units(M::kTensor, kProducts, kColumns, kKind, kBackward, p);
+    return register_units(M::kTensor, kProducts, kColumns, kKind, kExchange, kBackward, p);
   }
   static constexpr int kRows = kColumns * M::kRows;  // of a batch tile
 };
@@ -48,7 +46,7 @@ class StepEngine {
   using Element = typename M::Element;
   using Storage = typename M::Storage;
   using Scalar = typename M::Scalar;
-  static constexpr bool kCluster = Traits::kExchange == Exchange::kCluster, kScatter = Traits::kScatter;
+  static constexpr bool kCluster = Traits::kCluster, kScatter = Traits::kScatter;
 
  public:
   static constexpr int kRows = Traits::kRows;
