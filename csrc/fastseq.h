@@ -174,10 +174,10 @@ struct CellStepDirection {
   const void* product;  // [B, gates of the part, H]  U h, or null: zero, or made here from weight_hh
   const void* bias_hh;  // [G*H] or null
   const void* h;        // [B, H] or null: zeros
-  const void* c;        // [B, H] or null: zeros; LSTM, and z of a reset-before GRU between its parts
-  void* h_next;         // [B, H], may be h; where a second product follows, its operand instead
-  void* c_next;         // [B, H], may be c
-  void* saved;          // [rows, slots, H] as in RecurrentDirection, or null: not wanted
+  const void* c;  // [B, H] or null: zeros; LSTM, and z of a reset-before GRU between its parts; see `wide`
+  void* h_next;   // [B, H], may be h; where a second product follows, its operand instead
+  void* c_next;   // [B, H], may be c
+  void* saved;    // [rows, slots, H] as in RecurrentDirection, or null: not wanted
 };
 
 struct CellStepArgs {
@@ -185,6 +185,8 @@ struct CellStepArgs {
   DType dtype;
   StepPart part;
   bool packed;
+  bool
+      wide;  // c and c_next are float, or double of float64: over many steps, what is rounded each time drifts
   int64_t hidden_size;
   int directions;
   CellStepDirection direction[2];
@@ -202,14 +204,14 @@ struct CellGradDirection {
   const void* saved;     // [rows, slots, H]
   const void* h0;        // [B, H] or null: zeros; of rows without a step before, like c0
   const void* c0;        // [B, H] or null: zeros; LSTM
-  // [B, H] dh but for the gradient of the output; where a product comes before the part, what that has made.
-  const void* grad;
-  const void* grad_c;  // [B, H] or null: zeros; LSTM
+  const void* grad;      // [B, H] or null: zeros; dh is this, the product, and the gradient of the output
+  const void* product;  // [B, H] or null: zeros; what a product made of the step after, or of the part before
+  const void* grad_c;   // [B, H] or null: zeros; LSTM
   // [B, G, H] gradient of U h + b, which the caller multiplies by U; [B, H] dh of a projected LSTM's first part. Rows
   // that only the other direction has in this step become zero.
   void* grad_product;
   // [B, H] the part of dh that does not pass through U, may be grad; a rest adds to it. Null where dh is another
-  // part's.
+  // part's. Rows that only the other direction has keep all of dh in it.
   void* direct;
   void* grad_c_previous;  // [B, H], may be grad_c; LSTM
   void* previous;         // these three as in LoopDirection, each null: not wanted
@@ -222,6 +224,7 @@ struct CellGradArgs {
   DType dtype;
   StepPart part;
   bool packed;
+  bool wide;  // grad, grad_c, direct and grad_c_previous are float, or double of float64
   int64_t hidden_size;
   int directions;
   CellGradDirection direction[2];

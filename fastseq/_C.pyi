@@ -168,7 +168,8 @@ def loop_backward(
 # One step of all directions. `common` and the directions' addresses are the same for all steps of a sequence;
 # rows are (t, offset, rows) of each direction's step, for the backward pass also those of the step before it.
 def cell_forward(
-    # cell, dtype, device, stream, part, packed, hidden_size, pre, weight_hh, output, its strides of t and b
+    # cell, dtype, device, stream, part, packed, wide, hidden_size, pre, weight_hh, output, its strides of t
+    # and b
     common: tuple[int, ...],
     # each: product, bias_hh, h, c, h_next, c_next, saved
     directions: tuple[tuple[int, ...], ...],
@@ -176,11 +177,11 @@ def cell_forward(
     /,
 ) -> None: ...
 def cell_backward(
-    # cell, dtype, device, stream, part, packed, hidden_size, grad_pre, output, its strides of t and b,
+    # cell, dtype, device, stream, part, packed, wide, hidden_size, grad_pre, output, its strides of t and b,
     # grad_output, its strides of t, b and feature
     common: tuple[int, ...],
-    # each: saved, h0, c0, grad, grad_c, grad_product, direct, grad_c_previous, previous, grad_candidate,
-    # grad_hidden
+    # each: saved, h0, c0, grad, product, grad_c, grad_product, direct, grad_c_previous, previous,
+    # grad_candidate, grad_hidden
     directions: tuple[tuple[int, ...], ...],
     rows: tuple[tuple[int, ...], ...],
     /,

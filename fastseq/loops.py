@@ -222,12 +222,14 @@ def forward(
             pre = x @ weight_ih.t()
     if plan.kernel == "steps":
         h_n.zero_() if h0 is None else h_n.copy_(h0)
-        c = c_n if layer.cell.cell_state else None
+        c = torch.empty_like(c_n, dtype=steps.wide_dtype(c_n)) if layer.cell.cell_state else None
         if c is not None:
             c.zero_() if c0 is None else c.copy_(c0)
         kernels, layout = _cell_kernels(engine, layer, input), (layer.steps, layer.batch, batch_sizes)
         with precision.products(of_rnn):
             steps.forward(kernels, mode, layout, _weights(directions), pre, h_n, c, output, _if_any(saved))
+        if c is not None:
+            c_n.copy_(c)
         return
     workspace, index = _workspace(plan, input), input.device.index or 0
     engine.module.loop_forward(
@@ -451,17 +453,14 @@ def _backward_in_steps(
     made: Gradients,
 ) -> None:
     kernels = _cell_kernels(engine, layer, output)
-    state, cell_state = (
-        (layer.directions, layer.batch, layer.width),
-        (layer.directions, layer.batch, layer.hidden_size),
-    )
+    wide = output.new_empty(0, dtype=steps.wide_dtype(output))
 
-    def gradient(of_last: Tensor | None, of_first: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        grad = output.new_empty(shape) if of_first is None else of_first
+    def gradient(of_last: Tensor | None, width: int) -> Tensor:
+        grad = wide.new_empty((layer.directions, layer.batch, width))
         return grad.zero_() if of_last is None else grad.copy_(of_last)
 
-    grad_h = gradient(grad_h_n, made.h0, state)
-    grad_c = gradient(grad_c_n, made.c0, cell_state) if layer.cell.cell_state else None
+    grad_h = gradient(grad_h_n, layer.width)
+    grad_c = gradient(grad_c_n, layer.hidden_size) if layer.cell.cell_state else None
     layout, weights = (layer.steps, layer.batch, batch_sizes), _weights(directions)
     arguments = (h0, c0, output, _if_any(saved), grad_output, grad_h, grad_c, made)
     steps.backward(kernels, mode, layout, weights, *arguments)

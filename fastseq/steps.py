@@ -50,10 +50,10 @@ class Rows:
 
 
 class Product:
-    """result = operand @ weight, or added to it, of every direction and the step's rows."""
+    """result = operand @ weight, of every direction and the step's rows."""
 
-    def __init__(self, operand: Tensor, weight: Tensor, result: Tensor, add: bool = False) -> None:
-        self.all, self.weight, self.add = (operand, result), weight, add
+    def __init__(self, operand: Tensor, weight: Tensor, result: Tensor) -> None:
+        self.all, self.weight = (operand, result), weight
         self.operand, self.result, self.rows = operand, result, result.shape[1]
 
     def __call__(self, now: Now) -> None:
@@ -61,10 +61,7 @@ class Product:
         if rows != self.rows:
             self.operand, self.result = (tensor[:, :rows] for tensor in self.all)
             self.rows = rows
-        if self.add:
-            torch.baddbmm(self.result, self.operand, self.weight, out=self.result)
-        else:
-            torch.bmm(self.operand, self.weight, out=self.result)
+        torch.bmm(self.operand, self.weight, out=self.result)
 
 
 class Kernels(NamedTuple):
@@ -78,7 +75,7 @@ class Kernels(NamedTuple):
 
 
 class Launch:
-    """A kernel on the step's rows; the tensors of all directions, each a sequence of one for each or None."""
+    """A kernel on the step's rows. `tensors`: of all directions, each a sequence of one for each, or None."""
 
     def __init__(
         self,
@@ -87,13 +84,18 @@ class Launch:
         directions: int,
         *tensors: Sequence[Tensor] | Tensor | None,
     ) -> None:
-        self.kernel, self.common, self.alive = kernel, common, tensors
+        self.kernel, self.common, self.buffers = kernel, common, tensors  # as long as their addresses
         self.directions = tuple(
             addresses(*(None if t is None else t[i] for t in tensors)) for i in range(directions)
         )
 
     def __call__(self, now: Now) -> None:
         self.kernel(self.common, self.directions, now)
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """Of what adds up over the steps, c and the gradients of the states: 16 bits would lose what is small."""
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
 class Weights(NamedTuple):
@@ -118,7 +120,8 @@ def forward_step(
     saved: Tensor | None,
 ) -> list[Operation]:
     """What a step does: h (D, B, R) and c (D, B, H) before it, which may be None for zeros, h_next and c_next
-    after it, which may be the same; pre (rows, D*G*H), output (T, B, D*R) and saved (D, rows, slots, H)."""
+    after it, which may be the same; c_next and c may be wide. pre (rows, D*G*H), output (T, B, D*R) and saved
+    (D, rows, slots, H)."""
     directions, batch = h_next.shape[:2]
     hidden = weights.hh.shape[1] // CELLS[mode].gates
     operations: list[Operation] = []
@@ -140,13 +143,14 @@ def forward_step(
         output: Tensor | None,
         weight: Tensor | None = None,
     ) -> None:
-        common = (*kernels[1:], part, packed, h_next.shape[2])
+        wide = any(state is not None and state.dtype is not h_next.dtype for state in (c, c_next))
+        common = (*kernels[1:], part, packed, wide, h_next.shape[2])
         common += (*addresses(pre, weight, output), *strides(output, 2))
         tensors = (product, weights.bias_hh, h, c, h_next, c_next, saved)
         operations.append(Launch(kernels.module.cell_forward, common, directions, *tensors))
 
     if mode == "GRU_RESET_BEFORE":
-        z, operand = torch.empty_like(h_next), torch.empty_like(h_next)
+        z, operand = torch.empty_like(h_next, dtype=wide_dtype(h_next)), torch.empty_like(h_next)
         product = multiply(h, weights.hh[:, : 2 * hidden])
         finish(FIRST, product, h, None, operand, z, None)
         product = multiply(operand, weights.hh[:, 2 * hidden :])
@@ -175,8 +179,8 @@ def forward(
     output: Tensor,
     saved: Tensor | None,
 ) -> None:
-    """All steps; `layout`: steps, batch, batch_sizes. h (D, B, R) and c (D, B, H) are the initial states, and
-    the last ones when it returns; the rest as in forward_step."""
+    """All steps; `layout`: steps, batch, batch_sizes. h (D, B, R) and c (D, B, H), wide, are the initial
+    states, and the last ones when it returns; the rest as in forward_step."""
     packed = layout[2] is not None
     operations = forward_step(kernels, mode, packed, weights, pre, h, c, h, c, output, saved)
     for now in Rows(*layout).forward(len(h)):
@@ -209,53 +213,60 @@ def backward(
     grad_c: Tensor | None,
     grads: Gradients,
 ) -> None:
-    """All steps. grad_h (D, B, R) and grad_c (D, B, H) are the gradients of the last states; when it returns,
-    grad_c is that of the initial one, and grad_h too if grads.h0 is wanted."""
+    """All steps. grad_h (D, B, R) and grad_c (D, B, H), wide, are the gradients of the last states; what they
+    hold when it returns is of no use."""
     directions, batch, width = grad_h.shape
     hidden = grads.pre.shape[2] // CELLS[mode].gates
-    packed = layout[2] is not None
+    packed, wide = layout[2] is not None, grad_h.dtype is not output.dtype
     operations: list[Operation] = []
-    grad_product = grad_h.new_empty((directions, batch, grads.pre.shape[2]))
+    grad_product = output.new_empty((directions, batch, grads.pre.shape[2]))
+    # What the step before made, but for rows that it did not have: zeros, or what their last step left.
+    product = output.new_zeros(grad_h.shape)
 
     def multiply(operand: Tensor, weight: Tensor) -> Tensor:
-        result = grad_h.new_empty((directions, batch, weight.shape[2]))
+        result = output.new_empty((directions, batch, weight.shape[2]))
         operations.append(Product(operand, weight, result))
         return result
 
     def finish(
         part: int,
         units: int,
-        grad: Tensor,
+        grad: Tensor | None,
+        product: Tensor,
         grad_output: Tensor | None,
         grad_product: Tensor,
         direct: Tensor | None,
         previous: Tensor | None,
         hidden: Tensor | None = None,
     ) -> None:
-        common = (*kernels[1:], part, packed, units)
+        common = (*kernels[1:], part, packed, wide, units)
         common += (*addresses(grads.pre, output), *strides(output, 2))
         common += (*addresses(grad_output), *strides(grad_output, 3))
-        tensors = (saved, h0, c0, grad, grad_c, grad_product, direct, grad_c)
+        tensors = (saved, h0, c0, grad, product, grad_c, grad_product, direct, grad_c)
         tensors += (previous, grads.candidate, hidden)
         operations.append(Launch(kernels.module.cell_backward, common, directions, *tensors))
 
     whole = grad_product, weights.hh
     if mode == "GRU_RESET_BEFORE":
         split = 2 * hidden
-        finish(FIRST, hidden, grad_h, grad_output, grad_product, grad_h, grads.previous)
-        grad = multiply(grad_product[:, :, split:], weights.hh[:, split:])
-        finish(REST, hidden, grad, None, grad_product, grad_h, None)
+        finish(FIRST, hidden, grad_h, product, grad_output, grad_product, grad_h, grads.previous)
+        of_operand = multiply(grad_product[:, :, split:], weights.hh[:, split:])
+        finish(REST, hidden, None, of_operand, None, grad_product, grad_h, None)
         whole = grad_product[:, :, :split], weights.hh[:, :split]
     elif weights.hr is not None:
-        operand = torch.empty_like(grad_h)
-        finish(FIRST, width, grad_h, grad_output, operand, grad_h, grads.previous, grads.hidden)
-        grad = multiply(operand, weights.hr)
-        finish(WHOLE, hidden, grad, None, grad_product, None, None)
+        operand = torch.empty_like(product)
+        finish(FIRST, width, grad_h, product, grad_output, operand, grad_h, grads.previous, grads.hidden)
+        of_cell = multiply(operand, weights.hr)
+        finish(WHOLE, hidden, None, of_cell, None, grad_product, None, None)
     else:
-        finish(WHOLE, hidden, grad_h, grad_output, grad_product, grad_h, grads.previous)
-    operations.append(Product(*whole, grad_h, add=True))
+        finish(WHOLE, hidden, grad_h, product, grad_output, grad_product, grad_h, grads.previous)
+    operations.append(Product(*whole, product))
     for s, now in enumerate(Rows(*layout).backward(directions)):
         if s + 1 == layout[0] and grads.h0 is None:
             operations.pop()
         for operation in operations:
             operation(now)
+    if grads.h0 is not None:
+        grads.h0.copy_(grad_h.add_(product))
+    if grads.c0 is not None and grad_c is not None:
+        grads.c0.copy_(grad_c)

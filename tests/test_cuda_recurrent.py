@@ -34,6 +34,8 @@ from harness import (
     move,
     round_to_tf32,
     run_module,
+    run_reference,
+    run_torch,
     threads,
     with_gradients,
 )
@@ -49,6 +51,7 @@ from test_bad_input import (
 )
 from test_bad_input import CELLS as CELL_CLASSES
 from test_gradcheck import gradcheck_module
+from tolerances import largest
 
 # Blocks of a group; of 45 units in four blocks the last one has none, and in three the last is not full.
 BLOCKS = {"cluster": (1, 2, 4), "grid": (1, 3), "stream": (1, 3), "steps": ()}
@@ -422,6 +425,25 @@ def test_outputs_that_are_not_used_count_as_zero_gradients(device, name, packed,
 
 
 # -------------------------------------------------------------------------------------------------- extremes
+
+
+@pytest.mark.parametrize("plan", ["cluster:2", "grid:1", "stream:1", "steps"])
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+def test_sixteen_bits_do_not_drift_over_many_steps(device, mode, arithmetic, plan):
+    """Gates that keep nearly all of the state, over 512 steps: what adds up does so in float."""
+    case = network(mode, arithmetic, steps=512, batch=3, input_size=4, hidden_size=16, states=False)
+    module, data = make_module(case), make_data(case)
+    with torch.no_grad():
+        module.bias_ih_l0[16:32] = 6  # the forget gate of an LSTM, z of a GRU
+    torchs = run_torch(case, dict(module.named_parameters()), data)
+    exact = run_reference(case, dict(module.named_parameters()), data)
+    with device.using(plan):
+        ours = device.run(case, module, data)
+    assert_all_as_accurate_as_torch(ours, torchs, exact, case.dtype)
+    if mode == "LSTM":  # where torch's own c_n is ten times as far off
+        error = largest(ours["c_n"].double() - exact["c_n"])
+        assert error <= torch.finfo(case.dtype).eps * largest(exact["c_n"])
 
 
 LONG = Case("RNN_TANH", steps=70_000, batch=1, input_size=2, hidden_size=3, states=False)

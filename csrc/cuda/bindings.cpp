@@ -62,7 +62,8 @@ template <class Args>
 void read_step(Integers& from, Args& args) {
   args.cell = cell_of(from.next()), args.dtype = dtype_of(from.next());
   args.device = int(from.next()), args.stream = from.pointer<void>();
-  args.part = part_of(from.next()), args.packed = from.next(), args.hidden_size = from.next();
+  args.part = part_of(from.next()), args.packed = from.next(), args.wide = from.next(),
+  args.hidden_size = from.next();
 }
 
 // common and the directions' addresses are the same for all steps; `rows` is what changes: for each direction the
@@ -119,7 +120,8 @@ void run_cell_backward(const py::tuple& common, const py::tuple& directions, con
     d.now = read_rows(of_rows), d.before = read_rows(of_rows);
     d.saved = addresses.pointer<void>();
     d.h0 = addresses.pointer<void>(), d.c0 = addresses.pointer<void>();
-    d.grad = addresses.pointer<void>(), d.grad_c = addresses.pointer<void>();
+    d.grad = addresses.pointer<void>(), d.product = addresses.pointer<void>();
+    d.grad_c = addresses.pointer<void>();
     d.grad_product = addresses.pointer<void>(), d.direct = addresses.pointer<void>();
     d.grad_c_previous = addresses.pointer<void>(), d.previous = addresses.pointer<void>();
     d.grad_candidate = addresses.pointer<void>(), d.grad_hidden = addresses.pointer<void>();

@@ -30,6 +30,17 @@ template <class S>
 FS_DEVICE void write(void* tensor, int64_t at, ScalarOf<S> value) {
   if (tensor) narrow(value, static_cast<S*>(tensor)[at]);
 }
+// States between steps, which may be wide.
+template <class S>
+FS_DEVICE ScalarOf<S> read_state(bool wide, const void* state, int64_t at) {
+  if (!wide || !state) return read<S>(state, at);
+  return static_cast<const ScalarOf<S>*>(state)[at];
+}
+template <class S>
+FS_DEVICE void write_state(bool wide, void* state, int64_t at, ScalarOf<S> value) {
+  if (!wide || !state) return write<S>(state, at, value);
+  static_cast<ScalarOf<S>*>(state)[at] = value;
+}
 // What lies until the backward pass.
 template <class S>
 FS_DEVICE void leave(void* tensor, int64_t at, ScalarOf<S> value) {
@@ -91,12 +102,12 @@ FS_DEVICE void finish_step(const CellStepArgs& a, int direction, int64_t row, in
       read_gates(0, C::kFirstGates, C::kGates);
       C::first(x, u, h, saved, operand);
       for (int i = 0; i < C::kFirstGates; ++i) put_saved(C::kSaved, i, saved[i]);
-      write<S>(d.c_next, at, saved[C::Z]);
+      write_state<S>(a.wide, d.c_next, at, saved[C::Z]);
       put_h(operand);
     } else {
       T h_next = 0, unused = 0;
       read_gates(C::kFirstGates, C::kGates, C::kGates);
-      saved[C::Z] = read<S>(d.c, at);
+      saved[C::Z] = read_state<S>(a.wide, d.c, at);
       C::step(x, u, h, T(0), saved, h_next, unused);
       put_saved(C::kSaved, C::N, saved[C::N]);
       put_h(h_next);
@@ -108,10 +119,10 @@ FS_DEVICE void finish_step(const CellStepArgs& a, int direction, int64_t row, in
     constexpr int kSlots = C::kSaved + C::kCellState;
     T saved[C::kSaved + 1], h_next = 0, c_next = 0;
     read_gates(0, C::kGates, C::kGates);
-    take_step<C>(x, u, h, C::kCellState ? read<S>(d.c, at) : T(0), saved, h_next, c_next);
+    take_step<C>(x, u, h, C::kCellState ? read_state<S>(a.wide, d.c, at) : T(0), saved, h_next, c_next);
     if constexpr (C::kCellState) {
       saved[C::kSaved] = c_next;
-      write<S>(d.c_next, at, c_next);
+      write_state<S>(a.wide, d.c_next, at, c_next);
     }
     FS_UNROLL
     for (int i = 0; i < kSlots; ++i) put_saved(kSlots, i, saved[i]);
@@ -234,8 +245,9 @@ struct CellGradKernel {
     FS_DEVICE T saved(const StepRows& step, int slots, int i) const {
       return read<S>(d.saved, ((step.offset + row) * slots + i) * hidden + unit);
     }
+    FS_DEVICE T grad_of_state() const { return read_state<S>(a.wide, d.grad, at) + read<S>(d.product, at); }
     FS_DEVICE T grad_h() const {
-      const T dh = read<S>(d.grad, at);
+      const T dh = grad_of_state();
       if (!a.grad_output.data) return dh;
       const S* const from = row_at<const S>(a.grad_output, a.packed, d.now, row);
       return dh + T(widen(from[(direction * hidden + unit) * a.grad_output.stride[2]]));
@@ -249,6 +261,7 @@ struct CellGradKernel {
     FS_DEVICE void put_product(int gates, int gate, T value) const {
       write<S>(d.grad_product, (row * gates + gate) * hidden + unit, value);
     }
+    FS_DEVICE void put_direct(T value) const { write_state<S>(a.wide, d.direct, at, value); }
     FS_DEVICE void put_previous() const {
       if (d.previous) leave<S>(d.previous, of_all * hidden + unit, h_before());
     }
@@ -256,8 +269,8 @@ struct CellGradKernel {
     FS_DEVICE void projected() const {
       const T dh = active ? grad_h() : T(0);
       put_product(1, 0, dh);
+      put_direct(active ? T(0) : grad_of_state());
       if (!active) return;
-      write<S>(d.direct, at, T(0));
       leave<S>(d.grad_hidden, of_all * hidden + unit, dh);
       put_previous();
     }
@@ -274,10 +287,12 @@ struct CellGradKernel {
           C::step_grad(of_gates, h, T(0), T(0), T(0), grad_h(), T(0), grads, direct, unused);
           put_previous();
         } else {
-          direct = read<S>(d.direct, at);
+          direct = read_state<S>(a.wide, d.direct, at);
           C::first_grad(of_gates, h, grad_h(), grads, direct, unused);
         }
-        write<S>(d.direct, at, direct);
+        put_direct(direct);
+      } else if (first) {
+        put_direct(grad_of_state());
       }
       for_constants<C::kGates>([&](auto gate) {
         if ((gate == C::R) == first) return;
@@ -299,7 +314,7 @@ struct CellGradKernel {
                                                              : h_before();
         T direct = 0, dc = 0;
         C::step_grad(of_gates, state, state, state, of_gates[C::kCellState ? C::kSaved : 0], grad_h(),
-                     C::kCellState ? read<S>(d.grad_c, at) : T(0), grads, direct, dc);
+                     C::kCellState ? read_state<S>(a.wide, d.grad_c, at) : T(0), grads, direct, dc);
         for_constants<C::kGates>([&](auto gate) {
           constexpr int kGrad = C::kInputGrad[gate];
           put_pre(C::kGates, gate, grads[kGrad]);
@@ -307,9 +322,11 @@ struct CellGradKernel {
         if constexpr (C::kGrads > C::kGates) {
           leave<S>(d.grad_candidate, of_all * hidden + unit, grads[C::kGates]);
         }
-        write<S>(d.direct, at, direct);
-        if constexpr (C::kCellState) write<S>(d.grad_c_previous, at, dc);
+        put_direct(direct);
+        if constexpr (C::kCellState) write_state<S>(a.wide, d.grad_c_previous, at, dc);
         put_previous();
+      } else if (d.direct) {
+        put_direct(grad_of_state());
       }
       for_constants<C::kGates>([&](auto gate) {
         constexpr int kGrad = C::kRecurrentGrad[gate];
