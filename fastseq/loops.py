@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import _C, precision, steps
 from .addresses import addresses, strides
-from .checks import DTYPES, Layer, problem
+from .checks import CELLS, DTYPES, Layer, problem
 from .steps import Gradients
 
 
@@ -132,7 +132,8 @@ def plan_in_data(
     if layer.rows == 0:
         return plan | {"kernel": "none"}
     if one_step:
-        return plan | {"kernel": "cell"}
+        fused = not backward and layer.cell != CELLS["GRU_RESET_BEFORE"] and layer.batch <= _C.MOST_FUSED_ROWS
+        return plan | {"kernel": "cell", "partition": {"fused": fused}}
     loop = _loop_of(layer, dtype, packed, backward)
 
     def described(loop: Loop, forced: str | None) -> dict[str, Any] | None:
@@ -284,12 +285,8 @@ def cell(
     bias_ih, bias_hh = biases or (None, None)
     with precision.products(precision.of_recurrent_networks(input.dtype)):
         pre = input @ weight_ih.t() if bias_ih is None else torch.addmm(bias_ih, input, weight_ih.t())
-        of_step = steps.Weights(weight_hh.unsqueeze(0), None if bias_hh is None else [bias_hh], None)
-        states = [None if t is None else t.unsqueeze(0) for t in (h0, c0, h, c)]
-        kernels, slots = _cell_kernels(engine, layer, input), None if saved is None else saved.unsqueeze(0)
-        whole = ((0, 0, layer.batch),)
-        for operation in steps.forward_step(kernels, mode, False, of_step, pre, *states, None, slots):
-            operation(whole)
+        kernels = _cell_kernels(engine, layer, input)
+        steps.cell(kernels, mode, weight_hh, bias_hh, pre, h0, c0, h, c, saved)
 
 
 def _cell_kernels(engine: Engine, layer: Layer, input: Tensor) -> steps.Kernels:

@@ -121,7 +121,9 @@ def _loop_in_words(plan: dict[str, Any], mode: str, layer: Layer, dtype: torch.d
     if kernel == "none":
         return architecture, ["there are no rows"], []
     if kernel == "cell":
-        return architecture, ["a product and a kernel for what is left of the step"], [_one_step_a_call(mode)]
+        fused = plan["partition"]["fused"]
+        words = "U h and the gates in one kernel" if fused else "torch's products, a kernel after those of U"
+        return architecture, [words], [_one_step_a_call(mode)]
     chosen = plan["partition"]
     time = f"{_time(chosen)} by arithmetic for an H200, not measured"
     if kernel == "steps":

@@ -141,11 +141,10 @@ def forward_step(
         h_next: Tensor,
         c_next: Tensor | None,
         output: Tensor | None,
-        weight: Tensor | None = None,
     ) -> None:
         wide = any(state is not None and state.dtype is not h_next.dtype for state in (c, c_next))
         common = (*kernels[1:], part, packed, wide, h_next.shape[2])
-        common += (*addresses(pre, weight, output), *strides(output, 2))
+        common += (*addresses(pre, None, output), *strides(output, 2))
         tensors = (product, weights.bias_hh, h, c, h_next, c_next, saved)
         operations.append(Launch(kernels.module.cell_forward, common, directions, *tensors))
 
@@ -162,10 +161,39 @@ def forward_step(
         product = multiply(operand, weights.hr)
         finish(REST, product, None, None, h_next, None, output)
     else:
-        fused = directions == 1 and h is not None and h is not h_next and batch <= _C.MOST_FUSED_ROWS
-        product = None if fused else multiply(h, weights.hh)
-        finish(WHOLE, product, h, c, h_next, c_next, output, weights.hh if fused else None)
+        product = multiply(h, weights.hh)
+        finish(WHOLE, product, h, c, h_next, c_next, output)
     return operations
+
+
+def cell(
+    kernels: Kernels,
+    mode: str,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    pre: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    h_next: Tensor,
+    c_next: Tensor | None,
+    saved: Tensor | None,
+) -> None:
+    """One step of one direction: pre (B, G*H), h and c (B, H) before it, None for zeros, and after it, saved
+    (B, slots, H). With few rows the kernel makes the product too."""
+    batch, hidden = h_next.shape
+    now = ((0, 0, batch),)
+    if mode == "GRU_RESET_BEFORE":
+        weights = Weights(weight_hh.unsqueeze(0), None if bias_hh is None else [bias_hh], None)
+        states = [None if t is None else t.unsqueeze(0) for t in (h, c, h_next, c_next, None, saved)]
+        for operation in forward_step(kernels, mode, False, weights, pre, *states):
+            operation(now)
+        return
+    fused = h is not None and batch <= _C.MOST_FUSED_ROWS
+    product = None if fused or h is None else h @ weight_hh.t()
+    of_output = (0, 0, 0)  # none beside h_next
+    common = (*kernels[1:], WHOLE, False, False, hidden, *addresses(pre, weight_hh if fused else None))
+    tensors = addresses(product, bias_hh, h, c, h_next, c_next, saved)
+    kernels.module.cell_forward((*common, *of_output), (tensors,), now)
 
 
 def forward(

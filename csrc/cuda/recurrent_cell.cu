@@ -8,13 +8,11 @@
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
-constexpr int kThreads = 256;
-
 template <class Kernel>
 const char* run_everywhere(const typename Kernel::Args& args, int64_t threads) {
-  const int64_t blocks = std::min<int64_t>((threads + kThreads - 1) / kThreads, 1 << 20);
+  const int64_t blocks = std::min<int64_t>((threads + Kernel::kThreads - 1) / Kernel::kThreads, 1 << 20);
   if (blocks == 0) return nullptr;
-  return launch<Kernel>({blocks, kThreads, 0, 1, false, args.stream}, args);
+  return launch<Kernel>({blocks, Kernel::kThreads, 0, 1, false, args.stream}, args);
 }
 
 // Threads that have something to do.

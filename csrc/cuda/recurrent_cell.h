@@ -3,12 +3,13 @@
 //
 // CellKernel, CellGradKernel: a thread makes a unit of a row. Bound by memory: a step reads (2 G + 2) B H elements
 // and writes up to (slots + 2) B H, 0.3 us for an LSTM of H = 512, B = 64 in bfloat16 at 4.8 TB/s; a launch takes
-// longer. 49 to 64 registers, no shared memory.
+// longer. 50 to 70 registers, no shared memory.
 //
 // FusedCellKernel: U h as well, for few rows, where a product of its own would be one more launch. A warp makes all
 // gates of a unit for all rows; its lanes share k, so that the rows of U are read once, in order, G H^2 elements in
-// all (2 MB, 0.5 us from L2, for an LSTM of H = 512 in bfloat16), and h from the first-level cache. 78 to 80 registers,
-// 118 in float64.
+// all (2 MB, 0.5 us from L2, for an LSTM of H = 512 in bfloat16), and h from the first-level cache. No load waits for
+// a branch or for the one before. For 8 rows a lane has G H / 4 multiply-adds, 512 cycles at H = 512, where there is
+// one warp for each sub-core. 95 to 106 registers, 128 in float64.
 #pragma once
 
 #include <prim.h>
@@ -154,47 +155,86 @@ struct CellKernel {
   }
 };
 
+// sums[g][row] += the lane's share of U's row of gate g times h's row; kVector elements of k are read at a time.
+template <class S, int kVector, int kGates, int kRows, class T>
+FS_DEVICE void add_products(const CellStepArgs& a, int64_t unit, T (&sums)[kGates][kRows]) {
+  struct alignas(kVector * sizeof(S)) Piece {
+    S element[kVector];
+  };
+  const int64_t hidden = a.hidden_size;
+  const auto piece = [](const void* tensor, int64_t at) {
+    return *reinterpret_cast<const Piece*>(static_cast<const S*>(tensor) + at);
+  };
+  const int rows = int(a.direction[0].now.rows);
+  FS_NO_UNROLL
+  for (int64_t k = thread_index() % kWarp * kVector; k < hidden; k += kWarp * kVector) {
+    Piece weight[kGates], h[kRows];
+    FS_UNROLL
+    for (int g = 0; g < kGates; ++g) weight[g] = piece(a.weight_hh, (g * hidden + unit) * hidden + k);
+    // Of a row that is not there the last one, so that no load waits for a branch.
+    FS_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      h[row] = piece(a.direction[0].h, (row < rows ? row : rows - 1) * hidden + k);
+    }
+    FS_UNROLL
+    for (int i = 0; i < kVector; ++i) {
+      FS_UNROLL
+      for (int g = 0; g < kGates; ++g) {
+        FS_UNROLL
+        for (int row = 0; row < kRows; ++row) {
+          sums[g][row] = fma(T(widen(weight[g].element[i])), T(widen(h[row].element[i])), sums[g][row]);
+        }
+      }
+    }
+  }
+}
+
 template <class S>
 struct FusedCellKernel {
   using Args = CellStepArgs;
   using T = ScalarOf<S>;
-  static constexpr int kThreads = 256, kRows = kMostFusedRows;
+  // Few warps a block, so that a small layer has blocks for all multiprocessors.
+  static constexpr int kThreads = 64, kVector = 8 / sizeof(S);
   static FS_DEVICE void run(const Args& a) {
-    const int lane = thread_index() % kWarp;
     const int64_t unit = int64_t(block_index()) * (thread_count() / kWarp) + thread_index() / kWarp;
     if (unit >= a.hidden_size) return;
+    const auto address =
+        reinterpret_cast<uintptr_t>(a.weight_hh) | reinterpret_cast<uintptr_t>(a.direction[0].h);
+    const bool vectors = address % 8 == 0 && a.hidden_size % kVector == 0;
     with_cell<T, 1>(a.cell, [&](auto cell) {
-      constexpr int kGates = decltype(cell)::kGates;
-      const auto* const weight = static_cast<const S*>(a.weight_hh);
-      T sums[kGates * kRows] = {};
-      for (int64_t k = lane; k < a.hidden_size; k += kWarp) {
-        T w[kGates];
-        FS_UNROLL
-        for (int g = 0; g < kGates; ++g) {
-          w[g] = T(widen(weight[(g * a.hidden_size + unit) * a.hidden_size + k]));
-        }
-        FS_UNROLL
-        for (int row = 0; row < kRows; ++row) {
-          if (row >= a.direction[0].now.rows) break;
-          const T h = read<S>(a.direction[0].h, row * a.hidden_size + k);
-          FS_UNROLL
-          for (int g = 0; g < kGates; ++g) sums[g * kRows + row] = fma(w[g], h, sums[g * kRows + row]);
-        }
+      if (a.direction[0].now.rows == 1) {
+        multiply_and_finish<decltype(cell)::kGates, 1>(a, unit, vectors);
+      } else {
+        multiply_and_finish<decltype(cell)::kGates, kMostFusedRows>(a, unit, vectors);
       }
+    });
+  }
+
+ private:
+  template <int kGates, int kRows>
+  static FS_DEVICE void multiply_and_finish(const Args& a, int64_t unit, bool vectors) {
+    T sums[kGates][kRows] = {};
+    if (vectors) {
+      add_products<S, kVector>(a, unit, sums);
+    } else {
+      add_products<S, 1>(a, unit, sums);
+    }
+    FS_UNROLL
+    for (auto& gate : sums) {
       FS_UNROLL
-      for (T& sum : sums) {
+      for (T& sum : gate) {
         FS_UNROLL
         for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
       }
+    }
+    FS_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      if (row != thread_index() % kWarp || row >= a.direction[0].now.rows) continue;
+      T u[kMostGates] = {};
       FS_UNROLL
-      for (int row = 0; row < kRows; ++row) {
-        if (row != lane || row >= a.direction[0].now.rows) continue;
-        T u[kMostGates] = {};
-        FS_UNROLL
-        for (int g = 0; g < kGates; ++g) u[g] = sums[g * kRows + row];
-        finish_step<S>(a, 0, row, unit, u);
-      }
-    });
+      for (int g = 0; g < kGates; ++g) u[g] = sums[g][row];
+      finish_step<S>(a, 0, row, unit, u);
+    }
   }
 };
 
