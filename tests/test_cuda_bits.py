@@ -106,18 +106,24 @@ def keeps_states(name, arithmetic):
     return not (name.startswith("LSTM") and arithmetic in ("bfloat16", "float16"))
 
 
+def assert_same_bits_in_pieces(device, case, module, data, pieces):
+    """Of a sequence in one call, and in pieces of so many steps, each with the states that the last one left.
+    The plan must be forced: the number of steps is one of the things that it goes by."""
+    whole = forward(device, case, module, data)
+    outputs, states = [], {name: x for name, x in data.items() if name != "input"}
+    for piece in data["input"].split(pieces):
+        results = forward(device, replace(case, steps=len(piece)), module, {"input": piece, **states})
+        outputs.append(results["output"])
+        states = {name: results[name.replace("0", "_n")] for name in states}
+    assert_same_bits(results | {"output": torch.cat(outputs)}, whole)
+
+
 @every(blocks=SOME_BLOCKS, when=keeps_states)
 def test_a_sequence_in_pieces_with_the_state_carried_has_the_same_bits(device, name, arithmetic, plan):
     case = network(name, arithmetic, steps=7, batch=11)
     module, data = exact_input(case)
     with device.using(plan, tf32=ARITHMETIC[arithmetic][1]):
-        whole = forward(device, case, module, data)
-        outputs, states = [], {name: data[name] for name in data if name != "input"}
-        for piece in data["input"].split([1, 4, 2]):
-            pieces = forward(device, replace(case, steps=len(piece)), module, {"input": piece, **states})
-            outputs.append(pieces["output"])
-            states = {name: pieces[name.replace("0", "_n")] for name in states}
-    assert_same_bits(pieces | {"output": torch.cat(outputs)}, whole)
+        assert_same_bits_in_pieces(device, case, module, data, [1, 4, 2])
 
 
 @every(blocks=SOME_BLOCKS)

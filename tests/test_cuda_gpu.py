@@ -28,6 +28,7 @@ from harness import (
 )
 from reference import MODES
 from test_bad_input import assert_three_lines, error_of
+from test_cuda_bits import assert_same_bits_in_pieces
 from test_gradcheck import gradcheck_module
 from tolerances import SAME_FLOAT32, largest
 
@@ -346,20 +347,14 @@ def needs(gigabytes):
         pytest.skip(f"needs {gigabytes} GiB of GPU memory, {free:.0f} are free")
 
 
+@pytest.mark.parametrize("plan", ["cluster:2", "grid:2"])
 @pytest.mark.parametrize("mode", MODES)
-def test_seventy_thousand_steps_in_pieces_are_the_same_bits(own_plans, mode):
+def test_seventy_thousand_steps_in_pieces_are_the_same_bits(gpu, mode, plan):
+    """There is no input, whose product might be rounded by the number of its rows."""
     case = Case(mode, steps=70_000, batch=2, input_size=0, hidden_size=24)
-    module, data = on_gpu(case)
-    with torch.no_grad():
-        whole = call_module(case, module, data)
-        states = {name: x for name, x in data.items() if name != "input"}
-        outputs = []
-        for steps in (1, 69_998, 1):
-            piece = {"input": data["input"][:steps], **states}
-            results = call_module(replace(case, steps=steps), module, piece)
-            outputs.append(results["output"])
-            states = {name: results[name.replace("0", "_n")] for name in states}
-    assert_same_bits(results | {"output": torch.cat(outputs)}, whole)
+    with gpu.using(plan) as ran:
+        assert_same_bits_in_pieces(gpu, case, make_module(case), make_data(case), [1, 69_998, 1])
+    assert [one["kernel"] for one in ran] == [plan.partition(":")[0]] * 4
 
 
 @pytest.mark.slow
