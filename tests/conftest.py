@@ -1,5 +1,6 @@
 import faulthandler
 import os
+from pathlib import Path
 
 import pytest
 import torch  # before fastseq: the compiled module shares torch's OpenMP library
@@ -20,7 +21,45 @@ settings.register_profile(
 settings.load_profile("fastseq")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--tally", type=Path, help="a file that always tells how many tests of how many ran")
+
+
+class Tally:
+    """Written anew after every test, so that a run that is ended from outside has left it."""
+
+    def __init__(self, path):
+        self.path, self.total = path, 0
+        self.outcomes = {}  # of each test; a failure of any of its phases is one of the test
+
+    def write(self):
+        seen = list(self.outcomes.values())
+        failed, skipped = seen.count("failed"), seen.count("skipped")
+        ran = len(seen) - skipped
+        text = f"{ran} of {self.total} tests ran, {failed} failed, {skipped} skipped\n"
+        self.path.write_text(text)
+
+    def pytest_collection_finish(self, session):
+        self.total = len(session.items)
+        self.write()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):  # the same ones in every process
+        self.total = len(ids)
+        self.write()
+
+    def pytest_runtest_logreport(self, report):
+        counts = report.outcome != "passed" or report.when == "call"
+        if counts and self.outcomes.get(report.nodeid) != "failed":
+            self.outcomes[report.nodeid] = report.outcome
+        if report.when == "teardown":
+            self.write()
+
+
 def pytest_configure(config):
+    tally = config.getoption("--tally")
+    if tally and not hasattr(config, "workerinput"):  # not in a process of pytest-xdist's
+        config.pluginmanager.register(Tally(tally))
     config.addinivalue_line("markers", "slow: takes long, or starts what does; the sanitizers leave it out")
     config.addinivalue_line("markers", "smoke: small, and run again on every instruction set by test_isas.py")
     config.addinivalue_line("markers", "cuda_host: runs CUDA kernels on the CPU, as their host twin")

@@ -18,7 +18,7 @@ README = ROOT / "README.md"
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPT = ROOT / "scripts" / "gpu_report.sh"
 PNG = b"\x89PNG\r\n\x1a\n"
-STAGES = ("build", "smoke", "gpu", "grid", "ladder", "suite", "memcheck", "racecheck")
+STAGES = ("build", "smoke", "gpu", "grid", "compile", "ladder", "suite", "memcheck", "racecheck")
 CASES = "^(LSTM|GRU) (inference|training) bfloat16 T2 B16 256->256$"  # four of the cases with a goal
 
 
@@ -308,14 +308,21 @@ case $call in
   *"-m venv"*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
   *sysconfig*) dirname "$STUB_CALLS" ;;
   *registers.py*) echo "3 kernels, 0 with spills" ;;
+  *--tally*)
+    while [[ $1 != --tally ]]; do shift; done
+    [[ ${STUB_TALLY-} == none ]] || echo "${STUB_TALLY-12 of 12 tests ran, 0 failed, 0 skipped}" >"$2" ;;
   *"gpu_run.py --out"*)
     if [[ -n ${STUB_HANGS-} && $call != *--resume* ]]; then exit 75; fi
     printf -- '-- grid\nthe goals\n-- end of grid\n'
     echo '{}' >"$3/results.json" ;;
 esac
 echo "output of $call"
+if [[ -n ${STUB_SLEEPS-} && $call =~ $STUB_SLEEPS ]]; then exec sleep 60; fi
 if [[ -n ${STUB_FAILS-} && $call =~ $STUB_FAILS ]]; then exit 3; fi
 """
+
+
+TALLY = r"\d+ of \d+ tests ran, \d+ failed, \d+ skipped"
 
 
 @pytest.fixture
@@ -346,6 +353,7 @@ def stages(calls):
         "smoke": "^python .*--smoke$",
         "gpu": r"pytest .*-m gpu and not slow tests/test_cuda_gpu.py$",
         "grid": "gpu_run.py --out",
+        "compile": "pytest .*-m gpu and slow tests/test_cuda_gpu.py$",
         "ladder": "pytest .*-m gpu and not slow --ignore=tests/test_cuda_gpu.py$",
         "suite": "pytest .*-m not slow and not gpu",
         "memcheck": "^compute-sanitizer --tool memcheck",
@@ -364,7 +372,9 @@ def test_script_runs_every_stage_in_order_and_leaves_a_log(checkout, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert stages(calls) == list(STAGES)
     for name in STAGES:
-        assert re.search(rf"^{name} +ok +\d+ s$", done.stdout, flags=re.M), done.stdout
+        assert re.search(rf"^{name} +\d+ s  ok(: {TALLY})?$", done.stdout, flags=re.M), done.stdout
+    for name in ("gpu", "compile", "ladder", "suite"):
+        assert re.search(rf"^{name} .*: {TALLY}$", done.stdout, flags=re.M), done.stdout
     assert "the goals" in done.stdout
     assert "output of python benchmarks/gpu_run.py --out" in log
     assert done.stdout.splitlines()[-1] in log
@@ -378,14 +388,54 @@ def test_script_runs_every_stage_in_order_and_leaves_a_log(checkout, tmp_path):
 
 @pytest.mark.parametrize(
     "failing",
-    ["setup.py", "--smoke$", "slow tests/test_cuda_gpu", "gpu_run.py --out", "not gpu", "racecheck"],
+    ["setup.py", "--smoke$", "not slow tests/test_cuda_gpu", "gpu_run.py --out", "not gpu", "racecheck"],
 )
 def test_script_goes_on_after_a_stage_that_fails_and_says_so(checkout, failing):
     done, calls, _ = checkout(STUB_FAILS=failing)
     assert done.returncode == 1
     assert stages(calls) == list(STAGES)
-    assert re.search(r"^\w+ +failed, status 3 +\d+ s$", done.stdout, flags=re.M), done.stdout
+    assert re.search(r"^\w+ +\d+ s  failed, status 3", done.stdout, flags=re.M), done.stdout
     assert "1 failed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("tally", "failures"),
+    [
+        ("5 of 90 tests ran, 0 failed, 1 skipped", 0),
+        ("5 of 90 tests ran, 2 failed, 1 skipped", 1),
+        ("none", 1),
+    ],
+)
+def test_script_tells_how_many_tests_ran_before_a_stage_was_cut(checkout, tmp_path, tally, failures):
+    script = tmp_path / "root" / "scripts" / "gpu_report.sh"
+    script.write_text(re.sub(r"\[ladder\]=\d+", "[ladder]=7", script.read_text()))
+    done, _, log = checkout("ladder", STUB_SLEEPS="-m pytest ", STUB_TALLY=tally)
+    assert done.returncode == failures, done.stdout
+    told = "" if tally == "none" else f": {tally}"
+    assert re.search(rf"^ladder +\d+ s  cut after its \d s{told}$", done.stdout, flags=re.M), done.stdout
+    assert f"{failures} failed" in done.stdout
+    assert told in log
+
+
+def test_a_run_that_is_ended_from_outside_has_left_how_many_tests_ran(tmp_path):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_a.py").write_text(
+        "import os, pytest\n"
+        "def test_passes(): pass\n"
+        "def test_fails(): assert False\n"
+        "@pytest.fixture\n"
+        "def broken(): yield; assert False\n"
+        "def test_fails_at_its_end(broken): pass\n"
+        "@pytest.mark.skip\n"
+        "def test_is_skipped(): pass\n"
+        "def test_ends_the_process(): os._exit(9)\n"
+        "def test_comes_after(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "--tally", tmp_path / "tally", tmp_path]
+    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True)
+    assert done.returncode == 9, done.stdout.decode()
+    assert (tmp_path / "tally").read_text() == "3 of 6 tests ran, 2 failed, 1 skipped\n"
 
 
 def test_script_goes_on_with_the_grid_after_a_case_that_hung(checkout):
