@@ -136,12 +136,12 @@ def case_line(record):
     )
 
 
-def list_lines(title, chosen, line=case_line):
+def list_lines(title, chosen, line=case_line, most=TAIL):
     if chosen:
         yield from ("", f"{title}: {len(chosen)}")
-        yield from (f"  {line(item)}" for item in chosen[:TAIL])
-        if len(chosen) > TAIL:
-            yield f"  ... and {len(chosen) - TAIL} more, see results.json"
+        yield from (f"  {line(item)}" for item in chosen[:most])
+        if len(chosen) > most:
+            yield f"  ... and {len(chosen) - most} more, see results.json"
 
 
 def text(results):
@@ -157,7 +157,8 @@ def text(results):
         return
     yield ""
     yield from mean_lines(records)
-    yield from list_lines(f"under {SLOW}x (time and us a step: torch, fastseq)", slow_cases(records))
+    slow = slow_cases(records)
+    yield from list_lines(f"under {SLOW}x (time and us a step: torch, fastseq)", slow, most=len(slow))
     wrong = [r for r in records if is_wrong(r)]
     yield from list_lines(
         "wrong results",
