@@ -5,15 +5,17 @@
     python benchmarks/gpu_run.py --smoke             # small cases against float64, nothing timed
     python benchmarks/gpu_run.py --from-results DIR  # figures and summary of what a run left
 
-DIR/results.json is written anew after every case, and the cases with a goal come first, then the others in
-a shuffled order: a run that is cut off is a fair sample. --seconds ends it in time to draw the figures. A
-case that hangs, or leaves the GPU unusable, ends the process with status 75; the same command with --resume
-goes on after that case. scripts/gpu_report.sh does this, and the build and the tests before it.
+DIR/results.json is written anew after every case. The cases with a goal come first, then (not with --case)
+the calibration of the plan's arithmetic, see calibration.py, then the other cases in a shuffled order: a run
+that is cut off is a fair sample. --seconds ends it in time to draw the figures. A case that hangs, or leaves
+the GPU unusable, ends the process with status 75; the same command with --resume goes on after that case.
+scripts/gpu_report.sh does this, and the build and the tests before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -26,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+import calibration
 import fastseq
 import gpu_grid
 import gpu_summary
@@ -37,7 +40,9 @@ from timers import CudaTimer, HostTimer
 
 AGAIN = 75  # exit status: start again with --resume
 LEAST_PAIRS = 3
+KEPT = ("environment", "ceilings", "left_out", "calibration", "cases")  # of results, by --resume
 REFERENCE_HIDDEN = (64, 256, 768)
+CALIBRATION_SECONDS = 30  # at most
 DRAW_SECONDS = 15  # of --seconds, kept for the figures
 SMOKE_TOLERANCE = {"float32": 5e-3, "float16": 2e-2, "bfloat16": 1e-1}  # of each tensor's largest value
 
@@ -183,9 +188,9 @@ def ceilings(device, timer, tiny):
 class Run:
     """The results so far and the file that they are kept in."""
 
-    def __init__(self, arguments, folder, chosen, device, timer):
+    def __init__(self, arguments, folder, chosen, device, timer, steps):
         self.arguments, self.device, self.timer = arguments, device, timer
-        self.started = time.perf_counter()
+        self.started, self.steps = time.perf_counter(), steps
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "results.json"
         self.results = {
@@ -195,11 +200,12 @@ class Run:
             "planned": len(chosen),
             "ceilings": None,
             "left_out": {},  # name of a case: why it was not timed
+            "calibration": {"note": "", "left_out": {}, "records": []},
             "cases": [],
         }
         if arguments.resume and self.path.exists():
             before = read(self.path)
-            self.results |= {key: before[key] for key in ("environment", "ceilings", "left_out", "cases")}
+            self.results |= {key: before[key] for key in KEPT if key in before}
         done = {r["name"] for r in self.results["cases"]} | set(self.results["left_out"])
         self.waiting = [case for case in chosen if case.name not in done]
 
@@ -211,55 +217,97 @@ class Run:
         self.results["left_out"][case.name] = why
         print(f"{case.name:52} left out: {why}", flush=True)
 
-    def abandon(self, case, why):
+    def abandon(self, note, why):
         """The GPU, or this thread's use of it, is lost: keep what there is, and let another process go on.
 
         Without the interpreter's farewells, which would wait for the GPU.
         """
-        self.leave_out(case, why)
-        self.waiting.remove(case)
+        note(why)
         self.save()
         os._exit(AGAIN)
 
-    def time_left(self):
-        return self.arguments.seconds - DRAW_SECONDS - (time.perf_counter() - self.started)
-
-    def one(self, case):
-        arguments = self.arguments
-        watch = threading.Timer(
-            arguments.hang, self.abandon, (case, f"it hung for {arguments.hang:g} seconds")
-        )
+    @contextlib.contextmanager
+    def watched(self, note):
+        """What is done in here is abandoned if it hangs or breaks the GPU, and left if it raises; `note(why)`
+        writes down why."""
+        hang = self.arguments.hang
+        watch = threading.Timer(hang, self.abandon, (note, f"it hung for {hang:g} seconds"))
         watch.daemon = True
         watch.start()
         try:
-            record = measure_case(case, self.device, self.timer, arguments.budget, arguments.longest)
+            yield
         except LeftOut as reason:
-            self.leave_out(case, str(reason))
+            note(str(reason))
         except Exception as error:
             traceback.print_exc()
             why = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
             try:
                 self.timer.wait()
             except Exception:  # an illegal access: every later call would fail with the same words
-                self.abandon(case, why)
-            self.leave_out(case, why)
-        else:
-            self.results["cases"].append(record)
-            print(f"[{len(self.waiting):3} left] {gpu_summary.case_line(record)}", flush=True)
+                self.abandon(note, why)
+            note(why)
         finally:
             watch.cancel()
         if self.timer.__class__ is CudaTimer:
             torch.cuda.empty_cache()  # the next case has other sizes
 
-    def all(self):
+    def time_left(self):
+        return self.arguments.seconds - DRAW_SECONDS - (time.perf_counter() - self.started)
+
+    def one(self, case):
+        arguments = self.arguments
+
+        def note(why):
+            self.leave_out(case, why)
+            self.waiting.remove(case)
+
+        with self.watched(note):
+            record = measure_case(case, self.device, self.timer, arguments.budget, arguments.longest)
+            self.results["cases"].append(record)
+            self.waiting.remove(case)
+            print(f"[{len(self.waiting):3} left] {gpu_summary.case_line(record)}", flush=True)
+
+    def calibrate(self, points, has_plans=calibration.has_plans, measure=calibration.measure):
+        """Those of `points` that are not done yet, while there is time."""
+        results = self.results["calibration"]
+        records, left_out = results["records"], results["left_out"]
+        if not has_plans(self.device):
+            results["note"] = f"skipped, no CUDA plan exists on {self.device}"
+            print(f"calibration: {results['note']}")
+            return
+        print(calibration.HEADER)
+        end = time.perf_counter() + min(CALIBRATION_SECONDS, self.time_left())
+        done = {r["name"] for r in records} | set(left_out)
+        waiting = [point for point in points if point.name not in done]
+        while waiting and time.perf_counter() < end:
+            point = waiting.pop(0)
+
+            def note(why, name=point.name):
+                left_out[name] = why
+                print(f"{name:52} left out: {why}", flush=True)
+
+            with self.watched(note):
+                record = measure(point, records, self.device, self.timer)
+                if record:
+                    records.append(record)
+                    print(calibration.line(record), flush=True)
+            self.save()
+        results["note"] = f"out of time with {len(waiting)} of {len(points)} plans to try" if waiting else ""
+        self.save()
+
+    def all(self, points):
         print("case, ratio, milliseconds a call and microseconds a step of torch and of fastseq, plan")
         self.save()
         if self.results["ceilings"] is None:
             self.results["ceilings"] = ceilings(self.device, self.timer, self.results["dry_run"])
             self.save()
+        goals = {case.name for case in gpu_grid.goal_cases(self.steps)}
+        calibrated = not points
         while self.waiting and self.time_left() > 0:
+            if not calibrated and self.waiting[0].name not in goals:
+                self.calibrate(points)
+                calibrated = True
             self.one(self.waiting[0])
-            del self.waiting[0]
             self.save()
         self.results["environment"]["clocks_after"] = nvidia_smi(*CLOCKS)
         self.results["environment"]["load_at_end"] = os.getloadavg()
@@ -329,14 +377,15 @@ def main():
     folder = arguments.out
     if folder is None:
         folder = RESULTS / slug(torch.cuda.get_device_name() if device == "cuda" else "rehearsal")
-    run = Run(arguments, folder, chosen, device, timer)
+    run = Run(arguments, folder, chosen, device, timer, steps)
     try:
-        run.all()
+        run.all([] if arguments.case else calibration.points())
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
     report(run.results, folder)
     print(f"wrote {run.path}")
     failed = [why for why in run.results["left_out"].values() if not why.startswith("one call of torch")]
+    failed += run.results["calibration"]["left_out"].values()
     return 1 if failed or not run.results["cases"] else 0
 
 

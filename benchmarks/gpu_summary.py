@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calibration
 import gpu_grid
 import grid
 from summary import geometric_mean, select
@@ -166,5 +167,7 @@ def text(results):
         lambda r: f"{r['name']}: {r['difference']:.1e} from torch's, errors {r['errors']}",
     )
     yield from list_lines("left out", list(results["left_out"].items()), ": ".join)
+    yield ""
+    yield from calibration.lines(results["calibration"])
     yield ""
     yield from goal_lines(records)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,12 +38,13 @@ def run(script, *arguments, cwd):
 def modules(monkeypatch):
     """The modules beside the runner that draw nothing."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import calibration
     import gpu_run
     import gpu_summary
     import gpu_table
     import registers
 
-    return {m.__name__: m for m in (gpu_run, gpu_summary, gpu_table, registers)}
+    return {m.__name__: m for m in (calibration, gpu_run, gpu_summary, gpu_table, registers)}
 
 
 def test_grid_has_the_cases_that_the_project_is_judged_by(modules):
@@ -173,6 +175,120 @@ def test_small_cases_compute_what_torch_does(tmp_path):
     code, output = run("gpu_run.py", *arguments, cwd=tmp_path)
     assert code == 0, output
     assert "18 of 18 small cases" in output
+
+
+# ------------------------------------------------------------------------------------------ the calibration
+
+SMALL = ("LSTM", "float32", 2, 24)
+TIMES = {
+    "": 1.0,
+    "cluster:8": 1.0,
+    "grid": 3.0,
+    "steps": 9.0,
+}  # us a step that a planner says; others do not fit
+
+
+def planner(_call):
+    """Stands for fastseq.explain on a GPU."""
+    forced = os.environ["FASTSEQ_CUDA_PLAN"]
+    if forced.partition(":sums")[0] not in TIMES:
+        raise RuntimeError(f"given: a layer, and a forced plan, {forced}")
+    kernel = forced.partition(":")[0] or "cluster"
+    time = TIMES[forced.partition(":sums")[0]]
+    partition = {"microseconds": time, "blocks": 8, "rows": 8, "products": [{"exchange": "sums"}]}
+    return SimpleNamespace(kernel=kernel, partition=partition)
+
+
+class Clock:
+    """Every call takes 2 ms, whatever it does; the plans for which it was asked are in `plans`."""
+
+    enough, long = 0.01, 0.05
+
+    def __init__(self):
+        self.plans = []
+
+    def sample(self, function, repeats):
+        self.plans.append(os.environ["FASTSEQ_CUDA_PLAN"])
+        return 2e-3
+
+    def wait(self):
+        pass
+
+
+def test_calibration_times_what_fits_once_beside_what_the_plan_says(modules, monkeypatch):
+    monkeypatch.setenv("FASTSEQ_CUDA_PLAN", "grid:4")
+    calibration, clock = modules["calibration"], Clock()
+    records = []
+    for point in calibration.points([SMALL]):
+        record = calibration.measure(point, records, "cpu", clock, steps=2, explained=planner)
+        records += [record] if record else []
+    assert os.environ["FASTSEQ_CUDA_PLAN"] == "grid:4"
+    assert set(clock.plans) == {"", "grid", "steps"}, "cluster:8 is the plan as it is"
+    assert [(r["direction"], r["forced"]) for r in records] == [
+        (direction, forced) for direction in ("forward", "backward") for forced in ("", "grid", "steps")
+    ]
+    assert [r["predicted_us"] for r in records] == [1, 3, 9] * 2
+    # Of a forward pass the time of W x is taken off, which this clock says is all of it.
+    assert [r["measured_us"] for r in records] == [0] * 3 + [pytest.approx(1000)] * 3
+    assert records[4]["ratio"] == pytest.approx(1000 / 3)
+    json.dumps(records)
+    records[4]["measured_us"] = 900.0
+    text = "\n".join(calibration.lines({"note": "", "records": records}))
+    assert re.search(r"steps +backward +111.11 \(111.11 to 111.11\), 1 plan", text)
+    assert re.search(
+        r"faster than the plan's own: LSTM backward .* grid 8 x 8 sums .*\(that one 1000.00", text
+    )
+
+
+@pytest.fixture
+def calibrating(modules, tmp_path):
+    """A run in which nothing but the calibration is done."""
+    arguments = SimpleNamespace(seconds=100, hang=30, dry_run_on_cpu=True, resume=True)
+    return lambda: modules["gpu_run"].Run(arguments, tmp_path, [], "cpu", Clock(), 2)
+
+
+def test_calibration_goes_on_after_a_failure_and_with_resume(modules, calibrating, monkeypatch, capsys):
+    points = modules["calibration"].points([SMALL])[:4]
+
+    def measure(point, known, device, timer):
+        measured.append(point.forced)
+        if point.forced == "cluster:16":
+            raise RuntimeError("CUDA says no")
+        return {"name": point.name, "forced": point.forced} if point.forced != "cluster:8" else None
+
+    monkeypatch.setattr(modules["calibration"], "line", lambda record: record["name"])
+    measured = []
+    calibrating().calibrate(points[:3], lambda device: True, measure)
+    run = calibrating()
+    run.calibrate(points, lambda device: True, measure)
+    assert measured == ["", "cluster:8", "cluster:16", "cluster:8", "grid"], (
+        "what does not fit is asked again"
+    )
+    found = json.loads(run.path.read_text())["calibration"]
+    assert [r["forced"] for r in found["records"]] == ["", "grid"]
+    assert found["left_out"] == {points[2].name: "RuntimeError: CUDA says no"}
+    assert "left out: RuntimeError" in capsys.readouterr().out
+
+
+def test_calibration_is_skipped_where_no_cuda_plan_exists_and_says_so(modules, calibrating, capsys):
+    run = calibrating()
+    run.calibrate(modules["calibration"].points())
+    assert "calibration: skipped, no CUDA plan exists on cpu" in capsys.readouterr().out
+    assert "calibration: skipped" in "\n".join(modules["calibration"].lines(run.results["calibration"]))
+
+
+@pytest.mark.cuda_host
+def test_calibration_forces_the_kernels_plans(modules, twin):
+    calibration, records = modules["calibration"], []
+    with twin.using():
+        assert calibration.has_plans("cpu")
+        for point in calibration.points([("LSTM", "float32", 2, 64)]):
+            record = calibration.measure(point, records, "cpu", Clock(), steps=2)
+            records += [record] if record else []
+    for direction in ("forward", "backward"):
+        kernels = [r["kernel"] for r in records if r["direction"] == direction]
+        assert set(kernels) == {"cluster", "grid", "stream", "steps"}
+    assert all(r["predicted_us"] > 0 for r in records)
 
 
 # ------------------------------------------------------------------------------------------------ the goals
