@@ -178,7 +178,8 @@ def draw(results, folder):
     known = [
         r
         for r in results["cases"]
-        if r["cell"] in gpu_grid.CELLS
+        if r["group"] != "cells"
+        and r["cell"] in gpu_grid.CELLS
         and r["layers"] == 1
         and r["hidden"] in gpu_grid.HIDDEN
         and r["batch"] in gpu_grid.BATCHES

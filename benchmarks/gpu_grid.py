@@ -21,6 +21,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 CELLS = ("LSTM", "GRU")  # measured everywhere
 RNN_AT = ((16, 256), (64, 512), (256, 1024))  # batch, hidden size: a small, a middling and a large network
 STACKED_HIDDEN = 512  # two layers, bidirectional
+CELL_BATCHES, CELL_HIDDEN, CELL_DTYPES = (1, 8, 64), (128, 512), ("float32", "bfloat16")  # one step of a cell
 REFERENCE_ROWS = 4  # of the batch, computed in float64: rows do not depend on each other
 
 
@@ -28,7 +29,8 @@ REFERENCE_ROWS = 4  # of the batch, computed in float64: rows do not depend on e
 class Case(grid.Case):
     @property
     def name(self):
-        return f"{self.cell} {self.mode} {self.dtype} {self.shape.name}"
+        cell = self.cell + ("Cell" if self.group == "cells" else "")
+        return f"{cell} {self.mode} {self.dtype} {self.shape.name}"
 
     def reference(self, device):
         """torch.nn's output in float64, from the same weights and input, for the first rows of the batch."""
@@ -44,6 +46,18 @@ def goal_cases(steps=STEPS):
     small = grid.Shape(steps, 16, 256, 256)
     chosen = [("LSTM", best_of_cudnn, "float16"), ("LSTM", small, "bfloat16"), ("GRU", small, "bfloat16")]
     return [Case("gpu", cell, mode, shape, dtype) for cell, shape, dtype in chosen for mode in grid.MODES]
+
+
+def cell_cases():
+    """One step of a cell with the state of the step before; training is forward and backward."""
+    return [
+        Case("cells", cell, mode, grid.Shape(1, batch, hidden, hidden), dtype)
+        for hidden in CELL_HIDDEN
+        for batch in CELL_BATCHES
+        for cell in grid.CELLS
+        for dtype in CELL_DTYPES
+        for mode in grid.MODES
+    ]
 
 
 def cases(steps=STEPS):
@@ -65,6 +79,7 @@ def cases(steps=STEPS):
         for dtype in DTYPES
         for mode in grid.MODES
     ]
+    every += cell_cases()
     first = goal_cases(steps)
     others = [case for case in every if case not in first]
     random.Random(0).shuffle(others)

@@ -115,34 +115,38 @@ class Case:
         Each returns what it computed: the output, and in training the gradients of input and parameters.
         """
         x, grad = self.inputs(device)
+        hx = self.state(x.dtype, device)
         if self.mode == "training":
-            return tuple(trains(module, x, grad) for module in self.modules(device))
-        hx = self.state(x.dtype)
+            return tuple(trains(module, x, grad, hx) for module in self.modules(device))
         return tuple(infers(module, x, hx) for module in self.modules(device))
 
-    def state(self, dtype):
+    def state(self, dtype, device):
         """A cell is called with the state of the step before, a sequence without any."""
         if self.group != "cells":
             return None
-        h, c = torch.randn(2, self.shape.batch, self.shape.hidden, dtype=dtype).tanh()
+        h, c = torch.randn(2, self.shape.batch, self.shape.hidden, dtype=dtype, device=device).tanh()
         return (h, c) if self.cell == "LSTM" else h
 
 
 def infers(module, x, hx):
     def call():
         with torch.inference_mode():
-            result = module(x, hx)
-        return (result[0] if isinstance(result, tuple) else result,)
+            return (output_of(module(x, hx)),)
 
     return call
 
 
-def trains(module, x, grad):
+def output_of(result):
+    """Of a sequence or of a cell, whose state is one tensor or (h, c)."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def trains(module, x, grad, hx=None):
     x = x.clone().requires_grad_()
     wanted = [x, *module.parameters()]
 
     def call():
-        output = module(x)[0]
+        output = output_of(module(x, hx))
         return output.detach(), *torch.autograd.grad(output, wanted, grad)
 
     return call

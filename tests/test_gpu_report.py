@@ -66,8 +66,14 @@ def test_grid_has_the_cases_that_the_project_is_judged_by(modules):
         f"{cell} {mode} {dtype} T512 B{batch} 512->512 x2 bidir"
         for cell, mode, dtype, batch in itertools.product(("LSTM", "GRU"), modes, dtypes, batches)
     }
-    rnn = {name for name in names if name.startswith("RNN")}
-    assert set(names) == single | stacked | rnn
+    cells = {
+        f"{cell}Cell {mode} {dtype} T1 B{batch} {hidden}->{hidden}"
+        for cell, mode, dtype, batch, hidden in itertools.product(
+            ("RNN", "LSTM", "GRU"), modes, ("float32", "bfloat16"), (1, 8, 64), (128, 512)
+        )
+    }
+    rnn = {name for name in names if name.startswith("RNN ")}
+    assert set(names) == single | stacked | rnn | cells
     assert len(rnn) == 3 * len(dtypes) * len(modes)
     assert len({name.split(maxsplit=3)[3] for name in rnn}) == 3
 
@@ -158,7 +164,7 @@ def test_a_run_ends_with_figures_and_goals(rehearsal):
     assert not list(folder.glob("*.partial"))
     summary = re.search(r"^-- grid\n(.*)^-- end of grid$", output, flags=re.S | re.M)[1]
     assert re.search(r"^goal +\| asked +\| measured +\| reached$", summary, flags=re.M)
-    assert re.search(r"all cases, geometric mean +\| >= 1.5x +\| [\d.]+x +\| (yes|no)", summary)
+    assert re.search(r"all sequences, geometric mean +\| >= 1.5x +\| [\d.]+x +\| (yes|no)", summary)
     assert re.search(r"LSTM float16 H768 B16 +\| >= 1x +\| not measured +\| \?", summary)
 
 
@@ -297,6 +303,7 @@ def test_calibration_forces_the_kernels_plans(modules, twin):
 def record(cell="LSTM", mode="inference", dtype="bfloat16", batch=16, hidden=256, ratio=2.0, us=1.0, **other):
     return {
         "name": f"{cell} {mode} {dtype} B{batch} H{hidden}",
+        "group": "gpu",
         "cell": cell,
         "mode": mode,
         "dtype": dtype,
@@ -336,6 +343,28 @@ def test_slow_cases_count_unless_the_plan_hands_them_to_cudnn(modules):
     assert (
         reached(modules, record(), slow | {"plan": "cuDNN: its persistent kernel is faster here"})[4] is True
     )
+
+
+def test_one_step_of_a_cell_is_a_group_of_its_own(modules):
+    good = [record(us=1.2), record("GRU", us=1.2), record(dtype="float16", hidden=768, ratio=1.0)]
+    cell = record("GRU", hidden=256, ratio=0.95, group="cells")
+    assert reached(modules, *good, cell) == [True] * 6
+    assert reached(modules, *good, cell | {"ratio": 0.5})[4] is False, "but no case may be slow"
+    text = "\n".join(modules["gpu_summary"].mean_lines([*good, cell]))
+    assert re.search(r"^one step of a cell.*\nGRU one step +inference.* 0.95 \( +0.95\)", text, flags=re.M)
+    assert "one step" not in "\n".join(modules["gpu_summary"].mean_lines(good))
+
+
+def test_one_step_of_a_cell_is_measured_with_its_gradients(modules):
+    gpu_run = modules["gpu_run"]
+    for cell in ("RNN", "LSTM", "GRU"):
+        for mode in ("inference", "training"):
+            shape = gpu_run.grid.Shape(1, 3, 8, 8)
+            case = gpu_run.gpu_grid.Case("cells", cell, mode, shape)
+            found = gpu_run.measure_case(case, "cpu", gpu_run.HostTimer(), 1e-4, 5)
+            assert found["difference"] < 1e-5
+            assert found["plan"].startswith("forward cell")
+            assert ("backward" in found["plan"]) == (mode == "training")
 
 
 @pytest.mark.parametrize(
