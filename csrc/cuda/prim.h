@@ -101,19 +101,31 @@ FS_DEVICE void arrivals_expect(Arrivals* own, int bytes) {
       : "memory");
 #endif
 }
-// All threads that read what arrives.
+// All threads that read what arrives. The bytes of messages are counted with release semantics at cluster scope (PTX
+// ISA, st.async). Who has seen the phase end acquires that by a fence, for shared memory alone: no block reads global
+// memory that another one of its cluster writes, and to acquire all memory is to empty the first-level cache
+// (CCTL.IVALL) in each exchange. So the PTX ISA has it under fence, "acquire local shared memory".
 FS_DEVICE void arrivals_wait(Arrivals* own, int phase) {
 #if __CUDA_ARCH__ >= 900
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208  // PTX 8.6
+#define FS_TRY_WAIT "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64"
+#define FS_ACQUIRE "fence.acquire.sync_restrict::shared::cluster.cluster;"
+#else
+#define FS_TRY_WAIT "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64"
+#define FS_ACQUIRE ""
+#endif
   uint32_t done;
   do {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(uint32_t(__cvta_generic_to_shared(own))), "r"(phase)
-        : "memory");
+    asm volatile("{\n.reg .pred p;\n" FS_TRY_WAIT
+                 " p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(uint32_t(__cvta_generic_to_shared(own))), "r"(phase)
+                 : "memory");
   } while (!done);
+  asm volatile(FS_ACQUIRE ::: "memory");
+#undef FS_TRY_WAIT
+#undef FS_ACQUIRE
   __syncwarp();  // lanes may have seen it at different turns
 #endif
 }
