@@ -23,6 +23,13 @@ constexpr int kMostTiles = 2;     // rows of tiles of a warp at one time
 constexpr int kPairBytes = 64;    // of a row of weights, or of operand, along k
 constexpr int kTileVectors = 32;  // 16-byte vectors of a tile: one for each lane
 
+// Copies of the flags of a grid, of 4 bytes each. A warp that waits reads a line of 128 bytes at a time, a block waits
+// for all flags of its group. With one copy, 132 blocks that wait would read 4 sectors each of a line of which the
+// second-level cache gives about 2 in a cycle, and a flag would be set some 260 cycles late. So a block sets its flag
+// in 8 copies, by threads side by side, and reads one of them: 33 cycles. (Flags 32 bytes apart would leave a line as
+// many reads, and eight times as many lines.)
+constexpr int kFlagCopies = 8;
+
 struct ProductLayout {
   bool scatter;
   int segments;          // gates in the operand
@@ -66,7 +73,8 @@ struct LoopLayout {
   int arrivals_at;     // bytes in shared memory: two of each product; cluster only
   int state_at;        // likewise: two values of each unit and row
   int bias_at;         // a value of each gate and unit
-  int64_t flags_at;    // grid: in the workspace, one of each block of each group
+  int flags_of_copy;   // grid: one of each block of all launches
+  int64_t flags_at;    // grid: in the workspace, kFlagCopies copies
   int64_t offsets_at;  // in the workspace: [T + 1], packed sequences only
   int64_t workspace_bytes;
   ProductLayout product[kMaxProducts];

@@ -268,7 +268,8 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
     for (int i = 0; i < layout.products; ++i) {
       layout.product[i].images_at = reserve(2 * plan.groups_at_once * layout.product[i].image_bytes);
     }
-    layout.flags_at = reserve(launches * plan.groups_at_once * blocks * 4);
+    layout.flags_of_copy = int(round_up(launches * plan.groups_at_once * blocks, 32));
+    layout.flags_at = reserve(int64_t(kFlagCopies) * layout.flags_of_copy * 4);
   }
   layout.offsets_at = reserve(problem.packed ? (problem.steps + 1) * 8 : 0);
   layout.workspace_bytes = std::max<int64_t>(workspace, 256);

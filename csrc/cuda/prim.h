@@ -160,15 +160,18 @@ FS_DEVICE void send(T* to, T value, Arrivals* arrivals, int rank) {
 }
 
 // A flag in global memory: who sees the value set sees all that the block wrote before its sync_block() that came
-// before set_flag(). One thread sets; the threads that wait_flag() share it with theirs by sync_block().
+// before set_flag(). One thread sets it; the threads that wait_flag() share it with theirs by sync_block().
 FS_DEVICE void set_flag(int* flag, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
-FS_DEVICE void wait_flag(const int* flag, int value) {  // until it is at least `value`
+// Until it is at least `value`. To acquire empties the first-level cache (CCTL.IVALL): once, when the value has been
+// seen, and by a load, for a fence would be a MEMBAR before sm_90 and wait for the thread's own stores.
+FS_DEVICE void wait_flag(const int* flag, int value) {
   int seen;
   do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
   } while (seen < value);
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
 }
 
 // ---- memory ----

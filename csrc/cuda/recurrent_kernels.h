@@ -24,7 +24,7 @@
 //   operations   256 mma a block, 64 a sub-core: 512 cycles
 //   bytes        16 KB of operand from L2 into each of 128 blocks, 2 MB in all: 680 cycles; weights none from L2;
 //                shared memory 33 KB of operand and 16 KB of sums: 380 cycles
-//   has          248 registers, 26 KB of shared memory
+//   has          246 registers, 26 KB of shared memory
 //   implies      flags through L2 (about 1.1 us) and the above: 2.1 us a step
 // grid, backward       the same layer; d is gathered
 //   operations   256 mma a block: 512 cycles
@@ -45,7 +45,7 @@
 //   operations   128 and 64 mma a block: 256 and 128 cycles
 //   bytes        16 KB of operand from L2 into each of 128 blocks, twice: 680 cycles each; weights none (96 KB a
 //                block, in registers); shared memory 60 KB of operand and sums: 470 cycles in all
-//   has          239 registers, 48 KB of shared memory
+//   has          246 registers, 48 KB of shared memory
 //   implies      twice the flags through L2 (2.2 us) and the above: 3.7 us a step
 // grid, backward       the same layer; d_n is gathered, then d_r and d_z
 //   operations   64 and 128 mma a block

@@ -138,11 +138,10 @@ class StepEngine {
       sync_block();
     } else {
       sync_block();
-      int* const flags =
-          reinterpret_cast<int*>(workspace() + args.layout.flags_at) + group * args.layout.blocks;
       ++exchanges_;
-      if (thread_index() == 0) set_flag(flags + rank, exchanges_);
+      if (thread_index() < kFlagCopies) set_flag(flag(thread_index(), block_index()), exchanges_);
       between();
+      const int* const flags = flag(block_index() % kFlagCopies, block_index() - rank);
       for (int i = thread_index(); i < args.layout.blocks; i += thread_count())
         wait_flag(flags + i, exchanges_);
       sync_block();
@@ -220,6 +219,13 @@ class StepEngine {
   FS_DEVICE Scalar* sums(const ProductLayout& layout, int parity) const {
     return shared<Scalar>(layout.sums_at) +
            (kScatter ? parity * layout.slots * kRows * layout.sum_stride : 0);
+  }
+
+  // In a copy, of a block of this launch. Of 32 bits and of few numbers that are kept, for the weights need registers.
+  FS_DEVICE int* flag(int copy, int block) const {
+    const uint32_t before = uint32_t(args.first_group) * uint32_t(args.layout.blocks);
+    const uint32_t at = uint32_t(copy) * uint32_t(args.layout.flags_of_copy) + before + uint32_t(block);
+    return reinterpret_cast<int*>(workspace() + args.layout.flags_at) + at;
   }
 
   FS_DEVICE Arrivals* arrivals(int p, int parity) const {
