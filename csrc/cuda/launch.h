@@ -60,7 +60,9 @@ const char* launch(const LaunchShape& shape, const typename Kernel::Args& args) 
 
 inline const char* fill_zero(void* memory, size_t bytes, void* stream) {
   const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // as in launch()
+  return cudaGetErrorString(error);
 }
 
 // Makes a device current, and the one that was so again.
