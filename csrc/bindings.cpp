@@ -276,7 +276,8 @@ PYBIND11_MODULE(_C, m) {
       fastseq::DeviceFacts facts;
       if (const char* error = fastseq::cuda_device_facts(device, facts)) throw std::runtime_error(error);
       return py::make_tuple(facts.major, facts.minor, facts.multiprocessors, facts.shared_bytes,
-                            facts.l2_bytes, facts.most_cluster_blocks);
+                            facts.l2_bytes, facts.most_cluster_blocks, facts.clusters[0], facts.clusters[1],
+                            facts.clusters[2], facts.clusters[3]);
     });
   } else {
     fastseq::bind_loop_plan(m);

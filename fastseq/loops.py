@@ -27,8 +27,9 @@ from .steps import Gradients
 
 class Engine(NamedTuple):
     """Where loops run. Of a device index, `facts`: compute capability (two numbers), multiprocessors,
-    bytes of shared memory of a block, bytes of L2, most blocks of a cluster; `stream`: the address of the
-    current stream. `current` makes a device the current one for a while."""
+    bytes of shared memory of a block, bytes of L2, and, where it was asked, most blocks of a cluster and
+    how many clusters of 2, 4, 8 and 16 blocks run at the same time; `stream`: the address of the current
+    stream. `current` makes a device the current one for a while."""
 
     module: Any
     facts: Callable[[int], tuple[int, ...]]

@@ -109,11 +109,11 @@ class Device:
         return "a GPU" if self.is_gpu else "the host twin"
 
     def facts_like(self, facts):
-        """On a GPU, those that it can keep: no more than its own."""
+        """On a GPU, those that it can keep: no more than its own, as far as both say."""
         if not self.is_gpu:
             return facts
         capability = min(facts[:2], self.facts[:2])
-        return (*capability, *(min(a, b) for a, b in zip(facts[2:], self.facts[2:], strict=True)))
+        return (*capability, *(min(a, b) for a, b in zip(facts[2:], self.facts[2:], strict=False)))
 
     @contextmanager
     def using(self, forced="", facts=None, tf32=False):

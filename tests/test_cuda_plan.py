@@ -45,7 +45,7 @@ def assert_sound(p, mode, arithmetic, facts, **sizes):
     assert 0 < p["microseconds"] < float("inf")
     if p["kernel"] == "steps":
         return
-    major, _, multiprocessors, shared_bytes, _ = facts
+    major, _, multiprocessors, shared_bytes = facts[:4]
     hidden_size, proj_size = sizes["hidden_size"], sizes["proj_size"]
     products = 2 if mode == "GRU_RESET_BEFORE" or proj_size else 1
     assert 0 < p["shared_bytes"] <= shared_bytes
@@ -194,6 +194,52 @@ def test_more_multiprocessors_never_take_longer():
             p = plan("LSTM", arithmetic, facts, hidden_size=hidden_size, batch=batch)
             assert p["microseconds"] <= microseconds
             microseconds = p["microseconds"]
+
+
+def with_clusters(counts, facts=H200):
+    """Facts of a GPU that has been asked how many clusters of 2, 4, 8 and 16 blocks run at the same time."""
+    return (*facts, 16, *counts)
+
+
+def test_as_many_clusters_run_at_once_as_the_gpu_says():
+    """One group more takes another turn; the plan then has smaller clusters, or other tiles."""
+    sizes = {"arithmetic": "bfloat16", "steps": 2**20, "hidden_size": 512, "forced": "cluster:16x1"}
+    for count in (4, 7, 8):
+        facts = with_clusters((66, 32, 16, count))
+        one, full, over = (plan(**sizes, facts=facts, batch=8 * n) for n in (1, count, count + 1))
+        assert one["microseconds"] == full["microseconds"]
+        assert over["microseconds"] > 1.9 * full["microseconds"]
+        free = plan(**sizes | {"forced": ""}, facts=facts, batch=8 * (count + 1))
+        assert free["microseconds"] < over["microseconds"]
+
+
+def test_clusters_that_were_not_counted_have_a_guess():
+    for blocks, backward, batch in product((1, 8, 16), (False, True), BATCHES):
+        sizes = {"arithmetic": "bfloat16", "hidden_size": 32 * blocks, "batch": batch, "backward": backward}
+        guessed = plan(**sizes, forced=f"cluster:{blocks}x1")
+        for counts in ((), (0, 0, 0, 0), (60, 28)):
+            assert plan(**sizes, forced=f"cluster:{blocks}x1", facts=with_clusters(counts)) == guessed
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_more_clusters_at_once_never_take_longer(name, backward):
+    mode, part = NETWORKS[name]
+    for arithmetic, hidden_size, batch in product(ARITHMETIC, HIDDEN_SIZES, (16, 64, 256)):
+        sizes = {"hidden_size": hidden_size, "proj_size": hidden_size // part if part else 0, "batch": batch}
+        microseconds = float("inf")
+        for counts in ((1, 1, 1, 1), (8, 4, 2, 1), (60, 28, 14, 6), (60, 28, 14, 7), (66, 32, 16, 8)):
+            p = plan(mode, arithmetic, with_clusters(counts), **sizes, backward=backward)
+            assert p["microseconds"] <= microseconds, (arithmetic, hidden_size, batch, counts)
+            microseconds = p["microseconds"]
+
+
+def test_both_directions_need_clusters_that_run_at_once():
+    facts = with_clusters((66, 32, 16, 1))
+    sizes = {"arithmetic": "bfloat16", "hidden_size": 256, "directions": 2}
+    with pytest.raises(RuntimeError):
+        plan(**sizes, facts=facts, forced="cluster:16")
+    assert plan(**sizes, facts=facts, forced="cluster")["blocks"] < 16
 
 
 # ---- forced plans ----

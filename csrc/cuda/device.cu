@@ -18,15 +18,18 @@ int cuda_device_count() {
 
 namespace {
 
-// Part of a GPU, or one with fewer multiprocessors in a group, may not hold 16 blocks side by side.
-int most_cluster_blocks(int device, int shared_bytes) {
+// How many clusters of each size run at the same time, with what the loop kernels ask for. They lie within a group of
+// multiprocessors, and how large the groups are differs from one GPU to the next; part of a GPU, or one with small
+// groups, may not hold 16 blocks side by side.
+void count_clusters(int device, DeviceFacts& facts) {
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(device);
+  const int shared_bytes = int(facts.shared_bytes);
   cudaFuncSetAttribute(noop_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   cudaFuncSetAttribute(noop_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  int blocks = 16;
-  for (; blocks > 1; blocks /= 2) {
+  int blocks = 2;
+  for (int& count : facts.clusters) {
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(blocks), 1, 1};
@@ -34,12 +37,12 @@ int most_cluster_blocks(int device, int shared_bytes) {
     config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(kLoopThreads);
     config.dynamicSmemBytes = size_t(shared_bytes);
     config.attrs = &attribute, config.numAttrs = 1;
-    int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, noop_kernel, &config) == cudaSuccess && clusters > 0) break;
+    if (cudaOccupancyMaxActiveClusters(&count, noop_kernel, &config) != cudaSuccess) count = 0;
+    if (count > 0) facts.most_cluster_blocks = blocks;
+    blocks *= 2;
   }
   cudaGetLastError();
   cudaSetDevice(before);
-  return blocks;
 }
 
 }  // namespace
@@ -60,8 +63,8 @@ const char* cuda_device_facts(int device, DeviceFacts& facts) {
       return cudaGetErrorString(error);
     }
   }
-  facts = {asked[0].value, asked[1].value, asked[2].value, asked[3].value, asked[4].value, 1};
-  if (facts.major == 9) facts.most_cluster_blocks = most_cluster_blocks(device, asked[3].value);
+  facts = {asked[0].value, asked[1].value, asked[2].value, asked[3].value, asked[4].value, 1, {}};
+  if (facts.major == 9) count_clusters(device, facts);
   return nullptr;
 }
 

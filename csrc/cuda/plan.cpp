@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <limits>
 #include <stdexcept>
 
@@ -85,6 +86,15 @@ int products_of(const LoopProblem& p, ProductFacts (&facts)[kMaxProducts]) {
       true, p.backward, 0, width, hidden, p.backward ? hidden : width, p.backward ? width : hidden};
   facts[!p.backward] = {1, 1, p.backward, !p.backward, projection};
   return 2;
+}
+
+// As the GPU says. Where it has not been asked a guess: some multiprocessors of each of its groups are left over.
+int64_t clusters_at_once(const DeviceFacts& device, int blocks) {
+  if (blocks == 1) return device.multiprocessors;
+  for (int i = 0; i < int(std::size(device.clusters)); ++i) {
+    if (blocks == 2 << i && device.clusters[i] > 0) return device.clusters[i];
+  }
+  return std::max<int64_t>(1, int64_t(device.multiprocessors * 0.95) / blocks);
 }
 
 // A way to cut the whole loop, while it is being tried.
@@ -258,9 +268,8 @@ bool Attempt::lay_out(int blocks, const ProductFacts (&facts)[kMaxProducts]) {
   if (shared > problem.device.shared_bytes) return false;
 
   plan.groups = problem.directions * divide_up(problem.batch, layout.rows);
-  const int64_t together = cluster()
-                               ? std::max<int64_t>(1, int64_t(problem.device.multiprocessors * 0.95) / blocks)
-                               : std::max<int64_t>(1, problem.device.multiprocessors / blocks);
+  const int64_t together = cluster() ? clusters_at_once(problem.device, blocks)
+                                     : std::max<int64_t>(1, problem.device.multiprocessors / blocks);
   if (together < problem.directions) return false;  // they run at the same time
   plan.groups_at_once = std::min(plan.groups, cluster() ? plan.groups : together);
   if (!cluster()) {

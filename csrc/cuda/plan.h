@@ -25,6 +25,7 @@ struct DeviceFacts {
   int64_t shared_bytes;  // that a block may ask for
   int64_t l2_bytes;
   int most_cluster_blocks;  // that run together, with all the shared memory; 1: no clusters
+  int clusters[4];          // of 2, 4, 8, 16 blocks, that run at the same time; 0: not known
 };
 
 // What the user, or a test, wants of a plan; -1 and 0: not forced.

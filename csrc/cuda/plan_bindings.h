@@ -108,6 +108,7 @@ inline void bind_loop_plan(py::module_& m) {
     of_device.multiprocessors = int(facts.next());
     of_device.shared_bytes = facts.next(), of_device.l2_bytes = facts.next();
     of_device.most_cluster_blocks = facts.left() ? int(facts.next()) : of_device.major == 9 ? 16 : 1;
+    for (int& count : of_device.clusters) count = facts.left() ? int(facts.next()) : 0;
     const DType type = dtype_of(dtype);
     const LoopProblem problem{cell_of(cell), type,        tf32,      steps,
                               batch,         hidden_size, proj_size, directions,
