@@ -8,8 +8,22 @@
 //           writes its part there, sets its flag, waits for the flags of the others, and copies the operand,
 //           chunk by chunk, into shared memory.
 //
-// Why that is enough: what a block writes in exchange i lies in the half of the buffer that was read last after
-// exchange i - 2, and no block passes exchange i - 1 before all others have sent what they made after that.
+// Why that is enough. Let i count the exchanges of one product; in the forward pass 0 is the product of the initial
+// state, which needs none. Exchange i writes half i % 2 of the buffer, of which a block has a part: put() writes it
+// before the exchange (in its own copy, or in global memory), messages write it in the other blocks' copies. All of it
+// has been cleared: by the launch, or by the blocks of the cluster before start().
+//   gather    The half was last read by the multiplication after exchange i - 2, in each block ended by a block
+//             barrier. Only after it does the block tell the others (sends, or sets its flag) of the exchange that
+//             comes next: i - 1 of this product, or of two products the other one's in between. And a block writes
+//             for i, by put() or message, after it has received that exchange from all of them.
+//   scatter   The half of the sums was last read by sum() after exchange i - 2, before the block barrier that begins
+//             the next exchange. After that barrier the block sends, and writes its own part of the sums; for i it
+//             does so after it has received that exchange from all others. The operand is single, for it is nobody
+//             else's: put() writes it after the block barrier that ends its multiplication.
+//   arrivals  A message of i may come before the receiver expects it, but not before its phase of i - 2 has ended:
+//             its sender has received the exchange before i, which the receiver sent after that.
+//   exit      A block exits when it has received all messages that are sent to it. Its own need it no longer, and their
+//             receivers are there until they have them.
 #pragma once
 
 #include "../fastseq.h"
