@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import cuda_host
+from devices import in_use, twin_device
+from harness import Case, make_data, make_module
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.cuda_host
@@ -142,6 +144,52 @@ def test_sanitizer_finds_memory_out_of_bounds(twin, name):
     # In the kernel's own line: the trace follows the threads' stacks.
     assert re.search(r" run .*faults\.cpp:\d+\n", run.stderr)
     assert "thread_body" in run.stderr
+
+
+# ---- faults planted in the recurrent kernels, which are correct ----
+
+
+def pass_results(device, module, x, backward, what="", turn=0):
+    """The bits of one pass in each schedule, in which every thread leaves out a wait; None after an error."""
+    for order, seed in cuda_host.SCHEDULES:
+        cuda_host.set_schedule(order, seed)
+        x.grad = None
+        try:
+            device.module.leave_out(*("", 0) if backward else (what, turn))
+            result = module(x)[0]
+            if backward:
+                device.module.leave_out(what, turn)
+                result.sum().backward()
+                result = x.grad
+            bits = result.detach().numpy().tobytes()
+        except RuntimeError:
+            bits = None
+        finally:
+            device.module.leave_out("", 0)
+        yield bits
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("forced", ["cluster:2x1:operand", "cluster:2x1:sums", "grid:3x1"])
+@pytest.mark.parametrize("mode", ["LSTM", "GRU_RESET_BEFORE"])
+def test_no_wait_of_a_step_can_be_left_out(twin, mode, forced, backward):
+    """From the first steps to the last: bits change with the schedule, or it is an error."""
+    if twin.sanitized:
+        pytest.skip("AddressSanitizer may end the process")
+    case = Case(mode, steps=5, batch=5, input_size=3, hidden_size=33)
+    with in_use(twin_device()) as device, device.using(forced):
+        module, x = make_module(case), make_data(case)["input"]
+        expected, *others = pass_results(device, module, x, backward)
+        assert {expected} == {*others}
+        for what, first in (("sync_block", 6), ("wait_flag" if "grid" in forced else "arrivals_wait", 1)):
+            turn = first
+            while any(bits != expected for bits in pass_results(device, module, x, backward, what, turn)):
+                turn += 1
+            assert turn >= first + 2
+            # The last one was left out.
+            for later in (turn + 1, turn + 2, turn + 4):
+                found = pass_results(device, module, x, backward, what, later)
+                assert all(bits == expected for bits in found)
 
 
 # ---- launches ----

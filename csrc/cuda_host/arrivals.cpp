@@ -45,7 +45,7 @@ void arrivals_expect(Arrivals* own, int bytes) {
 void arrivals_wait(Arrivals* own, int phase) {
   check_own_shared(own, sizeof(Arrivals), "arrivals_wait");
   ArrivalsState& state = state_of(own, "arrivals_wait");
-  if (state.phase != phase) return;
+  if (leaves_out(Wait::arrivals_wait) || state.phase != phase) return;
   Thread& self = current();
   self.arrivals = own;
   state.waiting.push_back(&self);

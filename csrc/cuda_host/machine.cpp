@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <stdexcept>
 #include <utility>
 
 namespace fastseq::FASTSEQ_ISA {
@@ -126,6 +127,7 @@ void make_blocks(int64_t first, int count) {
         thread.bit = uint32_t(1) << lane;
         thread.wait = Wait::nothing;
         thread.cluster_arrived = false;
+        thread.leaves_out = machine.left_out_turn;
         thread.copies.clear();
         thread.copies_done = 0;
         thread.copy_group = 0;
@@ -246,6 +248,18 @@ void set_schedule(Order order, uint64_t seed) {
   machine.order = order;
   machine.random = (seed + 1) * 0x9e3779b97f4a7c15;
   if (machine.random == 0) machine.random = 1;
+}
+
+void leave_out(const std::string& what, int turn) {
+  const std::lock_guard<std::mutex> lock(one_launch);
+  machine.left_out = Wait::nothing;
+  machine.left_out_turn = turn;
+  for (const Wait wait : {Wait::sync_block, Wait::arrivals_wait, Wait::wait_flag}) {
+    if (what == name(wait)) machine.left_out = wait;
+  }
+  if (!what.empty() && machine.left_out == Wait::nothing) {
+    throw std::invalid_argument("leave_out is given " + what);
+  }
 }
 
 const char* launch_any(const LaunchShape& shape, const AnyKernel& kernel, const void* args) {

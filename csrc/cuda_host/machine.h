@@ -75,6 +75,8 @@ struct Thread : Who {
   int flag_value;
   Arrivals* arrivals;
 
+  int leaves_out;  // until its turn, as leave_out() counts
+
   std::vector<Copy> copies;  // oldest first; those before copies_done have been made
   size_t copies_done;
   int copy_group;
@@ -128,6 +130,8 @@ class SharedMemory {
 struct Machine {
   Order order = Order::forward;
   uint64_t random = 1;
+  Wait left_out = Wait::nothing;
+  int left_out_turn = 0;
 
   LaunchShape shape;
   const AnyKernel* kernel;
@@ -160,6 +164,11 @@ inline bool coin() {
 }
 
 inline Thread& current() { return *static_cast<Thread*>(who); }
+
+// A fault for kernels that have none: each thread leaves out its sync_block, arrivals_wait or wait_flag of this turn,
+// counted from 0 in each launch. It stays until the next call; "" plants nothing.
+void leave_out(const std::string& what, int turn);
+inline bool leaves_out(Wait what) { return machine.left_out == what && current().leaves_out-- == 0; }
 
 // Lets the others run; returns when the scheduler comes back to the calling thread, which may be at once.
 void give_way();

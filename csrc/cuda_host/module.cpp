@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "faults.h"
+#include "machine.h"
 #include "primitives.h"
 #include "sanitize.h"
 
@@ -38,6 +39,7 @@ PYBIND11_MODULE(_cuda_host, m) {
       .value("random", Order::random);
   m.def("set_schedule", set_schedule, py::arg("order"), py::arg("seed") = 0, Unlocked());
 
+  m.def("leave_out", leave_out, py::arg("what"), py::arg("turn") = 0, Unlocked());
   m.def("fault_names", fault_names);
   m.def(
       "run_fault",
