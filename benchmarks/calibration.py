@@ -36,12 +36,7 @@ FORCED = {  # values of FASTSEQ_CUDA_PLAN; the first is the plan's own choice
     ),
 }
 SHAPES = (  # cell, dtype, batch, hidden size: of each kernel some, and the constants that count most there
-    (
-        "LSTM",
-        "bfloat16",
-        1,
-        64,
-    ),  # cluster of one block: what every step has; in 8 blocks: the way of a message
+    ("LSTM", "bfloat16", 1, 64),  # one block: what every step has; eight: the way of a message
     ("LSTM", "bfloat16", 16, 256),  # cluster: messages
     ("LSTM", "bfloat16", 1, 1024),  # grid: flags
     ("GRU", "bfloat16", 256, 1024),  # stream: weights from L2

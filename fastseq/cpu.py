@@ -40,9 +40,9 @@ def _weight_addresses(weights: Sequence[Tensor | None], layer: Layer) -> list[li
     return addresses
 
 
-def layer_forward(layer, _, input, batch_sizes, h0, c0, weights, output, h_n, c_n, saved) -> None:
-    states = _state_addresses((h0, c0, h_n, c_n, saved), layer.directions)
-    _C.recurrent_forward(
+def _problem(layer: Layer, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, ...]:
+    """What every call of the kernels begins with."""
+    return (
         layer.cell.code,
         DTYPES[input.dtype],
         torch.get_num_threads(),
@@ -52,6 +52,13 @@ def layer_forward(layer, _, input, batch_sizes, h0, c0, weights, output, h_n, c_
         layer.input_size,
         layer.hidden_size,
         layer.width if layer.projected else 0,
+    )
+
+
+def layer_forward(layer, _, input, batch_sizes, h0, c0, weights, output, h_n, c_n, saved) -> None:
+    states = _state_addresses((h0, c0, h_n, c_n, saved), layer.directions)
+    _C.recurrent_forward(
+        *_problem(layer, input, batch_sizes),
         False,
         input.data_ptr(),
         *strides(input),
@@ -65,15 +72,7 @@ def cell_forward(layer, _, input, h0, c0, weights, h, c, saved) -> None:
     row, feature = input.stride()
     (weight_addresses,) = _weight_addresses(weights, layer)
     _C.recurrent_forward(
-        layer.cell.code,
-        DTYPES[input.dtype],
-        torch.get_num_threads(),
-        1,
-        layer.batch,
-        0,
-        layer.input_size,
-        layer.hidden_size,
-        0,
+        *_problem(layer, input, None),
         True,
         input.data_ptr(),
         0,
@@ -98,15 +97,7 @@ def backward(
         strict=True,
     )
     _C.recurrent_backward(
-        layer.cell.code,
-        DTYPES[input.dtype],
-        torch.get_num_threads(),
-        layer.steps,
-        layer.batch,
-        address(batch_sizes),
-        layer.input_size,
-        layer.hidden_size,
-        layer.width if layer.projected else 0,
+        *_problem(layer, input, batch_sizes),
         input.data_ptr(),
         *strides(input),
         output.data_ptr(),

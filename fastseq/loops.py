@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import _C, precision, steps
 from .addresses import addresses, strides
-from .checks import CELLS, DTYPES, Layer, problem
+from .checks import DTYPES, Layer, problem
 from .steps import Gradients
 
 
@@ -92,12 +92,12 @@ def _plan(module: Any, loop: Loop, facts: tuple[int, ...], forced: str) -> Any:
     return module.loop_plan(*loop, facts, forced)
 
 
-def _loop_of(layer: Layer, dtype: torch.dtype, packed: bool, backward: bool) -> Loop:
+def _loop_of(layer: Layer, dtype: torch.dtype, of_rnn: str | None, packed: bool, backward: bool) -> Loop:
     proj_size = layer.width if layer.projected else 0
     return Loop(
         layer.cell.code,
         DTYPES[dtype],
-        precision.of_recurrent_networks(dtype) == "tf32",
+        of_rnn == "tf32",
         layer.steps,
         layer.batch,
         layer.hidden_size,
@@ -133,9 +133,9 @@ def plan_in_data(
     if layer.rows == 0:
         return plan | {"kernel": "none"}
     if one_step:
-        fused = not backward and layer.cell != CELLS["GRU_RESET_BEFORE"] and layer.batch <= _C.MOST_FUSED_ROWS
+        fused = not backward and steps.may_fuse(layer.cell, layer.batch)
         return plan | {"kernel": "cell", "partition": {"fused": fused}}
-    loop = _loop_of(layer, dtype, packed, backward)
+    loop = _loop_of(layer, dtype, precision.of_recurrent_networks(dtype), packed, backward)
 
     def described(loop: Loop, forced: str | None) -> dict[str, Any] | None:
         try:
@@ -209,8 +209,8 @@ def forward(
     """Fills output (T, B, D*R), h_n, c_n and saved; see ops.recurrent. All but the input is dense."""
     if layer.rows == 0:
         return
-    loop = _loop_of(layer, input.dtype, batch_sizes is not None, backward=False)
     of_rnn = precision.of_recurrent_networks(input.dtype)
+    loop = _loop_of(layer, input.dtype, of_rnn, batch_sizes is not None, backward=False)
     plan = plan_of(engine, loop, input.device)
     directions = _by_direction(weights, layer)
     x = input.reshape(layer.rows, layer.input_size)
@@ -343,8 +343,8 @@ def backward(
         states = (h0, c0, saved, grad_h_n, grad_c_n, grad_h0, grad_c0)
         lead = [None if t is None else t.unsqueeze(0) for t in states]
         h0, c0, saved, grad_h_n, grad_c_n, grad_h0, grad_c0 = lead
-    loop = _loop_of(layer, input.dtype, batch_sizes is not None, backward=True)
     of_rnn = precision.of_recurrent_networks(input.dtype)
+    loop = _loop_of(layer, input.dtype, of_rnn, batch_sizes is not None, backward=True)
     # One step is never worth a persistent kernel.
     plan = None if one_step else plan_of(engine, loop, input.device)
     in_steps = plan is None or plan.kernel == "steps"

@@ -139,7 +139,7 @@ def _loop_in_words(plan: dict[str, Any], mode: str, layer: Layer, dtype: torch.d
             *(_weights_in_words(product) for product in chosen["products"]),
             f"{amount(chosen['workspace_bytes'])} of workspace; {time}",
         ]
-    return architecture, words, _loop_reasons(plan, mode, layer, dtype)
+    return architecture, words, _loop_reasons(plan, layer, dtype)
 
 
 def _time(plan: dict[str, Any]) -> str:
@@ -156,7 +156,7 @@ def _weights_in_words(product: dict[str, Any]) -> str:
     return "weights " + ", ".join(f"{100 * share:.0f} % {place}" for place, share in shares.items() if share)
 
 
-def _loop_reasons(plan: dict[str, Any], mode: str, layer: Layer, dtype: torch.dtype) -> list[str]:
+def _loop_reasons(plan: dict[str, Any], layer: Layer, dtype: torch.dtype) -> list[str]:
     chosen, kernel, free = plan["partition"], plan["kernel"], plan["not_forced"]
     reasons = []
     if forced := os.environ.get("FASTSEQ_CUDA_PLAN"):
@@ -164,7 +164,7 @@ def _loop_reasons(plan: dict[str, Any], mode: str, layer: Layer, dtype: torch.dt
     else:
         kinds = list(plan["alone"])
         for other in kinds[: kinds.index(kernel)]:
-            reasons.append(f"not {other}: {_why_not(other, plan, mode, layer)}")
+            reasons.append(f"not {other}: {_why_not(other, plan, layer)}")
     if kernel == "stream" and any(product["streamed_units"] for product in chosen["products"]):
         reasons.append(
             "the weights that fit neither registers nor shared memory are read from L2 at every step"
@@ -197,7 +197,7 @@ def _plan_in_short(plan: dict[str, Any] | None) -> str:
     return f"{plan['kernel']}{blocks}, {_time(plan)}"
 
 
-def _why_not(other: str, plan: dict[str, Any], mode: str, layer: Layer) -> str:
+def _why_not(other: str, plan: dict[str, Any], layer: Layer) -> str:
     facts, alone = plan["facts"], plan["alone"][other]
     if alone is not None:
         return f"it fits, but takes {_time(alone)} by the same arithmetic"

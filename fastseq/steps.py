@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _C
 from .addresses import addresses, strides
-from .checks import CELLS
+from .checks import CELLS, Cell
 
 WHOLE, FIRST, REST = range(3)  # parts of a step
 
@@ -166,6 +166,11 @@ def forward_step(
     return operations
 
 
+def may_fuse(cell: Cell, batch: int) -> bool:
+    """Whether a kernel makes one step's product with weight_hh too, instead of torch."""
+    return cell != CELLS["GRU_RESET_BEFORE"] and batch <= _C.MOST_FUSED_ROWS
+
+
 def cell(
     kernels: Kernels,
     mode: str,
@@ -188,7 +193,7 @@ def cell(
         for operation in forward_step(kernels, mode, False, weights, pre, *states):
             operation(now)
         return
-    fused = h is not None and batch <= _C.MOST_FUSED_ROWS
+    fused = h is not None and may_fuse(CELLS[mode], batch)
     product = None if fused or h is None else h @ weight_hh.t()
     of_output = (0, 0, 0)  # none beside h_next
     common = (*kernels[1:], WHOLE, False, False, hidden, *addresses(pre, weight_hh if fused else None))
