@@ -102,6 +102,69 @@ struct RecurrentArgs {
   SequenceTensor<void*> grad_input;         // [T, B, I], feature stride 1, or null: not wanted
 };
 
+// ---- attention ----
+//
+//   t = scale <q_i, k_j>,  softcap tanh(t / softcap) of it if there is one
+//   s = t + mask - slope |i + offset - j|                      of a visible key j; -inf of any other
+//   weights = exp(s - lse),  lse = log(sum_j exp(s_j) + exp(sink))
+//   output_i = sum_j dropped(weights_ij) v_j
+//
+// Key j is visible to query i if i + offset - left <= j <= i + offset + right, j is below the sequence's length, and
+// the mask does not forbid it. Query heads h share the key and value head h / (Hq / Hkv).
+//
+//   B batch, Hq heads, Hkv kv_heads, Sq queries, Sk keys, D head_size, Dv value_size.
+
+// [B, heads, rows, features], feature stride 1. Of packed sequences [rows, heads, features], stride[0] unused.
+struct HeadTensor {
+  void* data;
+  int64_t stride[3];  // of batch, head and row
+};
+
+// [B, Hq, Sq], row stride 1, in the dtype of sums: float, or double beside float64. Packed: [Hq, rows].
+struct HeadRows {
+  void* data;
+  int64_t stride[2];  // of batch and head
+};
+
+// Each stride may be 0 (broadcast).
+enum class MaskKind : int { kNone = 0, kBool = 1, kSame = 2, kFloat32 = 3 };  // bool: true is visible
+struct AttentionMask {
+  const void* data;  // [B, Hq, Sq, Sk]
+  MaskKind kind;     // kSame: the dtype of query
+  int64_t stride[4];
+};
+
+struct AttentionArgs {
+  DType dtype;         // of query, key, value, output, weights and the gradients of these
+  int threads;         // at most so many
+  int forced_plan[2];  // head parts and row parts; 0: not forced
+  int64_t batch, heads, kv_heads;
+  int64_t queries, keys;  // Sq, Sk; of packed sequences the sums
+  int64_t head_size, value_size;
+  int64_t left, right;               // the window; -1: unlimited
+  bool bottom_right;                 // offset = the sequence's keys - its queries, else 0
+  uint64_t seed;                     // of dropout
+  double scale, softcap, dropout_p;  // softcap 0: none
+  const int64_t* cu_seqlens_q;       // [B + 1] or null: first row of each packed sequence, and their number
+  const int64_t* cu_seqlens_k;
+  const int64_t* key_lengths;  // [B] or null
+  HeadTensor query, key, value, output;
+  HeadRows lse;  // -inf of rows without a visible key, or the sink
+  AttentionMask mask;
+  HeadRows alibi;      // [B, Hq] slopes or null; strides of batch and head
+  const void* sinks;   // [Hq] or null
+  HeadTensor weights;  // [B, Hq, Sq, Sk] or null: not wanted; zero where nothing is written
+
+  // The backward pass only.
+  HeadTensor grad_output;                       // [B, Hq, Sq, Dv]
+  HeadRows grad_lse;                            // or null: zeros; less the row sums of weights * grad_weights
+  HeadTensor grad_weights;                      // [B, Hq, Sq, Sk] or null: zeros
+  HeadTensor grad_query, grad_key, grad_value;  // or null: not wanted
+  void* grad_mask;                              // in the dtype of sums, zero-filled, or null: not wanted
+  int64_t grad_mask_stride[4];                  // 0 where the mask is broadcast
+  void* grad_sinks;                             // [B, Hq] or null: not wanted
+};
+
 // ---- the time loop alone, as the CUDA engine runs it ----
 //
 // Matrix products over all steps at once (W x before the loop, weight gradients and dx after it) are the
