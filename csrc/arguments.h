@@ -11,7 +11,7 @@ namespace fastseq {
 
 namespace py = pybind11;
 
-// Reads integers off a tuple, in order. pybind11's own conversion of forty arguments takes longer than a
+// Reads integers, and a few real numbers, off a tuple, in order. pybind11's own conversion of forty arguments takes longer than a
 // small step of a network does.
 class Integers {
  public:
@@ -25,6 +25,12 @@ class Integers {
   template <class T>
   T* pointer() {
     return reinterpret_cast<T*>(static_cast<uintptr_t>(next()));
+  }
+  double real() {
+    if (at_ == size_) throw py::type_error("too few numbers; the signatures are in _C.pyi");
+    const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(tuple_, at_++));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
   }
   // The tuple that comes next.
   Integers nested() {

@@ -25,6 +25,9 @@
 
 namespace py = pybind11;
 
+namespace fastseq {
+void bind_attention(py::module_& m);  // attention_bindings.cpp
+}
 namespace fastseq::cuda {
 void bind(py::module_& m);  // csrc/cuda/bindings.cpp, where CUDA is built
 }
@@ -262,6 +265,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_tensors",
         [](py::handle tensor, py::handle parameter) { return g_tensors.use(tensor.ptr(), parameter.ptr()); });
   m.def("recurrent_plan", &recurrent_plan);
+  fastseq::bind_attention(m);
   m.def("available_threads", &fastseq::available_threads);
   m.def("cpu_info", [] {
     py::dict d;

@@ -12,6 +12,8 @@
   namespace fastseq::name {                                            \
   bool recurrent_forward(const RecurrentArgs&, const RecurrentPlan&);  \
   bool recurrent_backward(const RecurrentArgs&, const RecurrentPlan&); \
+  bool attention_forward(const AttentionArgs&, const AttentionPlan&);  \
+  bool attention_backward(const AttentionArgs&, const AttentionPlan&); \
   double fma_peak(DType, double);                                      \
   }
 FASTSEQ_ISA_LIST
@@ -20,7 +22,13 @@ FASTSEQ_ISA_LIST
 namespace fastseq {
 namespace {
 
-#define X(name) {#name, name::recurrent_forward, name::recurrent_backward, name::fma_peak},
+#define X(name)              \
+  {#name,                    \
+   name::recurrent_forward,  \
+   name::recurrent_backward, \
+   name::attention_forward,  \
+   name::attention_backward, \
+   name::fma_peak},
 const Engine kEngines[] = {FASTSEQ_ISA_LIST};
 #undef X
 
@@ -71,6 +79,14 @@ void run_planned(Run* run, const RecurrentArgs& a, bool backward) {
   run(a, recurrent_plan(problem));
 }
 
+using Attend = bool(const AttentionArgs&, const AttentionPlan&);
+
+void attend_planned(Attend* attend, const AttentionArgs& a, bool backward) {
+  if (a.batch == 0 || a.heads == 0) return;
+  if (attend(a, attention_plan(a, available_threads(a.threads), backward))) return;
+  attend(a, attention_plan(a, 1, backward));
+}
+
 }  // namespace
 
 const Engine& engine() {
@@ -89,6 +105,10 @@ const char* available_isas() {
 
 void recurrent_forward(const RecurrentArgs& args) { run_planned(engine().recurrent_forward, args, false); }
 void recurrent_backward(const RecurrentArgs& args) { run_planned(engine().recurrent_backward, args, true); }
+void attention_forward(const AttentionArgs& args) { attend_planned(engine().attention_forward, args, false); }
+void attention_backward(const AttentionArgs& args) {
+  attend_planned(engine().attention_backward, args, true);
+}
 
 double fma_peak(DType dtype, int threads, double seconds) {
   struct Context {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../fastseq.h"
+#include "attention_plan.h"
 #include "plan.h"
 
 namespace fastseq {
@@ -11,6 +12,8 @@ struct Engine {
   // False, and nothing was done, if there were fewer threads than the plan has.
   bool (*recurrent_forward)(const RecurrentArgs& args, const RecurrentPlan& plan);
   bool (*recurrent_backward)(const RecurrentArgs& args, const RecurrentPlan& plan);
+  bool (*attention_forward)(const AttentionArgs& args, const AttentionPlan& plan);
+  bool (*attention_backward)(const AttentionArgs& args, const AttentionPlan& plan);
   // Multiply-adds of a register-only loop, in operations per second, on the calling thread.
   double (*fma_peak)(DType dtype, double seconds);
 };
@@ -25,6 +28,8 @@ const char* available_isas();
 
 void recurrent_forward(const RecurrentArgs& args);
 void recurrent_backward(const RecurrentArgs& args);
+void attention_forward(const AttentionArgs& args);
+void attention_backward(const AttentionArgs& args);
 double fma_peak(DType dtype, int threads, double seconds);
 
 }  // namespace fastseq

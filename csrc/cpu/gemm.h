@@ -15,6 +15,7 @@
 // K is padded with zeros, and k below counts pairs.
 #pragma once
 
+#include "../fastseq.h"
 #include "vec.h"
 
 namespace fastseq::FASTSEQ_ISA {
@@ -68,6 +69,26 @@ struct Operand<bfloat16> {
   static constexpr int kPair = 2;
 };
 
+// Calls body(S{}, O{}) for the storage and operand types of a dtype.
+template <class Body>
+auto with_types(DType dtype, Body body) {
+#if defined(__AVX512BF16__)
+  using Bfloat16Operand = bfloat16;
+#else
+  using Bfloat16Operand = float;
+#endif
+  switch (dtype) {
+    default:
+      return body(float{}, float{});
+    case DType::kFloat64:
+      return body(double{}, double{});
+    case DType::kBFloat16:
+      return body(bfloat16{}, Bfloat16Operand{});
+    case DType::kFloat16:
+      return body(float16{}, float{});
+  }
+}
+
 // b * broadcast(a) + c, one step of k.
 template <class T>
 struct Multiplier {
@@ -108,6 +129,7 @@ struct TileArgs {
   // What is wanted in the second-level cache soon: so many lines of it for each kPrefetchSteps of k.
   const char* ahead = nullptr;
   int ahead_lines = 0;
+  int64_t panel_stride = 0;  // elements of a step of k in the panel; 0: the vectors that are used fill it
 };
 constexpr int64_t kPrefetchSteps = 16, kLineBytes = 64;
 
@@ -125,6 +147,7 @@ void micro_kernel(const TileArgs<O>& t) {
   const typename Operand<O>::Element* a = t.a;
   const O* b = t.panel;
   const int64_t row = t.row_stride, step = t.k_stride;
+  const int64_t panel_step = t.panel_stride ? t.panel_stride : kVectors * V::kWidth * kPair;
   const char* ahead = t.ahead;
   for (int64_t k = 0; k < t.k; ++k) {
     if (k % kPrefetchSteps == 0) {
@@ -139,7 +162,7 @@ void micro_kernel(const TileArgs<O>& t) {
       for (int n = 0; n < kVectors; ++n) acc[m][n] = M::multiply_add(a[m * row], panel[n], acc[m][n]);
     }
     a += step;
-    b += kVectors * V::kWidth * kPair;
+    b += panel_step;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {

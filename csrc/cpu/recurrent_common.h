@@ -236,26 +236,6 @@ int64_t row_elements(int64_t stride) {
   return stride / Operand<O>::kPair;
 }
 
-// Calls body(S{}, O{}) for the storage and operand types of a dtype.
-template <class Body>
-void with_types(DType dtype, Body body) {
-#if defined(__AVX512BF16__)
-  using Bfloat16Operand = bfloat16;
-#else
-  using Bfloat16Operand = float;
-#endif
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float{}, float{});
-    case DType::kFloat64:
-      return body(double{}, double{});
-    case DType::kBFloat16:
-      return body(bfloat16{}, Bfloat16Operand{});
-    case DType::kFloat16:
-      return body(float16{}, float{});
-  }
-}
-
 // Which part of the team a thread is, and its rank among the threads of its direction.
 struct Seat {
   int direction_part, batch_part, unit_part, rank;

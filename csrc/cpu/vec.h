@@ -135,6 +135,35 @@ inline Vec<T> max(Vec<T> bound, Vec<T> x) {
 }
 #endif
 
+// ---- lanes ----
+
+template <class T>
+using Lanes = decltype(typename Vec<T>::Native{} < typename Vec<T>::Native{});  // all bits of a lane, or none
+
+template <class T>
+inline Vec<T> select(Lanes<T> lanes, Vec<T> a, Vec<T> b) {
+  return Vec<T>::of(lanes ? a.v : b.v);
+}
+template <class T>
+inline Vec<T> magnitude(Vec<T> x) {
+  return Vec<T>::of((typename Vec<T>::Native)((typename Vec<T>::NativeInteger)x.v << 1 >> 1));
+}
+template <class T>
+inline Vec<T> lane_numbers() {
+  Vec<T> r;
+  for (int i = 0; i < Vec<T>::kWidth; ++i) r.v[i] = T(i);
+  return r;
+}
+template <class T>
+inline T sum_of_lanes(Vec<T> x) {
+  T lanes[Vec<T>::kWidth];
+  std::memcpy(lanes, &x.v, sizeof lanes);
+  for (int n = Vec<T>::kWidth / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  }
+  return lanes[0];
+}
+
 // ---- memory: load and store of kWidth elements, or of the first n only (the rest reads as zero) ----
 
 template <class V>
@@ -239,6 +268,18 @@ inline void store(bfloat16* p, Vec<float> x) {
   std::memcpy(p, &h, sizeof h);
 }
 
+// As the left side of a product, whose multiplication takes numbers below the normal ones as zero anyway.
+inline void store_operand(float* p, Vec<float> x) { store(p, x); }
+inline void store_operand(double* p, Vec<double> x) { store(p, x); }
+inline void store_operand(bfloat16* p, Vec<float> x) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)x.v);
+  std::memcpy(p, &h, sizeof h);
+#else
+  store(p, x);
+#endif
+}
+
 #if defined(__AVX512F__)
 template <class V>
 inline V load(const float16* p) {
@@ -287,6 +328,15 @@ inline Vec<float> load_first(const bfloat16* p, int64_t n) { return load_first_h
 inline Vec<float> load_first(const float16* p, int64_t n) { return load_first_half(p, n); }
 inline void store_first(bfloat16* p, Vec<float> x, int64_t n) { store_first_half(p, x, n); }
 inline void store_first(float16* p, Vec<float> x, int64_t n) { store_first_half(p, x, n); }
+
+// Which of kWidth bytes, or of the first n, are not zero.
+template <class T>
+inline Lanes<T> load_lanes(const uint8_t* p, int64_t n) {
+  typedef uint8_t Bytes __attribute__((vector_size(Vec<T>::kWidth)));
+  Bytes bytes = {};
+  std::memcpy(&bytes, p, n < Vec<T>::kWidth ? size_t(n) : sizeof bytes);
+  return __builtin_convertvector(bytes, typename Vec<T>::NativeInteger) != 0;
+}
 
 // The first min(n, kWidth) elements.
 template <class V, class S>
@@ -357,6 +407,43 @@ template <class T>
 inline Vec<T> exp(Vec<T> x) {
   const ReducedExp<T> e = reduce_exp(x, ExpConstants<T>::kMin, ExpConstants<T>::kMax);
   return (1 + e.expm1) * e.power;
+}
+
+// 2^x: 2^n times 1 + r p(r) for x = n + r, |r| <= 1/2, p a minimax polynomial of relative error 2.6e-9 (float),
+// 1.8e-17 (double). For x up to the largest exponent; far below the smallest one it is zero.
+template <class T>
+struct Exp2Constants;
+template <>
+struct Exp2Constants<float> {
+  static constexpr float kMin = -127.0f;
+  static constexpr float kP[] = {0.693147214967884963439f,   0.240226527828761767929f,
+                                 0.0555031055120698057806f,  0.00961769297614318722907f,
+                                 0.00134066438474800601745f, 0.000155946770151054105592f};
+};
+template <>
+struct Exp2Constants<double> {
+  static constexpr double kMin = -1023.0;
+  static constexpr double kP[] = {
+      0.693147180559945696751,     0.240226506959100980061,      0.0555041086647903945281,
+      0.00961812910760700261706,   0.00133335581534399697401,    0.000154035304415718500993,
+      0.0000152527273851897747799, 0.00000132154426754528551815, 1.01806476605730693426e-7,
+      7.07257039454079943368e-9,   4.07807178609287041655e-10};
+};
+
+template <class T>
+inline Vec<T> exp2(Vec<T> x) {
+  using V = Vec<T>;
+  using K = Exp2Constants<T>;
+  x = max(V(K::kMin), x);
+  const V shifted = x + V(ExpConstants<T>::kRound);  // its low bits are n
+  const V r = x - (shifted - V(ExpConstants<T>::kRound));
+  constexpr int kDegree = int(sizeof(K::kP) / sizeof(T)) - 1;
+  V p(K::kP[kDegree]);
+#pragma GCC unroll 16
+  for (int i = kDegree - 1; i >= 0; --i) p = fma(p, r, V(K::kP[i]));
+  const auto exponent = ((typename V::NativeInteger)shifted.v + ExpConstants<T>::kBias)
+                        << ExpConstants<T>::kMantissa;
+  return fma(p, r, V(T(1))) * V::of((typename V::Native)exponent);
 }
 
 template <class T>

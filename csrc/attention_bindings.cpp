@@ -1,0 +1,124 @@
+// Attention in the Python module fastseq._C: addresses, strides and options in, structs filled, the GIL released.
+#include <pybind11/pybind11.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "arguments.h"
+#include "cpu/engine.h"
+#include "cpu/team.h"
+#include "fastseq.h"
+
+namespace fastseq {
+namespace {
+
+HeadTensor read_head(Integers& from) {
+  Integers head = from.nested();
+  HeadTensor t = {head.pointer<void>(), {}};
+  for (int64_t& stride : t.stride) stride = head.next();
+  return t;
+}
+HeadRows read_rows(Integers& from) {
+  Integers rows = from.nested();
+  HeadRows t = {rows.pointer<void>(), {}};
+  for (int64_t& stride : t.stride) stride = rows.next();
+  return t;
+}
+AttentionMask read_mask(Integers& from) {
+  Integers mask = from.nested();
+  AttentionMask m = {mask.pointer<const void>(), MaskKind::kNone, {}};
+  const int64_t kind = mask.next();
+  if (kind < 0 || kind > int(MaskKind::kFloat32)) throw py::value_error("mask: unknown kind");
+  m.kind = MaskKind(kind);
+  for (int64_t& stride : m.stride) stride = mask.next();
+  return m;
+}
+
+// FASTSEQ_ATTENTION_PLAN=HxR forces head parts and row parts. Read here, where the GIL keeps the environment still.
+void read_forced_plan(int (&forced)[2]) {
+  const char* const text = std::getenv("FASTSEQ_ATTENTION_PLAN");
+  if (!text || !*text) return;
+  int read = 0;
+  if (std::sscanf(text, "%dx%d%n", &forced[0], &forced[1], &read) != 2 || text[read] || forced[0] < 1 ||
+      forced[1] < 1) {
+    throw std::runtime_error("given: FASTSEQ_ATTENTION_PLAN=\"" + std::string(text) +
+                             "\"\naccepted: parts of heads and of rows, HxR\n"
+                             "try: two positive numbers, 1x2 say, or unset it");
+  }
+}
+
+AttentionArgs read_sizes(Integers& from) {
+  AttentionArgs a = {};
+  a.dtype = dtype_of(from.next()), a.threads = int(from.next());
+  read_forced_plan(a.forced_plan);
+  a.batch = from.next(), a.heads = from.next(), a.kv_heads = from.next();
+  a.queries = from.next(), a.keys = from.next(), a.head_size = from.next(), a.value_size = from.next();
+  if (a.heads < 0 || a.kv_heads < 1 || a.heads % a.kv_heads != 0)
+    throw py::value_error("heads: not a multiple of kv_heads");
+  return a;
+}
+
+AttentionArgs read_problem(Integers& from) {
+  AttentionArgs a = read_sizes(from);
+  a.left = from.next(), a.right = from.next(), a.bottom_right = from.next() != 0;
+  a.seed = uint64_t(from.next());
+  a.scale = from.real(), a.softcap = from.real(), a.dropout_p = from.real();
+  a.cu_seqlens_q = from.pointer<const int64_t>(), a.cu_seqlens_k = from.pointer<const int64_t>();
+  a.key_lengths = from.pointer<const int64_t>();
+  a.query = read_head(from), a.key = read_head(from), a.value = read_head(from), a.output = read_head(from);
+  a.lse = read_rows(from);
+  a.mask = read_mask(from);
+  a.alibi = read_rows(from);
+  a.sinks = from.pointer<const void>();
+  return a;
+}
+
+void forward(py::args numbers) {
+  Integers from(numbers);
+  AttentionArgs a = read_problem(from);
+  a.weights = read_head(from);
+  if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
+  py::gil_scoped_release release;
+  attention_forward(a);
+}
+
+void backward(py::args numbers) {
+  Integers from(numbers);
+  AttentionArgs a = read_problem(from);
+  a.grad_output = read_head(from), a.grad_lse = read_rows(from), a.grad_weights = read_head(from);
+  a.grad_query = read_head(from), a.grad_key = read_head(from), a.grad_value = read_head(from);
+  Integers mask = from.nested();
+  a.grad_mask = mask.pointer<void>();
+  for (int64_t& stride : a.grad_mask_stride) stride = mask.next();
+  a.grad_sinks = from.pointer<void>();
+  if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
+  py::gil_scoped_release release;
+  attention_backward(a);
+}
+
+py::dict plan(py::args numbers) {
+  Integers from(numbers);
+  const AttentionArgs a = read_sizes(from);
+  const bool backward = from.next() != 0;
+  const AttentionPlan plan = attention_plan(a, available_threads(a.threads), backward);
+  py::dict result;
+  result["kernel"] = plan.direct ? "decode" : "tiles";
+  result["threads"] = plan.head_parts * plan.row_parts;
+  result["head_parts"] = plan.head_parts;
+  result["row_parts"] = plan.row_parts;
+  result["key_parts"] = plan.key_parts;
+  result["split"] = plan.split;
+  return result;
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  m.def("attention_forward", forward);
+  m.def("attention_backward", backward);
+  m.def("attention_plan", plan);
+}
+
+}  // namespace fastseq

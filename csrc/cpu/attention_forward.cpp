@@ -1,0 +1,767 @@
+// Attention, forward: online softmax (Milakov & Gimelshein 2018) over tiles of keys.
+//
+// For a tile of rows and each tile of keys that one of them sees:
+//
+//   S = Q K^T      register tiles, into the second-level cache
+//   m' = max(m, row maxima of S),  P = exp2(S - m'),  l = l exp2(m - m') + row sums of P,  O = O exp2(m - m')
+//   O = O + P V
+//
+// and at the end O / l and lse = m + log l. Keys are packed once for each unit of work (see attention_plan.h). Few rows
+// read keys and values where they lie instead.
+//
+// Cost of a vector of scores: 2 * (D + Dv) / 2 multiply-adds, and some 14 operations of the softmax.
+#include <atomic>
+#include <new>
+
+#include "attention_tiles.h"
+#include "team.h"
+
+namespace fastseq::FASTSEQ_ISA {
+namespace {
+
+// A tile of rows on its way.
+template <class T>
+struct TileState {
+  using V = Vec<T>;
+  T* products;  // [kQueryTile][kKeyTile]  products, then weights
+  T* output;    // [kQueryTile][output_stride]  not yet divided by the sum
+  int64_t output_stride;
+  T* keep;            // [kKeyTile] of a row: 0 where dropped
+  V sum[kQueryTile];  // of weights, lane by lane
+  T highest[kQueryTile];
+  T rescale[kQueryTile];
+  ScoreRow<T> row[kQueryTile];
+};
+
+// ---- softmax of a tile ----
+
+// Masks the products of a row, or makes scores of them; returns their maxima lane by lane.
+template <class S, class T>
+Vec<T> score_row(const Scores<S, T>& scores, const ScoreRow<T>& row, Range columns, T* x) {
+  using V = Vec<T>;
+  constexpr int64_t kWidth = V::kWidth;
+  V best(-INFINITY);
+  if (scores.plain()) {
+    const auto edge = [&](int64_t c) {
+      const V masked = Scores<S, T>::within(row, load<V>(x + c), c);
+      store(x + c, masked);
+      best = max(best, masked);
+    };
+    int64_t c = columns.begin;
+    for (; c < columns.end && c < row.visible.begin; c += kWidth) edge(c);
+    for (; c + kWidth <= std::min(columns.end, row.visible.end); c += kWidth)
+      best = max(best, load<V>(x + c));
+    for (; c < columns.end; c += kWidth) edge(c);
+    return best * scores.scale();
+  }
+  V unused(0);
+  for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
+    V score = scores.of(row, load<V>(x + c), c, unused);
+    if (!Scores<S, T>::all_visible(row, c)) score = Scores<S, T>::within(row, score, c);
+    store(x + c, score);
+    best = max(best, score);
+  }
+  return best;
+}
+
+// Scores of a row -> weights relative to 2^highest, in the operand's type from the row's beginning on. Returns their
+// sum lane by lane.
+template <class O, class T>
+Vec<T> weigh_row(T scale, T highest, Range columns, T* x) {
+  using V = Vec<T>;
+  O* const weights = reinterpret_cast<O*>(x);
+  V sum(0);
+  for (int64_t c = columns.begin; c < columns.end; c += V::kWidth) {
+    const V weight = exp2(fma(load<V>(x + c), V(scale), V(-highest)));
+    sum = sum + weight;
+    store_operand(weights + c, weight);
+  }
+  return sum;
+}
+
+template <class O, class T>
+void drop(const T* keep, Range columns, T* x) {
+  using V = Vec<T>;
+  O* const weights = reinterpret_cast<O*>(x);
+  for (int64_t c = columns.begin; c < columns.end; c += V::kWidth) {
+    store_operand(weights + c, load<V>(weights + c) * load<V>(keep + c));
+  }
+}
+
+// Products of all rows of a tile -> weights, with the rows' maxima, sums and what their output has to be multiplied by.
+template <class O, class S, class T>
+void softmax_tile(const Scores<S, T>& scores, const Dropout& dropout, int64_t first_head,
+                  const RowTile<O>& tile, const Range* columns, int64_t first_key, TileState<T>& state) {
+  using V = Vec<T>;
+  constexpr int64_t kWidth = V::kWidth, kKeyTile = Tiles<O>::kKeyTile;
+  const T scale = scores.plain() ? scores.scale() : T(1);
+  Range of_row[kQueryTile];
+  for (int64_t g = 0; g < tile.groups; ++g) {
+    for (int64_t r = tile.first_row[g]; r < tile.first_row[g + 1]; ++r) of_row[r] = columns[g];
+  }
+  for (int64_t first = 0; first < tile.rows; first += kWidth) {
+    const int64_t count = std::min(tile.rows - first, kWidth);
+    V best[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) {
+      best[i] = V(-INFINITY);
+      if (i < count) {
+        T* const x = state.products + (first + i) * kKeyTile;
+        best[i] = score_row(scores, state.row[first + i], of_row[first + i], x);
+      }
+    }
+    transpose(best);
+    for (int n = kWidth / 2; n > 0; n /= 2) {
+      for (int i = 0; i < n; ++i) best[i] = max(best[i], best[i + n]);
+    }
+    const V before = load_upto<V>(state.highest + first, count), highest = max(before, best[0]);
+    // Without any visible key so far, all weights are exp2(-inf - 0).
+    const V shift = select<T>(highest.v == V(-INFINITY).v, V(0), highest);
+    T shifts[kWidth];
+    store(shifts, shift);
+    store_upto(state.highest + first, highest, count);
+    store_upto(state.rescale + first, exp2(before - shift), count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = first + i;
+      T* const x = state.products + r * kKeyTile;
+      const V sum = weigh_row<O>(scale, shifts[i], of_row[r], x);
+      state.sum[r] = fma(state.sum[r], V(state.rescale[r]), sum);
+      if (dropout.active) {
+        const Range c = of_row[r];
+        dropout.keep(first_head + tile.head[r], tile.query[r], first_key + c.begin, c.end - c.begin,
+                     state.keep + c.begin);
+        drop<O>(state.keep, c, x);
+      }
+    }
+  }
+}
+
+template <class T>
+void rescale_output(int64_t rows, TileState<T>& state) {
+  using V = Vec<T>;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (state.rescale[r] == 1) continue;
+    T* const output = state.output + r * state.output_stride;
+    for (int64_t i = 0; i < state.output_stride; i += V::kWidth) {
+      store(output + i, load<V>(output + i) * V(state.rescale[r]));
+    }
+  }
+}
+
+// ---- few rows: keys and values as they lie ----
+
+constexpr int kDirectGroup = 4;  // rows that share a reading of keys and values
+
+// products[row][key] of kRows rows with kWidth keys from `keys` on, the first `count` of which exist.
+template <int kRows, class S, class T>
+void dot_keys(const T* const* rows, const S* keys, int64_t stride, int64_t count, int64_t features,
+              T* products, int64_t products_stride) {
+  using V = Vec<T>;
+  constexpr int64_t kWidth = V::kWidth;
+  V sums[kRows][kWidth];
+  for (int64_t j = 0; j < kWidth; ++j) {
+    const S* const key = keys + std::min(j, count - 1) * stride;
+    V sum[kRows];
+    for (int r = 0; r < kRows; ++r) sum[r] = V(0);
+    int64_t i = 0;
+    for (; i + kWidth <= features; i += kWidth) {
+      const V k = load<V>(key + i);
+      for (int r = 0; r < kRows; ++r) sum[r] = fma(load<V>(rows[r] + i), k, sum[r]);
+    }
+    if (i < features) {
+      const V k = load_upto<V>(key + i, features - i);
+      for (int r = 0; r < kRows; ++r) sum[r] = fma(load_upto<V>(rows[r] + i, features - i), k, sum[r]);
+    }
+    for (int r = 0; r < kRows; ++r) sums[r][j] = sum[r];
+  }
+  for (int r = 0; r < kRows; ++r) {
+    transpose(sums[r]);
+    for (int n = kWidth / 2; n > 0; n /= 2) {
+      for (int i = 0; i < n; ++i) sums[r][i] = sums[r][i] + sums[r][i + n];
+    }
+    store(products + r * products_stride, sums[r][0]);
+  }
+}
+
+// output[row] += sum over keys of weights[row][key] * values[key], for kVectors vectors of features.
+template <int kRows, int kVectors, class S, class T>
+void add_values(const T* weights, int64_t weights_stride, Range columns, const S* values, int64_t stride,
+                int64_t features, T* output, int64_t output_stride) {
+  using V = Vec<T>;
+  constexpr int64_t kWidth = V::kWidth;
+  V sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kVectors; ++i) sum[r][i] = V(0);
+  }
+  for (int64_t j = columns.begin; j < columns.end; ++j) {
+    T weight[kRows];
+    bool any_zero = false, any = false;
+    for (int r = 0; r < kRows; ++r) {
+      weight[r] = weights[r * weights_stride + j];
+      any_zero |= weight[r] == 0, any |= weight[r] != 0;
+    }
+    if (!any) continue;  // hidden: may hold anything
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t left = features - i * kWidth;
+      if (left <= 0) continue;
+      const V value = load_upto<V>(values + j * stride + i * kWidth, left);
+      for (int r = 0; r < kRows; ++r) {
+        const V next = fma(V(weight[r]), value, sum[r][i]);
+        sum[r][i] = any_zero && weight[r] == 0 ? sum[r][i] : next;
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kVectors; ++i) {
+      T* const to = output + r * output_stride + i * kWidth;
+      store(to, load<V>(to) + sum[r][i]);
+    }
+  }
+}
+
+template <int kRows = kDirectGroup, class F>
+void with_rows(int64_t rows, const F& call) {
+  if (rows == kRows) {
+    call(std::integral_constant<int, kRows>());
+  } else if constexpr (kRows > 1) {
+    with_rows<kRows - 1>(rows, call);
+  }
+}
+
+// ---- units of work ----
+
+// What a group of threads shares. Packed are the keys and values of its unit: of each tile of keys its panels of keys,
+// its values, and its special rows of values.
+template <class O>
+struct Group {
+  Group(int threads, Barrier::Flag* flags) : barrier(threads, flags) {}
+
+  Barrier barrier;
+  int64_t unit = 0;
+  std::atomic<int64_t> next_tile{0};
+  O* keys = nullptr;
+  O* values = nullptr;
+  SpecialRows* special = nullptr;
+  int32_t* special_rows = nullptr;
+};
+
+// A sequence's key and value head, or a part of its keys.
+struct Unit {
+  const Sequence s;
+  const int64_t b, kv_head, part, parts;
+  const bool direct;
+  Range keys;                      // of the part, as far as any query sees them
+  int64_t tile_heads, head_tiles;  // a tile has rows of so many heads; a head is divided into so many tiles
+};
+
+template <class S, class O>
+class Forward {
+ public:
+  using K = Tiles<O>;
+  using T = typename K::T;
+  using V = Vec<T>;
+  static constexpr int64_t kWidth = K::kWidth, kKeyTile = K::kKeyTile;
+
+  Forward(const AttentionArgs& a, const AttentionPlan& plan)
+      : a_(a),
+        plan_(plan),
+        scores_(a),
+        dropout_(a.dropout_p, a.seed),
+        group_heads_(a.heads / a.kv_heads),
+        value_columns_(round_up(a.value_size, kWidth)),
+        left_stride_(pairs<O>(a.head_size) * K::kPair),
+        threads_(plan.head_parts * plan.row_parts) {
+    for (int64_t b = 0; b < a.batch; ++b) {
+      const AttentionLengths s(a, b);
+      most_keys_ = std::max(most_keys_, most_keys_of_unit(s));
+    }
+    lay_out();
+    arena_.allocate();
+    lay_out();
+  }
+
+  bool run() {
+    if (!run_pass(&Forward::attend_units)) return false;
+    if (plan_.split) run_pass(&Forward::join_parts);
+    if (a_.weights.data) run_pass(&Forward::write_weights);
+    return true;
+  }
+
+ private:
+  struct Thread {
+    TileState<T> tile;
+    O* left;  // [kQueryTile][left_stride]  queries
+    T* direct_left;
+  };
+  struct Pass {
+    Forward* self;
+    void (Forward::*body)(int);
+  };
+
+  bool run_pass(void (Forward::*body)(int)) {
+    next_unit_ = 0;
+    Pass pass{this, body};
+    return run_team(
+        threads_,
+        [](void* p, int thread) {
+          const Pass& pass = *static_cast<Pass*>(p);
+          (pass.self->*pass.body)(thread);
+        },
+        &pass);
+  }
+
+  // ---- units ----
+
+  // Without a split of keys to show weights, which need what all keys add up to.
+  int64_t parts_of(const AttentionLengths& s, bool split) const {
+    return split ? forward_key_parts(group_heads_ * s.queries, s.keys) : 1;
+  }
+  int64_t part_size(int64_t keys, int64_t parts) const {
+    return round_up(group_count(keys, parts), kKeyTile);
+  }
+  bool is_direct(const AttentionLengths& s) const { return group_heads_ * s.queries <= kDirectRows; }
+  int64_t most_keys_of_unit(const AttentionLengths& s) const {
+    if (is_direct(s)) return 0;
+    return a_.weights.data ? s.keys : part_size(s.keys, parts_of(s, true));
+  }
+
+  Unit unit_at(int64_t index, bool split) const {
+    const int64_t most_parts = split ? plan_.key_parts : 1;
+    const int64_t head = index / most_parts, b = head / a_.kv_heads;
+    const AttentionLengths lengths(a_, b);
+    const int64_t parts = parts_of(lengths, split), part = index % most_parts;
+    Unit u{Sequence(a_, b), b, head % a_.kv_heads, part, parts, is_direct(lengths), {0, 0}, 1, 1};
+    const int64_t size = part_size(u.s.keys, parts);
+    if (u.s.queries > 0) {
+      const int64_t begin = round_down(u.s.visible(0).begin, kKeyTile),
+                    end = u.s.visible(u.s.queries - 1).end;
+      u.keys = {std::max(begin, part * size), std::min({end, (part + 1) * size, u.s.keys})};
+      u.keys.end = std::max(u.keys.begin, u.keys.end);
+      u.tile_heads = std::clamp<int64_t>(kQueryTile / u.s.queries, 1, group_heads_);
+      u.head_tiles = group_count(u.s.queries, kQueryTile);
+    }
+    return u;
+  }
+  int64_t units(bool split) const { return a_.batch * a_.kv_heads * (split ? plan_.key_parts : 1); }
+
+  void lay_out() {
+    groups_ = arena_.take<Group<O>>(plan_.head_parts);
+    thread_ = arena_.take<Thread>(threads_);
+    Barrier::Flag* const flags = arena_.take<Barrier::Flag>(threads_);
+    const int64_t key_tiles = group_count(most_keys_, kKeyTile);
+    for (int g = 0; g < plan_.head_parts; ++g) {
+      O* const keys = arena_.take<O>(key_tiles * kKeyTile * left_stride_);
+      O* const values = arena_.take<O>(key_tiles * kKeyTile * value_columns_);
+      SpecialRows* const special = arena_.take<SpecialRows>(key_tiles);
+      int32_t* const rows = arena_.take<int32_t>(key_tiles * kKeyTile);
+      if (!groups_) continue;
+      Barrier::Flag* const first = flags + g * plan_.row_parts;
+      for (int i = 0; i < plan_.row_parts; ++i) new (first + i) Barrier::Flag;
+      Group<O>& group = *new (groups_ + g) Group<O>(plan_.row_parts, first);
+      group.keys = keys, group.values = values, group.special = special, group.special_rows = rows;
+    }
+    for (int i = 0; i < threads_; ++i) {
+      T* const products = arena_.take<T>(kQueryTile * kKeyTile);
+      T* const output = arena_.take<T>(kQueryTile * value_columns_);
+      T* const keep = arena_.take<T>(kKeyTile);
+      O* const left = arena_.take<O>(kQueryTile * left_stride_);
+      T* const direct_left = arena_.take<T>(kDirectRows * a_.head_size);
+      if (!thread_) continue;
+      Thread& t = thread_[i];
+      t.left = left, t.direct_left = direct_left;
+      t.tile.products = products, t.tile.output = output, t.tile.output_stride = value_columns_,
+      t.tile.keep = keep;
+    }
+    if (plan_.split) {
+      const int64_t rows = a_.batch * a_.kv_heads * plan_.part_rows * plan_.key_parts;
+      part_output_ = arena_.take<T>(rows * value_columns_);
+      part_highest_ = arena_.take<T>(rows);
+      part_sum_ = arena_.take<T>(rows);
+    }
+  }
+
+  // ---- passes ----
+
+  void attend_units(int thread) {
+    run_units(thread, plan_.split, [&](const Unit& u, const Group<O>& group, int64_t tile) {
+      Thread& t = thread_[thread];
+      const auto [begin, end] = rows_of(u, tile);
+      if (u.direct) {
+        const RowTile<T> rows(u.s, u.kv_head * group_heads_, begin, end);
+        attend_directly(u, rows, t);
+        finish(u, rows, begin, t.tile);
+      } else {
+        const RowTile<O> rows(u.s, u.kv_head * group_heads_, begin, end);
+        attend(u, group, rows, t);
+        finish(u, rows, begin, t.tile);
+      }
+    });
+  }
+
+  // Calls body(unit, group, tile) for all tiles of all units that this thread's group gets, keys and values packed.
+  template <class Body>
+  void run_units(int thread, bool split, const Body& body) {
+    Group<O>& group = groups_[thread / plan_.row_parts];
+    const int member = thread % plan_.row_parts;
+    for (;;) {
+      if (member == 0) {
+        group.unit = next_unit_.fetch_add(1);
+        group.next_tile = 0;
+      }
+      group.barrier.wait(member);
+      if (group.unit >= units(split)) return;
+      const Unit u = unit_at(group.unit, split);
+      if (u.part < u.parts) {
+        if (!u.direct) pack(u, group, member);
+        const int64_t tiles = u.s.queries ? group_count(group_heads_, u.tile_heads) * u.head_tiles : 0;
+        group.barrier.wait(member);
+        // Under causality the last tiles take longest.
+        for (int64_t i; (i = group.next_tile.fetch_add(1)) < tiles;) body(u, group, tiles - 1 - i);
+      }
+      group.barrier.wait(member);
+    }
+  }
+
+  // Rows of a tile among those of the unit.
+  std::pair<int64_t, int64_t> rows_of(const Unit& u, int64_t tile) const {
+    const int64_t head = tile / u.head_tiles * u.tile_heads, i = tile % u.head_tiles;
+    const int64_t heads = std::min(u.tile_heads, group_heads_ - head);
+    if (u.head_tiles == 1) return {head * u.s.queries, (head + heads) * u.s.queries};
+    return {head * u.s.queries + group_begin(u.s.queries, u.head_tiles, i),
+            head * u.s.queries + group_begin(u.s.queries, u.head_tiles, i + 1)};
+  }
+
+  void pack(const Unit& u, const Group<O>& group, int member) {
+    const int64_t tiles = group_count(u.keys.end - u.keys.begin, kKeyTile);
+    for (int64_t t = member; t < tiles; t += plan_.row_parts) {
+      const int64_t first = u.keys.begin + t * kKeyTile, keys = std::min(kKeyTile, u.keys.end - first);
+      pack_keys<O>(u.s.template key_row<const S>(a_.key, u.kv_head, first), a_.key.stride[2], keys,
+                   a_.head_size, group.keys + t * kKeyTile * left_stride_);
+      group.special[t].row = group.special_rows + t * kKeyTile;
+      pack_right<O>(u.s.template key_row<const S>(a_.value, u.kv_head, first), a_.value.stride[2], keys,
+                    round_up(keys, kWidth), a_.value_size, group.values + t * kKeyTile * value_columns_,
+                    group.special[t]);
+    }
+  }
+
+  // ---- one tile of rows ----
+
+  template <class P>
+  void start(const Unit& u, const RowTile<P>& rows, TileState<T>& state) const {
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      const bool sink = a_.sinks && u.part == 0;
+      state.highest[r] = sink ? T(static_cast<const T*>(a_.sinks)[rows.head[r]] * kLog2E) : -INFINITY;
+      state.sum[r] = V(0);
+      state.sum[r].v[0] = sink && state.highest[r] > -INFINITY ? 1 : 0;
+    }
+    std::fill_n(state.output, rows.rows * state.output_stride, T(0));
+  }
+
+  // What rows know of a tile of keys, and which columns they compute. False if no row sees any of them.
+  template <class P>
+  bool look(const Unit& u, const RowTile<P>& rows, int64_t first_key, int64_t keys, Range* columns,
+            bool* hidden, TileState<T>& state) const {
+    bool any = false;
+    for (int64_t g = 0; g < rows.groups; ++g) {
+      columns[g] = rows.columns(g, first_key, keys);
+      any |= !columns[g].empty();
+    }
+    if (!any) return false;
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      state.row[r] = scores_.row(a_, u.s, rows.head[r], rows.query[r], first_key, rows.visible[r]);
+      state.row[r].visible.end = std::min(state.row[r].visible.end, keys);
+    }
+    return !scores_.masked() || look_at_mask(rows, columns, hidden, state);
+  }
+
+  // Panels that the mask hides from all rows; those at the edges are taken off the columns.
+  template <class P>
+  bool look_at_mask(const RowTile<P>& rows, Range* columns, bool* hidden, TileState<T>& state) const {
+    constexpr int64_t kPanels = kKeyTile / K::kPanelKeys;
+    Range shown{kKeyTile, 0};
+    for (int64_t p = 0; p < kPanels; ++p) {
+      const Range panel{p * K::kPanelKeys, (p + 1) * K::kPanelKeys};
+      hidden[p] = true;
+      for (int64_t r = 0; r < rows.rows && hidden[p]; ++r) hidden[p] = scores_.hides(state.row[r], panel);
+      if (!hidden[p]) shown = {std::min(shown.begin, panel.begin), panel.end};
+    }
+    for (int64_t g = 0; g < rows.groups; ++g) {
+      columns[g] = {std::max(columns[g].begin, shown.begin), std::min(columns[g].end, shown.end)};
+      if (columns[g].empty()) columns[g] = {0, 0};
+    }
+    return !shown.empty();
+  }
+
+  void attend(const Unit& u, const Group<O>& group, const RowTile<O>& rows, Thread& t) {
+    start(u, rows, t.tile);
+    copy_queries(u, rows, t.left);
+    const Range keys{std::max(rows.all.begin, u.keys.begin), std::min(rows.all.end, u.keys.end)};
+    if (keys.empty()) return;
+    for (int64_t tile = (keys.begin - u.keys.begin) / kKeyTile; u.keys.begin + tile * kKeyTile < keys.end;
+         ++tile) {
+      const int64_t first_key = u.keys.begin + tile * kKeyTile;
+      Range columns[K::kMostGroups];
+      bool hidden[kKeyTile / K::kPanelKeys] = {};
+      const int64_t count = std::min(kKeyTile, u.keys.end - first_key);
+      if (!look(u, rows, first_key, count, columns, hidden, t.tile)) continue;
+      multiply_keys<O>(rows, columns, hidden, t.left, left_stride_, a_.head_size,
+                       group.keys + tile * kKeyTile * left_stride_, t.tile.products);
+      softmax_tile<O>(scores_, dropout_, u.b * a_.heads, rows, columns, first_key, t.tile);
+      rescale_output(rows.rows, t.tile);
+      add_packed_values(rows, columns, group.values + tile * kKeyTile * value_columns_,
+                        round_up(count, kWidth), t.tile);
+      if (group.special[tile].count > 0) {
+        const S* const values = u.s.template key_row<const S>(a_.value, u.kv_head, first_key);
+        add_special_values(rows, columns, group.special[tile], values, t.tile);
+      }
+    }
+  }
+
+  void copy_queries(const Unit& u, const RowTile<O>& rows, O* left) const {
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      copy_row(u.s.template query_row<const S>(a_.query, rows.head[r], rows.query[r]), a_.head_size,
+               left + r * left_stride_);
+    }
+  }
+
+  // output += weights * values, of a tile of keys.
+  void add_packed_values(const RowTile<O>& rows, const Range* columns, const O* values, int64_t keys,
+                         TileState<T>& state) const {
+    const PanelCut cut{int(value_columns_ / kWidth), kPanelVectors};
+    for (int p = 0; p < cut.count(); ++p) {
+      const int64_t width = cut.size(p) * kWidth;
+      for (int64_t g = 0; g < rows.groups; ++g) {
+        if (columns[g].empty()) continue;
+        const int64_t row = rows.first_row[g];
+        TileArgs<O> t = {};
+        t.k = pairs<O>(columns[g].end - columns[g].begin);
+        t.a = reinterpret_cast<const typename Operand<O>::Element*>(state.products + row * kKeyTile) +
+              columns[g].begin / K::kPair;
+        t.row_stride = kKeyTile * int64_t(sizeof(T)) / int64_t(sizeof *t.a), t.k_stride = 1;
+        t.panel = values + columns[g].begin * width;
+        t.panel_stride = width * K::kPair;
+        t.c = state.output + row * state.output_stride + cut.begin(p) * kWidth;
+        t.c_stride = state.output_stride;
+        t.init = t.c, t.init_stride = t.c_stride;
+        multiply_rows(rows.first_row[g + 1] - row, cut.size(p), t);
+      }
+      values += keys * width;
+    }
+  }
+
+  void add_special_values(const RowTile<O>& rows, const Range* columns, const SpecialRows& special,
+                          const S* values, TileState<T>& state) const {
+    for (int64_t g = 0; g < rows.groups; ++g) {
+      const int64_t row = rows.first_row[g];
+      add_special_rows(
+          special, rows.first_row[g + 1] - row, values, a_.value.stride[2], a_.value_size,
+          state.output + row * state.output_stride, state.output_stride, [&](int64_t r, int64_t key) {
+            if (key < columns[g].begin || key >= columns[g].end) return T(0);
+            return T(widen(reinterpret_cast<const O*>(state.products + (row + r) * kKeyTile)[key]));
+          });
+    }
+  }
+
+  // The same for few rows, from keys and values as they lie.
+  void attend_directly(const Unit& u, const RowTile<T>& rows, Thread& t) {
+    start(u, rows, t.tile);
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      copy_row(u.s.template query_row<const S>(a_.query, rows.head[r], rows.query[r]), a_.head_size,
+               t.direct_left + r * a_.head_size);
+    }
+    const Range keys{std::max(rows.all.begin, u.keys.begin), std::min(rows.all.end, u.keys.end)};
+    for (int64_t first_key = round_down(keys.begin, kKeyTile); first_key < keys.end; first_key += kKeyTile) {
+      Range columns[Tiles<T>::kMostGroups];
+      bool hidden[kKeyTile / K::kPanelKeys] = {};
+      const int64_t count = std::min(kKeyTile, u.keys.end - first_key);
+      if (!look(u, rows, first_key, count, columns, hidden, t.tile)) continue;
+      Range all{kKeyTile, 0};
+      for (int64_t g = 0; g < rows.groups; ++g) {
+        if (!columns[g].empty())
+          all = {std::min(all.begin, columns[g].begin), std::max(all.end, columns[g].end)};
+      }
+      for (int64_t g = 0; g < rows.groups; ++g) columns[g] = all;
+      multiply_directly(u, rows.rows, first_key, all, count, t);
+      softmax_tile<T>(scores_, dropout_, u.b * a_.heads, rows, columns, first_key, t.tile);
+      rescale_output(rows.rows, t.tile);
+      add_directly(u, rows.rows, first_key, {all.begin, std::min(all.end, count)}, t);
+    }
+  }
+
+  void multiply_directly(const Unit& u, int64_t rows, int64_t first_key, Range columns, int64_t count,
+                         Thread& t) {
+    const S* const keys = u.s.template key_row<const S>(a_.key, u.kv_head, first_key);
+    for (int64_t first = 0; first < rows; first += kDirectGroup) {
+      with_rows(std::min<int64_t>(rows - first, kDirectGroup), [&](auto group) {
+        constexpr int kRows = decltype(group)::value;
+        const T* left[kRows];
+        for (int r = 0; r < kRows; ++r) left[r] = t.direct_left + (first + r) * a_.head_size;
+        for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
+          dot_keys<kRows>(left, keys + c * a_.key.stride[2], a_.key.stride[2], std::min(kWidth, count - c),
+                          a_.head_size, t.tile.products + first * kKeyTile + c, kKeyTile);
+        }
+      });
+    }
+  }
+
+  void add_directly(const Unit& u, int64_t rows, int64_t first_key, Range columns, Thread& t) {
+    const S* const values = u.s.template key_row<const S>(a_.value, u.kv_head, first_key);
+    for (int64_t first = 0; first < rows; first += kDirectGroup) {
+      with_rows(std::min<int64_t>(rows - first, kDirectGroup), [&](auto group) {
+        constexpr int kRows = decltype(group)::value;
+        for (int64_t i = 0; i < value_columns_; i += 4 * kWidth) {
+          const T* const weights = t.tile.products + first * kKeyTile;
+          T* const output = t.tile.output + first * value_columns_ + i;
+          const int64_t features = a_.value_size - i, stride = a_.value.stride[2];
+          if (features > 3 * kWidth) {
+            add_values<kRows, 4>(weights, kKeyTile, columns, values + i, stride, features, output,
+                                 value_columns_);
+          } else {
+            for (int64_t n = 0; n < features; n += kWidth) {
+              add_values<kRows, 1>(weights, kKeyTile, columns, values + i + n, stride, features - n,
+                                   output + n, value_columns_);
+            }
+          }
+        }
+      });
+    }
+  }
+
+  // ---- results ----
+
+  template <class P>
+  void finish(const Unit& u, const RowTile<P>& rows, int64_t first_row, TileState<T>& state) {
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      const T sum = sum_of_lanes(state.sum[r]);
+      T* const output = state.output + r * state.output_stride;
+      if (u.parts == 1) {
+        write_row(u.s, rows.head[r], rows.query[r], output, state.highest[r], sum);
+        continue;
+      }
+      const int64_t at = part_index(u, u.part, first_row + r);
+      std::copy_n(output, value_columns_, part_output_ + at * value_columns_);
+      part_highest_[at] = state.highest[r], part_sum_[at] = sum;
+    }
+  }
+  int64_t part_index(const Unit& u, int64_t part, int64_t row) const {
+    return ((u.b * a_.kv_heads + u.kv_head) * plan_.key_parts + part) * plan_.part_rows + row;
+  }
+
+  void write_row(const Sequence& s, int64_t head, int64_t query, const T* output, T highest, T sum) const {
+    S* const to = s.template query_row<S>(a_.output, head, query);
+    const V factor(sum == 0 ? T(0) : T(1 / ((1 - a_.dropout_p) * double(sum))));
+    for (int64_t i = 0; i < a_.value_size; i += kWidth)
+      store_upto(to + i, load<V>(output + i) * factor, a_.value_size - i);
+    *s.template of_query<T>(a_.lse, head, query) =
+        sum == 0 ? T(-INFINITY) : T((double(highest) + std::log2(double(sum))) * kLn2);
+  }
+
+  // The rows of sequences whose keys were in parts.
+  void join_parts(int thread) {
+    T* const output = thread_[thread].tile.output;
+    for (int64_t i; (i = next_unit_.fetch_add(1)) < units(false);) {
+      const Unit u = unit_at(i * plan_.key_parts, true);
+      if (u.parts == 1) continue;
+      for (int64_t row = 0; row < group_heads_ * u.s.queries; ++row) {
+        T highest = -INFINITY, sum = 0;
+        for (int64_t p = 0; p < u.parts; ++p)
+          highest = std::max(highest, part_highest_[part_index(u, p, row)]);
+        std::fill_n(output, value_columns_, T(0));
+        for (int64_t p = 0; p < u.parts; ++p) {
+          const int64_t at = part_index(u, p, row);
+          const T factor = highest == -INFINITY ? T(0) : T(std::exp2(part_highest_[at] - highest));
+          sum += factor * part_sum_[at];
+          const T* const part = part_output_ + at * value_columns_;
+          for (int64_t j = 0; j < value_columns_; j += kWidth) {
+            store(output + j, fma(V(factor), load<V>(part + j), load<V>(output + j)));
+          }
+        }
+        write_row(u.s, u.kv_head * group_heads_ + row / u.s.queries, row % u.s.queries, output, highest, sum);
+      }
+    }
+  }
+
+  // Weights of all rows and keys, for those who want to look at them: once more, now that the sums are known.
+  void write_weights(int thread) {
+    run_units(thread, false, [&](const Unit& u, const Group<O>& group, int64_t tile) {
+      Thread& t = thread_[thread];
+      const auto [begin, end] = rows_of(u, tile);
+      if (u.direct) {
+        const RowTile<T> rows(u.s, u.kv_head * group_heads_, begin, end);
+        for (int64_t r = 0; r < rows.rows; ++r) {
+          copy_row(u.s.template query_row<const S>(a_.query, rows.head[r], rows.query[r]), a_.head_size,
+                   t.direct_left + r * a_.head_size);
+        }
+        show_tiles(u, rows, t, [&](int64_t first_key, const Range* columns, const bool*, int64_t count) {
+          for (int64_t g = 0; g < rows.groups; ++g)
+            multiply_directly(u, rows.rows, first_key, columns[g], count, t);
+        });
+      } else {
+        const RowTile<O> rows(u.s, u.kv_head * group_heads_, begin, end);
+        copy_queries(u, rows, t.left);
+        show_tiles(u, rows, t, [&](int64_t first_key, const Range* columns, const bool* hidden, int64_t) {
+          multiply_keys<O>(rows, columns, hidden, t.left, left_stride_, a_.head_size,
+                           group.keys + (first_key - u.keys.begin) * left_stride_, t.tile.products);
+        });
+      }
+    });
+  }
+
+  template <class P, class Multiply>
+  void show_tiles(const Unit& u, const RowTile<P>& rows, Thread& t, const Multiply& multiply) {
+    const T scale = scores_.plain() ? scores_.scale() : T(1);
+    for (int64_t first_key = u.keys.begin; first_key < u.keys.end; first_key += kKeyTile) {
+      Range columns[Tiles<P>::kMostGroups];
+      bool hidden[kKeyTile / K::kPanelKeys] = {};
+      const int64_t count = std::min(kKeyTile, u.keys.end - first_key);
+      if (!look(u, rows, first_key, count, columns, hidden, t.tile)) continue;
+      multiply(first_key, columns, hidden, count);
+      for (int64_t g = 0; g < rows.groups; ++g) {
+        for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r) {
+          const T lse = *u.s.template of_query<T>(a_.lse, rows.head[r], rows.query[r]);
+          const T highest = lse == -INFINITY ? T(0) : T(lse * kLog2E);
+          T* const x = t.tile.products + r * kKeyTile;
+          score_row(scores_, t.tile.row[r], columns[g], x);
+          weigh_row<T>(scale, highest, columns[g], x);
+          show_row(u, rows.head[r], rows.query[r], first_key, columns[g], count, x, t.tile.keep);
+        }
+      }
+    }
+  }
+
+  void show_row(const Unit& u, int64_t head, int64_t query, int64_t first_key, Range columns, int64_t count,
+                const T* weights, T* keep) const {
+    S* const to = u.s.template query_row<S>(a_.weights, head, query) + first_key;
+    std::fill(keep + columns.begin, keep + columns.end, T(1));
+    if (dropout_.active) {
+      dropout_.keep(u.b * a_.heads + head, query, first_key + columns.begin, columns.end - columns.begin,
+                    keep + columns.begin);
+    }
+    const V factor(T(1 / (1 - a_.dropout_p)));
+    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
+      store_upto(to + c, load<V>(weights + c) * load<V>(keep + c) * factor, count - c);
+    }
+  }
+
+  const AttentionArgs& a_;
+  const AttentionPlan& plan_;
+  const Scores<S, T> scores_;
+  const Dropout dropout_;
+  const int64_t group_heads_, value_columns_, left_stride_;
+  const int threads_;
+  int64_t most_keys_ = 0;
+  std::atomic<int64_t> next_unit_{0};
+  Arena arena_;
+  Group<O>* groups_;
+  Thread* thread_;
+  T *part_output_ = nullptr, *part_highest_ = nullptr, *part_sum_ = nullptr;
+};
+
+}  // namespace
+
+bool attention_forward(const AttentionArgs& args, const AttentionPlan& plan) {
+  return with_types(args.dtype, [&](auto storage, auto operand) {
+    return Forward<decltype(storage), decltype(operand)>(args, plan).run();
+  });
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

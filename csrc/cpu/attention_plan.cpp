@@ -1,0 +1,78 @@
+#include "attention_plan.h"
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fastseq {
+namespace {
+
+// Costs in rows of a tile; only their proportions matter.
+constexpr double kPackRows = 8;     // packing a unit's keys and values
+constexpr double kMeetingRows = 1;  // two threads meet
+
+constexpr int64_t kSplitRows = 64;  // with more rows there is work enough without cutting keys
+constexpr int64_t kSplitKeys = 1024;
+constexpr int64_t kGradKeys = 256, kMostGradParts = 8;  // each part keeps a copy of the queries' gradient
+
+int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+}  // namespace
+
+int64_t forward_key_parts(int64_t rows, int64_t keys) {
+  return rows <= kSplitRows ? std::max<int64_t>(1, ceil_div(keys, kSplitKeys)) : 1;
+}
+
+int64_t backward_key_parts(int64_t keys) { return std::clamp<int64_t>(keys / kGradKeys, 1, kMostGradParts); }
+
+AttentionPlan attention_plan(const AttentionArgs& a, int threads, bool backward) {
+  const int64_t group_heads = a.heads / std::max<int64_t>(a.kv_heads, 1);
+  int64_t most_rows = 0, least_rows = INT64_MAX, longest = 0;
+  AttentionPlan plan = {};
+  plan.key_parts = 1;
+  for (int64_t b = 0; b < a.batch; ++b) {
+    const AttentionLengths s(a, b);
+    const int64_t rows = group_heads * s.queries;
+    const int64_t parts = backward ? backward_key_parts(s.keys) : forward_key_parts(rows, s.keys);
+    most_rows = std::max(most_rows, rows), least_rows = std::min(least_rows, rows);
+    longest = std::max(longest, s.keys);
+    plan.key_parts = std::max(plan.key_parts, parts);
+    if (parts > 1) plan.part_rows = std::max(plan.part_rows, rows);
+  }
+  plan.direct = !backward && most_rows <= kDirectRows;
+  plan.split = !backward && plan.key_parts > 1;
+  const int64_t heads = std::max<int64_t>(a.batch * a.kv_heads, 1);
+  const int64_t units = plan.split ? heads * plan.key_parts : heads;
+  plan.row_parts = 1;
+  if (backward) {
+    // Whole heads, or parts of them where that keeps more threads at work.
+    const double whole = double(ceil_div(heads, threads));
+    const double parts = 1.05 * double(ceil_div(heads * plan.key_parts, threads)) / double(plan.key_parts);
+    plan.split = plan.key_parts > 1 && parts < whole;
+    plan.head_parts = int(std::min<int64_t>(threads, plan.split ? heads * plan.key_parts : heads));
+  } else {
+    const int64_t tiles = std::max<int64_t>(ceil_div(most_rows, kQueryTile), 1);
+    double best = 0;
+    for (int row_parts = 1; row_parts <= std::min<int64_t>(tiles, threads); ++row_parts) {
+      const int head_parts = int(std::min<int64_t>(threads / row_parts, units));
+      const double meetings = row_parts > 1 ? kMeetingRows * (1 + row_parts / 8.0) : 0;
+      const double rows = double(ceil_div(tiles, row_parts) * most_rows) / double(tiles);
+      const double time = double(ceil_div(units, head_parts)) * (rows + kPackRows / row_parts + meetings);
+      if (row_parts == 1 || time < best) {
+        best = time;
+        plan.head_parts = head_parts, plan.row_parts = row_parts;
+      }
+    }
+  }
+  if (a.forced_plan[0] > 0) {
+    plan.head_parts = std::min(a.forced_plan[0], threads);
+    plan.row_parts = std::min(a.forced_plan[1], threads / plan.head_parts);
+    if (backward) {
+      plan.split = plan.key_parts > 1 && plan.row_parts > 1;
+      plan.head_parts *= plan.row_parts;
+      plan.row_parts = 1;
+    }
+  }
+  return plan;
+}
+
+}  // namespace fastseq

@@ -1,0 +1,43 @@
+// Which threads do what in attention: a pure function of shape, dtype and thread count.
+#pragma once
+
+#include "../fastseq.h"
+
+namespace fastseq {
+
+// A unit of work is a sequence's key and value head with all query heads that share it, or a part of its keys.
+// Units go to head_parts groups of row_parts threads each, as the groups become free. The threads of a group
+// share the packed keys and values of their unit, and divide its tiles of queries. In the backward pass they
+// are alone.
+struct AttentionPlan {
+  bool direct;  // few queries in all sequences: keys and values are read where they lie, once
+  int head_parts;
+  int row_parts;
+  int64_t
+      key_parts;  // the most of a unit's keys, summed up in order: of few queries, and in the backward pass
+  bool split;     // each part of the keys is a unit of its own
+  int64_t part_rows;  // the most rows of a unit whose keys are in parts
+};
+
+// Rows (queries of all query heads of a key head) of a tile; up to how many read keys and values as they lie.
+constexpr int64_t kQueryTile = 128, kDirectRows = 8;
+
+// Queries and keys of sequence b.
+struct AttentionLengths {
+  int64_t queries, keys;
+
+  AttentionLengths(const AttentionArgs& a, int64_t b) : queries(a.queries), keys(a.keys) {
+    if (a.cu_seqlens_q) queries = a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b];
+    if (a.cu_seqlens_k) keys = a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b];
+    if (a.key_lengths) keys = a.key_lengths[b];
+  }
+};
+
+// How many parts the keys of a sequence are cut into. Depends on its own sizes alone: its bits must not depend
+// on the others.
+int64_t forward_key_parts(int64_t rows, int64_t keys);
+int64_t backward_key_parts(int64_t keys);
+
+AttentionPlan attention_plan(const AttentionArgs& args, int threads, bool backward);
+
+}  // namespace fastseq
