@@ -1,5 +1,593 @@
+// Attention, backward: from the rows' log-sum-exps, without any matrix of queries by keys.
+//
+// For each tile of rows and each tile of keys that one of them sees:
+//
+//   S = Q K^T,  P = exp2(S - lse)              as in the forward pass, without its sums
+//   dP = dO V^T,  dS = P (dP - delta)          delta = row sums of dO O, less the gradient of lse
+//   dV = dV + P^T dO,  dK = dK + dS^T Q,  dQ = dQ + dS K
+//
+// A unit of work keeps dK and dV of its keys, in the dtype of sums, and runs over the tiles of rows; dQ of a tile is
+// finished after its last key. Where the keys of a head are divided among threads, each part leaves its dQ, and these
+// are added up in order; the same parts are added in the same order where one thread has them all, so that the bits do
+// not depend on it.
+//
+// Cost of a vector of scores: 2 D + D + 2 Dv multiply-adds, and some 18 operations between them. Scratch: keys times
+// (3 D + 2 Dv) for each thread, and, where keys are divided, the queries for each part.
+#include <atomic>
+#include <type_traits>
+
 #include "attention_tiles.h"
+#include "team.h"
 
 namespace fastseq::FASTSEQ_ISA {
-bool attention_backward(const AttentionArgs&, const AttentionPlan&) { return true; }
+namespace {
+
+// A row of a tile.
+template <class S, class T>
+struct GradRow {
+  ScoreRow<T> score;
+  T lse;  // in units of log2, +inf of a row that sees nothing
+  T delta;
+  const S* grad_weights;  // at the tile's first key, or null
+  T* grad_mask;           // at the tile's first key, or null
+};
+
+// A sequence's key and value head, or a part of its keys.
+struct Unit {
+  const Sequence s;
+  const int64_t b, kv_head, part, parts;
+  Range keys;  // of the part
+};
+
+template <class S, class O>
+class Backward {
+ public:
+  using K = Tiles<O>;
+  using T = typename K::T;
+  using V = Vec<T>;
+  using Element = typename Operand<O>::Element;
+  static constexpr int64_t kWidth = K::kWidth, kKeyTile = K::kKeyTile;
+  static constexpr int kPair = K::kPair;
+
+  Backward(const AttentionArgs& a, const AttentionPlan& plan)
+      : a_(a),
+        plan_(plan),
+        scores_(a),
+        dropout_(a.dropout_p, a.seed),
+        kept_scale_(T(1 / (1 - a.dropout_p))),
+        group_heads_(a.heads / a.kv_heads),
+        head_columns_(round_up(a.head_size, kWidth)),
+        value_columns_(round_up(a.value_size, kWidth)),
+        head_stride_(pairs<O>(a.head_size) * kPair),
+        value_stride_(pairs<O>(a.value_size) * kPair),
+        wants_scores_(a.grad_query.data || a.grad_key.data || a.grad_mask),
+        simple_(scores_.plain() && !dropout_.active && !a.grad_weights.data && !a.grad_mask) {
+    for (int64_t b = 0; b < a.batch; ++b) {
+      const AttentionLengths s(a, b);
+      most_keys_ = std::max(most_keys_, plan.split ? part_size(s.keys) : s.keys);
+      most_rows_ = std::max(most_rows_, group_heads_ * s.queries);
+    }
+    lay_out();
+    arena_.allocate();
+    lay_out();
+  }
+
+  bool run() {
+    next_ = 0;
+    const auto units = [](void* self, int thread) { static_cast<Backward*>(self)->run_units(thread); };
+    if (!run_team(plan_.head_parts, units, this)) return false;
+    if (plan_.split && a_.grad_query.data) {
+      next_ = 0;
+      const auto join = [](void* self, int thread) { static_cast<Backward*>(self)->join_parts(thread); };
+      run_team(plan_.head_parts, join, this);
+    }
+    return true;
+  }
+
+ private:
+  struct Thread {
+    // Of the unit's keys.
+    O *keys, *values;           // transposed panels
+    O* key_rows;                // as the right side of dS K
+    SpecialRows* special_keys;  // of each tile
+    int32_t* special_rows;
+    T *grad_key, *grad_value;  // [keys][columns]
+    // Of a tile of rows.
+    O *query_left, *query_right, *grad_left, *grad_right;
+    SpecialRows special_query, special_grad;
+    GradRow<S, T>* row;
+    T *products,
+        *grad_products;  // [kQueryTile][kKeyTile]; then P and dS, of a pair of rows in that of the even one
+    O* grad_rows;        // [kQueryTile][kKeyTile]  dS by rows, where the operands are pairs
+    T* keep;             // [2][kKeyTile]
+    T *grad_query, *part_grad_query;  // [kQueryTile][head_columns]
+    double* grad_sinks;               // [group heads]
+  };
+
+  int64_t part_size(int64_t keys) const {
+    return round_up(group_count(keys, backward_key_parts(keys)), kKeyTile);
+  }
+
+  void lay_out() {
+    thread_ = arena_.take<Thread>(plan_.head_parts);
+    const int64_t tiles = group_count(most_keys_, kKeyTile), keys = tiles * kKeyTile;
+    for (int i = 0; i < plan_.head_parts; ++i) {
+      Thread t = {};
+      t.keys = arena_.take<O>(keys * head_stride_);
+      t.values = arena_.take<O>(keys * value_stride_);
+      t.key_rows = arena_.take<O>(keys * head_columns_);
+      t.special_keys = arena_.take<SpecialRows>(tiles);
+      t.special_rows = arena_.take<int32_t>(keys);
+      t.grad_key = arena_.take<T>(keys * head_columns_);
+      t.grad_value = arena_.take<T>(keys * value_columns_);
+      t.query_left = arena_.take<O>(kQueryTile * head_stride_);
+      t.query_right = arena_.take<O>(kQueryTile * head_columns_);
+      t.grad_left = arena_.take<O>(kQueryTile * value_stride_);
+      t.grad_right = arena_.take<O>(kQueryTile * value_columns_);
+      t.special_query.row = arena_.take<int32_t>(kQueryTile);
+      t.special_grad.row = arena_.take<int32_t>(kQueryTile);
+      t.row = arena_.take<GradRow<S, T>>(kQueryTile);
+      t.products = arena_.take<T>(kQueryTile * kKeyTile);
+      t.grad_products = arena_.take<T>(kQueryTile * kKeyTile);
+      t.grad_rows = arena_.take<O>(kPair == 2 ? kQueryTile * kKeyTile : 0);
+      t.keep = arena_.take<T>(2 * kKeyTile);
+      t.grad_query = arena_.take<T>(kQueryTile * head_columns_);
+      t.part_grad_query = arena_.take<T>(kQueryTile * head_columns_);
+      t.grad_sinks = arena_.take<double>(group_heads_);
+      if (thread_) thread_[i] = t;
+    }
+    if (plan_.split) {
+      part_grad_query_ =
+          arena_.take<T>(a_.batch * a_.kv_heads * plan_.key_parts * most_rows_ * head_columns_);
+    }
+  }
+
+  // ---- units ----
+
+  // Units that add to the same elements of the mask's gradient form a lane, which one thread runs in order.
+  struct Lanes {
+    int64_t batch, heads, parts;  // lanes; units of a lane are those of the other indices
+  };
+  Lanes lanes() const {
+    Lanes l{a_.batch, a_.kv_heads, plan_.split ? plan_.key_parts : 1};
+    if (!a_.grad_mask) return l;
+    const int64_t* const stride = a_.grad_mask_stride;
+    if (stride[0] == 0) l.batch = 1;
+    if (stride[1] == 0) l.heads = 1;
+    if (stride[3] == 0) l.parts = 1;
+    return l;
+  }
+
+  void run_units(int thread) {
+    const Lanes l = lanes();
+    const int64_t parts = plan_.split ? plan_.key_parts : 1;
+    for (int64_t lane; (lane = next_.fetch_add(1)) < l.batch * l.heads * l.parts;) {
+      const int64_t b0 = lane / (l.heads * l.parts), head0 = lane / l.parts % l.heads, part0 = lane % l.parts;
+      for (int64_t b = b0; b < a_.batch; b += l.batch) {
+        for (int64_t head = head0; head < a_.kv_heads; head += l.heads) {
+          for (int64_t part = part0; part < parts; part += l.parts) run_unit(b, head, part, thread_[thread]);
+        }
+      }
+    }
+  }
+
+  void run_unit(int64_t b, int64_t kv_head, int64_t part, Thread& t) {
+    const Sequence s(a_, b);
+    const int64_t parts = backward_key_parts(s.keys), size = part_size(s.keys);
+    if (plan_.split && part >= parts) return;
+    Unit u{s, b, kv_head, part, parts, {0, s.keys}};
+    if (plan_.split) u.keys = {std::min(part * size, s.keys), std::min((part + 1) * size, s.keys)};
+    pack(u, t);
+    std::fill_n(t.grad_sinks, group_heads_, 0.0);
+    const int64_t tile_heads = s.queries ? std::clamp<int64_t>(kQueryTile / s.queries, 1, group_heads_) : 1;
+    const int64_t head_tiles = group_count(s.queries, kQueryTile);
+    for (int64_t head = 0; head < group_heads_; head += tile_heads) {
+      const int64_t first = head * s.queries, heads = std::min(tile_heads, group_heads_ - head);
+      for (int64_t i = 0; i < head_tiles; ++i) {
+        const bool whole = head_tiles == 1;
+        run_tile(u, first + (whole ? 0 : group_begin(s.queries, head_tiles, i)),
+                 first + (whole ? heads * s.queries : group_begin(s.queries, head_tiles, i + 1)), t);
+      }
+    }
+    write_unit(u, t);
+  }
+
+  void pack(const Unit& u, Thread& t) {
+    const int64_t keys = u.keys.end - u.keys.begin;
+    for (int64_t first = 0, tile = 0; first < keys; first += kKeyTile, ++tile) {
+      const int64_t count = std::min(kKeyTile, keys - first);
+      const S* const key = u.s.template key_row<const S>(a_.key, u.kv_head, u.keys.begin + first);
+      const S* const value = u.s.template key_row<const S>(a_.value, u.kv_head, u.keys.begin + first);
+      pack_keys<O>(key, a_.key.stride[2], count, a_.head_size, t.keys + first * head_stride_);
+      pack_keys<O>(value, a_.value.stride[2], count, a_.value_size, t.values + first * value_stride_);
+      t.special_keys[tile].row = t.special_rows + first;
+      pack_right<O>(key, a_.key.stride[2], count, round_up(count, kWidth), a_.head_size,
+                    t.key_rows + first * head_columns_, t.special_keys[tile]);
+    }
+    std::fill_n(t.grad_key, round_up(keys, kKeyTile) * head_columns_, T(0));
+    std::fill_n(t.grad_value, round_up(keys, kKeyTile) * value_columns_, T(0));
+  }
+
+  void write_unit(const Unit& u, const Thread& t) const {
+    const auto write = [&](const HeadTensor& to, const T* from, int64_t columns, int64_t features,
+                           double factor) {
+      if (!to.data) return;
+      for (int64_t j = u.keys.begin; j < u.keys.end; ++j, from += columns) {
+        write_row(u.s.template key_row<S>(to, u.kv_head, j), from, features, T(factor));
+      }
+      const bool last = !plan_.split || u.part == u.parts - 1;
+      for (int64_t j = u.s.keys; last && !a_.cu_seqlens_k && j < a_.keys;
+           ++j) {  // behind the sequence's length
+        std::memset(u.s.template key_row<S>(to, u.kv_head, j), 0, size_t(features) * sizeof(S));
+      }
+    };
+    write(a_.grad_key, t.grad_key, head_columns_, a_.head_size, a_.scale);
+    write(a_.grad_value, t.grad_value, value_columns_, a_.value_size, kept_scale_);
+    if (a_.grad_sinks && u.part == 0) {
+      T* const to = static_cast<T*>(a_.grad_sinks) + u.b * a_.heads + u.kv_head * group_heads_;
+      for (int64_t h = 0; h < group_heads_; ++h) to[h] = T(t.grad_sinks[h]);
+    }
+  }
+
+  static void write_row(S* to, const T* from, int64_t features, T factor) {
+    for (int64_t i = 0; i < features; i += kWidth)
+      store_upto(to + i, load<V>(from + i) * V(factor), features - i);
+  }
+
+  void join_parts(int thread) {
+    T* const sum = thread_[thread].grad_query;
+    for (int64_t i; (i = next_.fetch_add(1)) < a_.batch * a_.kv_heads;) {
+      const int64_t b = i / a_.kv_heads, kv_head = i % a_.kv_heads;
+      const Sequence s(a_, b);
+      for (int64_t row = 0; row < group_heads_ * s.queries; ++row) {
+        std::fill_n(sum, head_columns_, T(0));
+        for (int64_t p = 0; p < backward_key_parts(s.keys); ++p) add_row(part_row(b, kv_head, p, row), sum);
+        S* const to =
+            s.template query_row<S>(a_.grad_query, kv_head * group_heads_ + row / s.queries, row % s.queries);
+        write_row(to, sum, a_.head_size, T(a_.scale));
+      }
+    }
+  }
+  T* part_row(int64_t b, int64_t kv_head, int64_t part, int64_t row) const {
+    const int64_t index = ((b * a_.kv_heads + kv_head) * plan_.key_parts + part) * most_rows_ + row;
+    return part_grad_query_ + index * head_columns_;
+  }
+  void add_row(const T* from, T* sum) const {
+    for (int64_t i = 0; i < head_columns_; i += kWidth) store(sum + i, load<V>(sum + i) + load<V>(from + i));
+  }
+
+  // ---- one tile of rows ----
+
+  void run_tile(const Unit& u, int64_t begin, int64_t end, Thread& t) {
+    const RowTile<O> rows(u.s, u.kv_head * group_heads_, begin, end);
+    start(u, rows, t);
+    std::fill_n(t.grad_query, rows.rows * head_columns_, T(0));
+    const int64_t size = part_size(u.s.keys);
+    for (int64_t part = u.part; part < (plan_.split ? u.part + 1 : u.parts); ++part) {
+      T* const sum = plan_.split ? part_row(u.b, u.kv_head, part, begin) : t.part_grad_query;
+      std::fill_n(sum, rows.rows * head_columns_, T(0));
+      const Range keys{std::max(part * size, rows.all.begin), std::min((part + 1) * size, rows.all.end)};
+      for (int64_t first = round_down(keys.begin, kKeyTile); first < keys.end; first += kKeyTile) {
+        run_keys(u, rows, first, sum, t);
+      }
+      for (int64_t r = 0; !plan_.split && r < rows.rows; ++r) {
+        add_row(sum + r * head_columns_, t.grad_query + r * head_columns_);
+      }
+    }
+    if (plan_.split || !a_.grad_query.data) return;
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      write_row(u.s.template query_row<S>(a_.grad_query, rows.head[r], rows.query[r]),
+                t.grad_query + r * head_columns_, a_.head_size, T(a_.scale));
+    }
+  }
+
+  // Operands, log-sum-exps and deltas of the rows.
+  void start(const Unit& u, const RowTile<O>& rows, Thread& t) const {
+    const bool first_part = u.part == 0;
+    // Rows of a tile lie at one stride within a head; a tile of several heads is gathered head by head.
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      const int64_t head = rows.head[r], query = rows.query[r];
+      const S* const grad = u.s.template query_row<const S>(a_.grad_output, head, query);
+      const S* const output = u.s.template query_row<const S>(a_.output, head, query);
+      copy_row(u.s.template query_row<const S>(a_.query, head, query), a_.head_size,
+               t.query_left + r * head_stride_);
+      copy_row(grad, a_.value_size, t.grad_left + r * value_stride_);
+      V sum(0);
+      for (int64_t i = 0; i < a_.value_size; i += kWidth) {
+        const int64_t n = a_.value_size - i;
+        sum = fma(load_upto<V>(grad + i, n), load_upto<V>(output + i, n), sum);
+      }
+      GradRow<S, T>& row = t.row[r];
+      const T lse = *u.s.template of_query<const T>(a_.lse, head, query);
+      row.delta = sum_of_lanes(sum);
+      if (a_.grad_lse.data) row.delta -= *u.s.template of_query<const T>(a_.grad_lse, head, query);
+      row.lse = lse == -INFINITY ? T(INFINITY) : T(lse * kLog2E);
+      if (a_.sinks && first_part && lse > -INFINITY) {
+        const double sink = static_cast<const T*>(a_.sinks)[head];
+        t.grad_sinks[head - u.kv_head * group_heads_] -= std::exp(sink - double(lse)) * double(row.delta);
+      }
+      row.grad_weights = nullptr, row.grad_mask = nullptr;
+    }
+    pack_tile(t.query_left, head_stride_, rows.rows, a_.head_size, t.query_right, t.special_query);
+    pack_tile(t.grad_left, value_stride_, rows.rows, a_.value_size, t.grad_right, t.special_grad);
+  }
+
+  static void pack_tile(const O* left, int64_t stride, int64_t rows, int64_t features, O* right,
+                        SpecialRows& special) {
+    pack_right<O>(left, stride, rows, round_up(rows, kPair), features, right, special);
+  }
+
+  void run_keys(const Unit& u, const RowTile<O>& rows, int64_t first_key, T* grad_query, Thread& t) {
+    const int64_t at = first_key - u.keys.begin, count = std::min(kKeyTile, u.keys.end - first_key);
+    Range columns[K::kMostGroups], all{kKeyTile, 0};
+    for (int64_t g = 0; g < rows.groups; ++g) {
+      columns[g] = rows.columns(g, first_key, count);
+      if (!columns[g].empty())
+        all = {std::min(all.begin, columns[g].begin), std::max(all.end, columns[g].end)};
+    }
+    if (all.empty()) return;
+    for (int64_t r = 0; r < rows.rows; ++r) look(u, rows, r, first_key, count, t.row[r]);
+    bool hidden[kKeyTile / K::kPanelKeys] = {};
+    if (scores_.masked() && !look_at_mask(rows, hidden, t)) return;
+
+    multiply_keys<O>(rows, columns, hidden, t.query_left, head_stride_, a_.head_size,
+                     t.keys + at * head_stride_, t.products);
+    if (wants_scores_) {
+      multiply_keys<O>(rows, columns, hidden, t.grad_left, value_stride_, a_.value_size,
+                       t.values + at * value_stride_, t.grad_products);
+    }
+    for (int64_t g = 0, r = 0; g < rows.groups; ++g) {
+      for (; r < rows.first_row[g + 1]; r += kPair) {
+        // A pair may have its second row in the next group.
+        const int64_t next = r + 1 < rows.first_row[g + 1] || g + 1 == rows.groups ? g : g + 1;
+        const Range pair = kPair == 1 ? columns[g] : join(columns[g], columns[next]);
+        if (simple_) {
+          grad_scores<true>(u, rows, r, first_key, pair, all, count, t);
+        } else {
+          grad_scores<false>(u, rows, r, first_key, pair, all, count, t);
+        }
+      }
+    }
+    if (a_.grad_value.data) {
+      add_columns(rows, columns, all, t.products, t.grad_right, value_columns_,
+                  t.grad_value + at * value_columns_);
+      add_special_columns(rows, t.special_grad, all, t.products, t.grad_left, value_stride_, a_.value_size,
+                          t.grad_value + at * value_columns_, value_columns_);
+    }
+    if (a_.grad_key.data) {
+      add_columns(rows, columns, all, t.grad_products, t.query_right, head_columns_,
+                  t.grad_key + at * head_columns_);
+      add_special_columns(rows, t.special_query, all, t.grad_products, t.query_left, head_stride_,
+                          a_.head_size, t.grad_key + at * head_columns_, head_columns_);
+    }
+    if (a_.grad_query.data) add_rows(u, rows, columns, first_key, count, grad_query, t);
+  }
+
+  static Range join(Range a, Range b) {
+    if (a.empty() || b.empty()) return a.empty() ? b : a;
+    return {std::min(a.begin, b.begin), std::max(a.end, b.end)};
+  }
+
+  void look(const Unit& u, const RowTile<O>& rows, int64_t r, int64_t first_key, int64_t count,
+            GradRow<S, T>& row) const {
+    const int64_t head = rows.head[r], query = rows.query[r];
+    row.score = scores_.row(a_, u.s, head, query, first_key, rows.visible[r]);
+    row.score.visible.end = std::min(row.score.visible.end, count);
+    if (a_.grad_weights.data) {
+      row.grad_weights = u.s.template query_row<const S>(a_.grad_weights, head, query) + first_key;
+    }
+    if (a_.grad_mask) {
+      const int64_t* const s = a_.grad_mask_stride;
+      row.grad_mask =
+          static_cast<T*>(a_.grad_mask) + u.s.b * s[0] + head * s[1] + query * s[2] + first_key * s[3];
+    }
+  }
+
+  bool look_at_mask(const RowTile<O>& rows, bool* hidden, const Thread& t) const {
+    bool any = false;
+    for (int64_t p = 0; p < kKeyTile / K::kPanelKeys; ++p) {
+      const Range panel{p * K::kPanelKeys, (p + 1) * K::kPanelKeys};
+      hidden[p] = true;
+      for (int64_t r = 0; r < rows.rows && hidden[p]; ++r) hidden[p] = scores_.hides(t.row[r].score, panel);
+      any |= !hidden[p];
+    }
+    return any;
+  }
+
+  // ---- between the products ----
+
+  // Products of a row, or of a pair of rows -> weights (dropped, not yet divided by what is kept) and gradients of the
+  // scores, as operands; zero in the rest of `all`.
+  template <bool kSimple>
+  void grad_scores(const Unit& u, const RowTile<O>& rows, int64_t r, int64_t first_key, Range columns,
+                   Range all, int64_t count, Thread& t) const {
+    T* const x = t.products + r * kKeyTile;
+    T* const dx = t.grad_products + r * kKeyTile;
+    const bool odd = kPair == 2 && r + 1 < rows.rows;
+    for (int i = 0; !kSimple && i <= int(odd) && dropout_.active; ++i) {
+      dropout_.keep(u.b * a_.heads + rows.head[r + i], rows.query[r + i], first_key + columns.begin,
+                    columns.end - columns.begin, t.keep + i * kKeyTile + columns.begin);
+    }
+    const auto zero = [&](int64_t c) {
+      if constexpr (kPair == 1) {
+        store(x + c, V(0));
+        store(dx + c, V(0));
+      } else {
+        store(x + c, V(0));
+        store(dx + c, V(0));
+        for (int i = 0; i < 2; ++i) store_operand(t.grad_rows + (r + i) * kKeyTile + c, V(0));
+      }
+    };
+    for (int64_t c = all.begin; c < std::min(columns.begin, all.end); c += kWidth) zero(c);
+    for (int64_t c = std::max(columns.end, all.begin); c < all.end; c += kWidth) zero(c);
+    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
+      V weight, grad;
+      weigh<kSimple>(t.row[r], c, count, x + c, dx + c, t.keep + c, weight, grad);
+      if constexpr (kPair == 1) {
+        store(x + c, weight);
+        store(dx + c, grad);
+      } else {
+        V weight_odd(0), grad_odd(0);
+        if (odd) {
+          weigh<kSimple>(t.row[r + 1], c, count, x + kKeyTile + c, dx + kKeyTile + c, t.keep + kKeyTile + c,
+                         weight_odd, grad_odd);
+        }
+        store_operand_pairs(reinterpret_cast<O*>(x + c), weight, weight_odd);
+        store_operand_pairs(reinterpret_cast<O*>(dx + c), grad, grad_odd);
+        store_operand(t.grad_rows + r * kKeyTile + c, grad);
+        store_operand(t.grad_rows + (r + 1) * kKeyTile + c, grad_odd);
+      }
+    }
+  }
+
+  template <bool kSimple>
+  void weigh(const GradRow<S, T>& row, int64_t c, int64_t count, const T* x, const T* dx, const T* keep,
+             V& weight, V& grad) const {
+    const V product = load<V>(x);
+    V kept_slope(1), p;
+    if (scores_.plain()) {
+      p = fma(product, V(scores_.scale()), V(-row.lse));
+    } else {
+      p = scores_.of(row.score, product, c, kept_slope) - row.lse;
+    }
+    if (!Scores<S, T>::all_visible(row.score, c)) p = Scores<S, T>::within(row.score, p, c);
+    p = exp2(p);
+    weight = p;
+    grad = load<V>(dx);
+    if constexpr (!kSimple) {
+      if (row.grad_weights) grad = grad + load_upto<V>(row.grad_weights + c, count - c);
+      if (dropout_.active) {
+        weight = p * load<V>(keep);
+        grad = grad * load<V>(keep) * kept_scale_;
+      }
+    }
+    // What is hidden may hold anything.
+    grad = select<T>(p.v != V(0).v, p * (grad - row.delta), V(0));
+    if constexpr (!kSimple) {
+      if (row.grad_mask) add_mask_gradient(row.grad_mask, c, count, grad);
+      if (scores_.capped()) grad = grad * kept_slope;
+    }
+  }
+
+  void add_mask_gradient(T* grad_mask, int64_t c, int64_t count, V grad) const {
+    if (a_.grad_mask_stride[3] == 0) {
+      *grad_mask += sum_of_lanes(grad);
+    } else {
+      store_upto(grad_mask + c, load_upto<V>(grad_mask + c, count - c) + grad, count - c);
+    }
+  }
+
+  // ---- the products into the gradients ----
+
+  // Element of a tile of operands that lie as products_ do.
+  static T element(const T* tile, int64_t row, int64_t column) {
+    if constexpr (kPair == 1) return tile[row * kKeyTile + column];
+    if constexpr (kPair == 2) {
+      const O* const pair = reinterpret_cast<const O*>(tile + row / 2 * 2 * kKeyTile);
+      return widen(pair[column * 2 + row % 2]);
+    }
+  }
+
+  // sums[key] += tile^T right: rows of the result are keys, and only rows that see one of a group of keys count.
+  void add_columns(const RowTile<O>& rows, const Range* columns, Range all, const T* tile, const O* right,
+                   int64_t right_columns, T* sums) const {
+    const PanelCut cut{int(right_columns / kWidth), kPanelVectors};
+    const int64_t keys = all.end - all.begin, groups = group_count(keys, K::kRowGroup);
+    const int64_t padded_rows = round_up(rows.rows, kPair);
+    for (int64_t n = 0; n < groups; ++n) {
+      const int64_t begin = all.begin + group_begin(keys, groups, n),
+                    end = all.begin + group_begin(keys, groups, n + 1);
+      Range seen{padded_rows, 0};
+      for (int64_t g = 0; g < rows.groups; ++g) {
+        if (columns[g].empty() || columns[g].end <= begin || columns[g].begin >= end) continue;
+        seen = {std::min(seen.begin, round_down(rows.first_row[g], kPair)),
+                round_up(rows.first_row[g + 1], kPair)};
+      }
+      if (seen.empty()) continue;
+      for (int p = 0; p < cut.count(); ++p) {
+        const int64_t width = cut.size(p) * kWidth;
+        TileArgs<O> t = {};
+        t.k = (seen.end - seen.begin) / kPair;
+        t.a = reinterpret_cast<const Element*>(tile + seen.begin * kKeyTile + begin);
+        t.row_stride = 1, t.k_stride = kKeyTile * kPair;
+        t.panel = right + padded_rows * cut.begin(p) * kWidth + seen.begin * width;
+        t.panel_stride = width * kPair;
+        t.c = sums + begin * right_columns + cut.begin(p) * kWidth;
+        t.c_stride = right_columns;
+        t.init = t.c, t.init_stride = t.c_stride;
+        multiply_rows(end - begin, cut.size(p), t);
+      }
+    }
+  }
+
+  // The share of rows that hold a NaN or an infinity.
+  void add_special_columns(const RowTile<O>& rows, const SpecialRows& special, Range all, const T* tile,
+                           const O* left, int64_t stride, int64_t features, T* sums,
+                           int64_t sums_stride) const {
+    (void)rows;
+    add_special_rows(special, all.end - all.begin, left, stride, features, sums + all.begin * sums_stride,
+                     sums_stride,
+                     [&](int64_t key, int64_t row) { return element(tile, row, all.begin + key); });
+  }
+
+  // grad_query += dS K.
+  void add_rows(const Unit& u, const RowTile<O>& rows, const Range* columns, int64_t first_key, int64_t count,
+                T* grad_query, const Thread& t) const {
+    const int64_t at = first_key - u.keys.begin, padded_keys = round_up(count, kWidth);
+    const O* const dense = kPair == 1 ? reinterpret_cast<const O*>(t.grad_products) : t.grad_rows;
+    const PanelCut cut{int(head_columns_ / kWidth), kPanelVectors};
+    const O* right = t.key_rows + at * head_columns_;
+    for (int p = 0; p < cut.count(); ++p) {
+      const int64_t width = cut.size(p) * kWidth;
+      for (int64_t g = 0; g < rows.groups; ++g) {
+        if (columns[g].empty()) continue;
+        const int64_t row = rows.first_row[g];
+        TileArgs<O> m = {};
+        m.k = (columns[g].end - columns[g].begin) / kPair;
+        m.a = reinterpret_cast<const Element*>(dense + row * kKeyTile + columns[g].begin);
+        m.row_stride = kKeyTile / kPair, m.k_stride = 1;
+        m.panel = right + columns[g].begin * width;
+        m.panel_stride = width * kPair;
+        m.c = grad_query + row * head_columns_ + cut.begin(p) * kWidth;
+        m.c_stride = head_columns_;
+        m.init = m.c, m.init_stride = m.c_stride;
+        multiply_rows(rows.first_row[g + 1] - row, cut.size(p), m);
+      }
+      right += padded_keys * width;
+    }
+    const SpecialRows& special = t.special_keys[at / kKeyTile];
+    for (int64_t g = 0; g < rows.groups && special.count > 0; ++g) {
+      const int64_t row = rows.first_row[g];
+      add_special_rows(special, rows.first_row[g + 1] - row,
+                       u.s.template key_row<const S>(a_.key, u.kv_head, first_key), a_.key.stride[2],
+                       a_.head_size, grad_query + row * head_columns_, head_columns_,
+                       [&](int64_t r, int64_t key) {
+                         if (key < columns[g].begin || key >= columns[g].end) return T(0);
+                         return T(widen(dense[(row + r) * kKeyTile + key]));
+                       });
+    }
+  }
+
+  const AttentionArgs& a_;
+  const AttentionPlan& plan_;
+  const Scores<S, T> scores_;
+  const Dropout dropout_;
+  const T kept_scale_;
+  const int64_t group_heads_, head_columns_, value_columns_, head_stride_, value_stride_;
+  const bool wants_scores_, simple_;
+  int64_t most_keys_ = 0, most_rows_ = 0;
+  std::atomic<int64_t> next_{0};
+  Arena arena_;
+  Thread* thread_;
+  T* part_grad_query_ = nullptr;
+};
+
+}  // namespace
+
+bool attention_backward(const AttentionArgs& args, const AttentionPlan& plan) {
+  return with_types(args.dtype, [&](auto storage, auto operand) {
+    return Backward<decltype(storage), decltype(operand)>(args, plan).run();
+  });
+}
+
 }  // namespace fastseq::FASTSEQ_ISA

@@ -280,6 +280,23 @@ inline void store_operand(bfloat16* p, Vec<float> x) {
 #endif
 }
 
+// The same of two rows, interleaved: even[0], odd[0], even[1], ...
+inline void store_operand_pairs(bfloat16* p, Vec<float> even, Vec<float> odd) {
+#if defined(__AVX512BF16__)
+  constexpr uint64_t kFirst = 0x0011'0001'0010'0000, kStep = 0x0002'0002'0002'0002;
+  const __m512i order =
+      _mm512_set_epi64(kFirst + 7 * kStep, kFirst + 6 * kStep, kFirst + 5 * kStep, kFirst + 4 * kStep,
+                       kFirst + 3 * kStep, kFirst + 2 * kStep, kFirst + kStep, kFirst);
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd.v, (__m512)even.v);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, both));
+#else
+  bfloat16 rows[2][kFloats];
+  store(rows[0], even);
+  store(rows[1], odd);
+  for (int i = 0; i < kFloats; ++i) p[2 * i] = rows[0][i], p[2 * i + 1] = rows[1][i];
+#endif
+}
+
 #if defined(__AVX512F__)
 template <class V>
 inline V load(const float16* p) {
