@@ -26,7 +26,7 @@ namespace {
 template <class S, class T>
 struct GradRow {
   ScoreRow<T> score;
-  T lse;  // in units of log2, +inf of a row that sees nothing
+  T lse, lse_low;  // in units of log2, their sum; +inf of a row that sees nothing
   T delta;
   const S* grad_weights;  // at the tile's first key, or null
   T* grad_mask;           // at the tile's first key, or null
@@ -302,6 +302,7 @@ class Backward {
       row.delta = sum_of_lanes(sum);
       if (a_.grad_lse.data) row.delta -= *u.s.template of_query<const T>(a_.grad_lse, head, query);
       row.lse = lse == -INFINITY ? T(INFINITY) : T(lse * kLog2E);
+      row.lse_low = std::isfinite(lse) ? T(lse * kLog2E - double(row.lse)) : T(0);
       if (a_.sinks && first_part && lse > -INFINITY) {
         const double sink = static_cast<const T*>(a_.sinks)[head];
         t.grad_sinks[head - u.kv_head * group_heads_] -= std::exp(sink - double(lse)) * double(row.delta);
@@ -450,6 +451,7 @@ class Backward {
     } else {
       p = scores_.of(row.score, product, c, kept_slope) - row.lse;
     }
+    p = p - row.lse_low;
     if (!Scores<S, T>::all_visible(row.score, c)) p = Scores<S, T>::within(row.score, p, c);
     p = exp2(p);
     weight = p;

@@ -30,6 +30,7 @@ struct TileState {
   V sum[kQueryTile];  // of weights, lane by lane
   T highest[kQueryTile];
   T rescale[kQueryTile];
+  bool touched[kQueryTile];  // of each register tile: whether there is any output yet
   ScoreRow<T> row[kQueryTile];
 };
 
@@ -109,11 +110,7 @@ void softmax_tile(const Scores<S, T>& scores, const Dropout& dropout, int64_t fi
         best[i] = score_row(scores, state.row[first + i], of_row[first + i], x);
       }
     }
-    transpose(best);
-    for (int n = kWidth / 2; n > 0; n /= 2) {
-      for (int i = 0; i < n; ++i) best[i] = max(best[i], best[i + n]);
-    }
-    const V before = load_upto<V>(state.highest + first, count), highest = max(before, best[0]);
+    const V before = load_upto<V>(state.highest + first, count), highest = max(before, maxima_of_rows(best));
     // Without any visible key so far, all weights are exp2(-inf - 0).
     const V shift = select<T>(highest.v == V(-INFINITY).v, V(0), highest);
     T shifts[kWidth];
@@ -135,14 +132,16 @@ void softmax_tile(const Scores<S, T>& scores, const Dropout& dropout, int64_t fi
   }
 }
 
-template <class T>
-void rescale_output(int64_t rows, TileState<T>& state) {
+template <class O, class T>
+void rescale_output(const RowTile<O>& rows, TileState<T>& state) {
   using V = Vec<T>;
-  for (int64_t r = 0; r < rows; ++r) {
-    if (state.rescale[r] == 1) continue;
-    T* const output = state.output + r * state.output_stride;
-    for (int64_t i = 0; i < state.output_stride; i += V::kWidth) {
-      store(output + i, load<V>(output + i) * V(state.rescale[r]));
+  for (int64_t g = 0; g < rows.groups; ++g) {
+    for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1] && state.touched[g]; ++r) {
+      if (state.rescale[r] == 1) continue;
+      T* const output = state.output + r * state.output_stride;
+      for (int64_t i = 0; i < state.output_stride; i += V::kWidth) {
+        store(output + i, load<V>(output + i) * V(state.rescale[r]));
+      }
     }
   }
 }
@@ -174,11 +173,7 @@ void dot_keys(const T* const* rows, const S* keys, int64_t stride, int64_t count
     for (int r = 0; r < kRows; ++r) sums[r][j] = sum[r];
   }
   for (int r = 0; r < kRows; ++r) {
-    transpose(sums[r]);
-    for (int n = kWidth / 2; n > 0; n /= 2) {
-      for (int i = 0; i < n; ++i) sums[r][i] = sums[r][i] + sums[r][i + n];
-    }
-    store(products + r * products_stride, sums[r][0]);
+    store(products + r * products_stride, sums_of_rows(sums[r]));
   }
 }
 
@@ -453,7 +448,18 @@ class Forward {
       state.sum[r] = V(0);
       state.sum[r].v[0] = sink && state.highest[r] > -INFINITY ? 1 : 0;
     }
-    std::fill_n(state.output, rows.rows * state.output_stride, T(0));
+    std::fill_n(state.touched, rows.groups, false);
+  }
+
+  // Output that nothing was added to is zero.
+  template <class P>
+  static void clear_untouched(const RowTile<P>& rows, TileState<T>& state) {
+    for (int64_t g = 0; g < rows.groups; ++g) {
+      if (state.touched[g]) continue;
+      const int64_t first = rows.first_row[g], count = rows.first_row[g + 1] - first;
+      std::fill_n(state.output + first * state.output_stride, count * state.output_stride, T(0));
+      state.touched[g] = true;
+    }
   }
 
   // What rows know of a tile of keys, and which columns they compute. False if no row sees any of them.
@@ -506,7 +512,7 @@ class Forward {
       multiply_keys<O>(rows, columns, hidden, t.left, left_stride_, a_.head_size,
                        group.keys + tile * kKeyTile * left_stride_, t.tile.products);
       softmax_tile<O>(scores_, dropout_, u.b * a_.heads, rows, columns, first_key, t.tile);
-      rescale_output(rows.rows, t.tile);
+      rescale_output(rows, t.tile);
       add_packed_values(rows, columns, group.values + tile * kKeyTile * value_columns_,
                         round_up(count, kWidth), t.tile);
       if (group.special[tile].count > 0) {
@@ -524,7 +530,7 @@ class Forward {
   }
 
   // output += weights * values, of a tile of keys.
-  void add_packed_values(const RowTile<O>& rows, const Range* columns, const O* values, int64_t keys,
+  void add_packed_values(const RowTile<O>& rows, const Range* columns, const O* values, int64_t count,
                          TileState<T>& state) const {
     const PanelCut cut{int(value_columns_ / kWidth), kPanelVectors};
     for (int p = 0; p < cut.count(); ++p) {
@@ -533,7 +539,7 @@ class Forward {
         if (columns[g].empty()) continue;
         const int64_t row = rows.first_row[g];
         TileArgs<O> t = {};
-        t.k = pairs<O>(columns[g].end - columns[g].begin);
+        t.k = pairs<O>(std::min(columns[g].end, count) - columns[g].begin);
         t.a = reinterpret_cast<const typename Operand<O>::Element*>(state.products + row * kKeyTile) +
               columns[g].begin / K::kPair;
         t.row_stride = kKeyTile * int64_t(sizeof(T)) / int64_t(sizeof *t.a), t.k_stride = 1;
@@ -541,11 +547,12 @@ class Forward {
         t.panel_stride = width * K::kPair;
         t.c = state.output + row * state.output_stride + cut.begin(p) * kWidth;
         t.c_stride = state.output_stride;
-        t.init = t.c, t.init_stride = t.c_stride;
+        if (state.touched[g]) t.init = t.c, t.init_stride = t.c_stride;
         multiply_rows(rows.first_row[g + 1] - row, cut.size(p), t);
       }
-      values += keys * width;
+      values += round_up(count, kWidth) * width;
     }
+    for (int64_t g = 0; g < rows.groups; ++g) state.touched[g] |= !columns[g].empty();
   }
 
   void add_special_values(const RowTile<O>& rows, const Range* columns, const SpecialRows& special,
@@ -564,6 +571,7 @@ class Forward {
   // The same for few rows, from keys and values as they lie.
   void attend_directly(const Unit& u, const RowTile<T>& rows, Thread& t) {
     start(u, rows, t.tile);
+    clear_untouched(rows, t.tile);
     for (int64_t r = 0; r < rows.rows; ++r) {
       copy_row(u.s.template query_row<const S>(a_.query, rows.head[r], rows.query[r]), a_.head_size,
                t.direct_left + r * a_.head_size);
@@ -582,7 +590,7 @@ class Forward {
       for (int64_t g = 0; g < rows.groups; ++g) columns[g] = all;
       multiply_directly(u, rows.rows, first_key, all, count, t);
       softmax_tile<T>(scores_, dropout_, u.b * a_.heads, rows, columns, first_key, t.tile);
-      rescale_output(rows.rows, t.tile);
+      rescale_output(rows, t.tile);
       add_directly(u, rows.rows, first_key, {all.begin, std::min(all.end, count)}, t);
     }
   }
@@ -630,29 +638,46 @@ class Forward {
 
   template <class P>
   void finish(const Unit& u, const RowTile<P>& rows, int64_t first_row, TileState<T>& state) {
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      const T sum = sum_of_lanes(state.sum[r]);
-      T* const output = state.output + r * state.output_stride;
+    clear_untouched(rows, state);
+    for (int64_t first = 0; first < rows.rows; first += kWidth) {
+      const int64_t count = std::min(rows.rows - first, kWidth);
+      V sums[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) sums[i] = i < count ? state.sum[first + i] : V(1);
+      const V sum = sums_of_rows(sums), highest = load_upto<V>(state.highest + first, count);
       if (u.parts == 1) {
-        write_row(u.s, rows.head[r], rows.query[r], output, state.highest[r], sum);
+        write_rows(u.s, rows.head + first, rows.query + first, count, state.output + first * state.output_stride,
+                   highest, sum);
         continue;
       }
-      const int64_t at = part_index(u, u.part, first_row + r);
-      std::copy_n(output, value_columns_, part_output_ + at * value_columns_);
-      part_highest_[at] = state.highest[r], part_sum_[at] = sum;
+      const int64_t at = part_index(u, u.part, first_row + first);
+      std::copy_n(state.output + first * state.output_stride, count * value_columns_,
+                  part_output_ + at * value_columns_);
+      store_upto(part_highest_ + at, highest, count);
+      store_upto(part_sum_ + at, sum, count);
     }
   }
   int64_t part_index(const Unit& u, int64_t part, int64_t row) const {
     return ((u.b * a_.kv_heads + u.kv_head) * plan_.key_parts + part) * plan_.part_rows + row;
   }
 
-  void write_row(const Sequence& s, int64_t head, int64_t query, const T* output, T highest, T sum) const {
-    S* const to = s.template query_row<S>(a_.output, head, query);
-    const V factor(sum == 0 ? T(0) : T(1 / ((1 - a_.dropout_p) * double(sum))));
-    for (int64_t i = 0; i < a_.value_size; i += kWidth)
-      store_upto(to + i, load<V>(output + i) * factor, a_.value_size - i);
-    *s.template of_query<T>(a_.lse, head, query) =
-        sum == 0 ? T(-INFINITY) : T((double(highest) + std::log2(double(sum))) * kLn2);
+  // Up to kWidth rows, each with its highest score and the sum of its weights in a lane.
+  void write_rows(const Sequence& s, const int64_t* head, const int64_t* query, int64_t count, const T* output,
+                  V highest, V sum) const {
+    const auto nothing = sum.v == V(0).v;
+    T factors[kWidth], most[kWidth], whole[kWidth], fraction[kWidth];
+    store(factors, select<T>(nothing, V(0), V(1) / (sum * T(1 - a_.dropout_p))));
+    V log_whole;
+    store(fraction, log2(select<T>(nothing, V(1), sum), log_whole));
+    store(whole, log_whole);
+    store(most, select<T>(nothing, V(-INFINITY), highest));
+    for (int64_t r = 0; r < count; ++r, output += value_columns_) {
+      S* const to = s.template query_row<S>(a_.output, head[r], query[r]);
+      for (int64_t i = 0; i < a_.value_size; i += kWidth) {
+        store_upto(to + i, load<V>(output + i) * V(factors[r]), a_.value_size - i);
+      }
+      *s.template of_query<T>(a_.lse, head[r], query[r]) =
+          T((double(most[r]) + double(whole[r]) + double(fraction[r])) * kLn2);
+    }
   }
 
   // The rows of sequences whose keys were in parts.
@@ -675,7 +700,8 @@ class Forward {
             store(output + j, fma(V(factor), load<V>(part + j), load<V>(output + j)));
           }
         }
-        write_row(u.s, u.kv_head * group_heads_ + row / u.s.queries, row % u.s.queries, output, highest, sum);
+        const int64_t head = u.kv_head * group_heads_ + row / u.s.queries, query = row % u.s.queries;
+        write_rows(u.s, &head, &query, 1, output, V(highest), V(sum));
       }
     }
   }

@@ -81,16 +81,18 @@ struct Sequence {
 
 // ---- products ----
 
-// c[rows][vectors] = init + a * panel for one row group; the panel may be wider than what is used of it.
-template <class O>
+// c[rows][vectors] = init + a * panel for one row group; the panel may be wider than what is used of it. Sums over
+// features, of which the exponential magnifies errors, are short chains.
+constexpr int64_t kScoreDepth = 64;
+template <class O, int64_t kMostDepth = kDepth>
 void multiply_rows(int64_t rows, int64_t vectors, TileArgs<O> t) {
   const int64_t depth = t.k;
-  for (int64_t k = 0;; k += kDepth) {
-    t.k = std::min(kDepth, depth - k);
+  for (int64_t k = 0;; k += kMostDepth) {
+    t.k = std::min(kMostDepth, depth - k);
     multiply_group<O, kPanelVectors>(int(vectors), int(rows), t);
-    if (k + kDepth >= depth) return;
-    t.a += kDepth * t.k_stride;
-    t.panel += kDepth * t.panel_stride;
+    if (k + kMostDepth >= depth) return;
+    t.a += kMostDepth * t.k_stride;
+    t.panel += kMostDepth * t.panel_stride;
     t.init = t.c, t.init_stride = t.c_stride;
   }
 }
@@ -357,10 +359,11 @@ struct RowTile {
     rows = end - begin;
     groups = group_count(rows, kRowGroup);
     all = {s.keys, 0};
+    int64_t h = first_head + begin / s.queries, i = begin % s.queries;
     for (int64_t r = 0; r < rows; ++r) {
-      head[r] = first_head + (begin + r) / s.queries;
-      query[r] = (begin + r) % s.queries;
-      visible[r] = s.visible(query[r]);
+      head[r] = h, query[r] = i;
+      visible[r] = s.visible(i);
+      if (++i == s.queries) ++h, i = 0;
     }
     for (int64_t g = 0; g <= groups; ++g) first_row[g] = group_begin(rows, groups, g);
     for (int64_t g = 0; g < groups; ++g) {
@@ -403,7 +406,7 @@ void multiply_keys(const RowTile<O>& tile, const Range* columns, const bool* hid
       t.panel_stride = K::kPanelKeys * K::kPair;
       t.c = products + tile.first_row[g] * K::kKeyTile + begin;
       t.c_stride = K::kKeyTile;
-      multiply_rows(tile.first_row[g + 1] - tile.first_row[g], (end - begin) / K::kWidth, t);
+      multiply_rows<O, kScoreDepth>(tile.first_row[g + 1] - tile.first_row[g], (end - begin) / K::kWidth, t);
     }
   }
 }

@@ -249,6 +249,26 @@ inline void transpose(Vec<T> (&rows)[Vec<T>::kWidth]) {
   transpose_from<1>(rows);
 }
 
+// Sums and maxima of the lanes of each of kWidth vectors: lane i is that of rows[i]. The rows are lost.
+template <class T>
+inline Vec<T> sums_of_rows(Vec<T> (&rows)[Vec<T>::kWidth]) {
+  transpose(rows);
+#pragma GCC unroll 4
+  for (int n = Vec<T>::kWidth / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) rows[i] = rows[i] + rows[i + n];
+  }
+  return rows[0];
+}
+template <class T>
+inline Vec<T> maxima_of_rows(Vec<T> (&rows)[Vec<T>::kWidth]) {
+  transpose(rows);
+#pragma GCC unroll 4
+  for (int n = Vec<T>::kWidth / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) rows[i] = max(rows[i], rows[i + n]);
+  }
+  return rows[0];
+}
+
 // ---- 16-bit storage ----
 
 constexpr int kFloats = Vec<float>::kWidth;
@@ -461,6 +481,24 @@ inline Vec<T> exp2(Vec<T> x) {
   const auto exponent = ((typename V::NativeInteger)shifted.v + ExpConstants<T>::kBias)
                         << ExpConstants<T>::kMantissa;
   return fma(p, r, V(T(1))) * V::of((typename V::Native)exponent);
+}
+
+// log2(x) = whole + the result, which is at most 1 in size, for positive normal x. Read as an integer, x is nearly
+// linear in its logarithm; each step takes the logarithm of x 2^-(whole + y), which is close to one, from there.
+template <class T>
+inline Vec<T> log2(Vec<T> x, Vec<T>& whole) {
+  using V = Vec<T>;
+  constexpr T kUnit = T(typename V::Integer(1) << ExpConstants<T>::kMantissa);
+  const V about = V::of(__builtin_convertvector((typename V::NativeInteger)x.v, typename V::Native)) / kUnit -
+                  T(ExpConstants<T>::kBias);
+  whole = about + V(ExpConstants<T>::kRound) - V(ExpConstants<T>::kRound);
+  const V z = x * exp2(-whole);
+  V y = about - whole;
+  for (int step = 0; step < 2; ++step) {
+    const V f = fma(z, exp2(-y), V(T(-1)));
+    y = fma(f * fma(f, fma(f, V(T(1) / 3), V(T(-0.5))), V(T(1))), V(T(1.4426950408889634)), y);
+  }
+  return y;
 }
 
 template <class T>
