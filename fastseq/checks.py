@@ -242,13 +242,18 @@ def check_batch_sizes(batch_sizes: Tensor, layer: Layer) -> None:
         )
 
 
-def unsupported(op: str, arguments: Sequence[object]) -> NoReturn:
-    """Raises for tensors on a device (or of a layout) for which there is no kernel."""
+def places_of(arguments: Sequence[object]) -> tuple[list[str], int]:
+    """Devices with layouts of all tensors in an operator's arguments, in words, and how many devices."""
     tensors = [
         t for a in arguments for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)
     ]
-    where = sorted({f"{t.device.type} ({t.layout})" for t in tensors})
-    if len({t.device for t in tensors}) > 1:
+    return sorted({f"{t.device.type} ({t.layout})" for t in tensors}), len({t.device for t in tensors})
+
+
+def unsupported(op: str, arguments: Sequence[object]) -> NoReturn:
+    """Raises for tensors on a device (or of a layout) for which there is no kernel."""
+    where, devices = places_of(arguments)
+    if devices > 1:
         raise RuntimeError(
             problem(
                 f"input, hx and weights on different devices: {', '.join(where)}",

@@ -20,28 +20,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import _C, cpu, loops
 from .checks import CELLS, Layer, check_batch_sizes, check_layer, check_like, problem, unsupported
+from .dispatch import library, nobody_listens, plain_device, register
 
-_library = torch.library.Library("fastseq", "DEF")
 # weights: for each direction weight_ih, weight_hh, then bias_ih, bias_hh if `bias`, then weight_hr of a
 # projected LSTM. output is (T, B, D*R), in memory (B, T, D*R) if batch_first. c_n and saved are empty if
 # there are none.
-_library.define(
+library.define(
     "recurrent(Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, str mode, "
     "int directions, bool bias, bool batch_first, bool save) "
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)"
 )
 # Returns [h, c of an LSTM, saved if `save`].
-_library.define(
+library.define(
     "recurrent_cell(Tensor input, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, "
     "Tensor? bias_ih, Tensor? bias_hh, str mode, bool save) -> Tensor[]"
 )
 # For a cell input is (B, I) and batch_sizes None. `wanted` says for which of [input, h0, c0, *weights] to
 # return a gradient.
-_library.define(
+library.define(
     "recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
     "Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor output, Tensor saved, str mode, "
     "int directions, bool bias, bool[] wanted) -> Tensor[]"
@@ -136,36 +135,6 @@ def _allocate_step(input: Tensor, batch: int, hidden: int, mode: str, save: bool
     return results
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
-
-
-def _nobody_listens() -> bool:
-    """Whether the dispatcher could only find a kernel: nothing compiles, traces, transforms or profiles."""
-    return not (
-        is_compiling()
-        or torch.autograd._profiler_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def _plain_device(*tensors: Tensor | None) -> str:
-    """Where all are dense tensors as they come, so that its kernel is the one to call: a device type."""
-    plain, strided = _PLAIN, torch.strided
-    device = ""
-    for t in tensors:
-        if t is None:
-            continue
-        if not (type(t) in plain and t.layout is strided and not t.is_neg()):
-            return ""
-        where = "cpu" if t.is_cpu else "cuda" if t.is_cuda else ""
-        if not where or (device and where != device):
-            return ""
-        device = where
-    return device
-
-
 # Whether the compiled module reads this torch's tensors itself.
 _READS_TENSORS = _C.use_tensors(Tensor, torch.nn.Parameter)
 
@@ -177,7 +146,7 @@ def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, 
     tensors; whatever is unusual or wrong it leaves to the operator.
     """
     tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
-    if not _nobody_listens():
+    if not nobody_listens():
         return _DISPATCHED.recurrent_cell(*tensors, mode, save)
     if _READS_TENSORS and input.is_cpu and input.dim() == weight_hh.dim() == 2:
         code, _, slots, cell_state = CELLS[mode]
@@ -190,7 +159,7 @@ def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, 
         c, saved = results[1] if cell_state else None, results[-1] if save and slots else None
         if _C.recurrent_cell(code, torch.get_num_threads(), *tensors, results[0], c, saved):
             return results
-    kernels = KERNELS.get(_plain_device(*tensors), _DISPATCHED)
+    kernels = KERNELS.get(plain_device(*tensors), _DISPATCHED)
     return kernels.recurrent_cell(*tensors, mode, save)
 
 
@@ -317,26 +286,18 @@ KERNELS = {
 if _C.cuda_info()["built"]:
     KERNELS["cuda"] = loop_kernels(loops.CUDA)
 
-for _name, _fake in zip(
-    OPERATORS, (_recurrent_fake, _recurrent_cell_fake, _recurrent_backward_fake), strict=True
-):
-    for _device, _kernels in KERNELS.items():
-        _library.impl(_name, getattr(_kernels, _name), _device.upper())
-    # Every other device and layout ends here, unless an engine registers for it.
-    _library.impl(
-        _name,
-        lambda *arguments, _name=_name: unsupported(f"fastseq.{_name}", arguments),
-        "CompositeExplicitAutograd",
+_FAKES = (_recurrent_fake, _recurrent_cell_fake, _recurrent_backward_fake)
+_DISPATCHED = Kernels(
+    *(
+        register(name, {where: getattr(k, name) for where, k in KERNELS.items()}, fake, unsupported)
+        for name, fake in zip(OPERATORS, _FAKES, strict=True)
     )
-    torch.library.register_fake(f"fastseq::{_name}", _fake, lib=_library)
+)
 
 
 def _kernels(*tensors: Tensor | None) -> Any:
     """The operators of the tensors' device, or those that ask the dispatcher first."""
-    return KERNELS.get(_plain_device(*tensors), _DISPATCHED) if _nobody_listens() else _DISPATCHED
-
-
-_DISPATCHED = Kernels(*(getattr(torch.ops.fastseq, name).default for name in OPERATORS))
+    return KERNELS.get(plain_device(*tensors), _DISPATCHED) if nobody_listens() else _DISPATCHED
 
 
 def recurrent(

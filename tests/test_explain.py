@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fastseq
 import test_cells
 from devices import GPUS, HOPPER, TIGHT_AMPERE
-from fastseq import _C, ops
+from fastseq import _C, dispatch, ops
 from harness import Case, call_module, make_data, make_module, same_bits, states_of
 from reference import MODES
 from test_threads import exit_code_of_forked
@@ -444,7 +444,7 @@ def test_nothing_is_recorded_outside():
     explanation = fastseq.explain(module, x)
     module(x)
     assert len(explanation) == 1
-    assert ops._nobody_listens()
+    assert dispatch.nobody_listens()
 
 
 def test_a_mode_of_the_caller_still_sees_the_operators():

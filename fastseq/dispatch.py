@@ -1,0 +1,65 @@
+"""What the operators torch.ops.fastseq.* share: how they are registered, and when their kernels are called
+without asking torch's dispatcher, which takes longer than small work does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+library = torch.library.Library("fastseq", "DEF")
+
+
+def register(
+    name: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    fake: Callable[..., Any],
+    unsupported: Callable[[str, Sequence[Any]], Any],
+) -> Any:
+    """Registers an operator that `library` has defined, by device type, and returns what calls it.
+
+    On every other device and layout it calls unsupported(name, arguments), which raises.
+    """
+    for device, implementation in implementations.items():
+        library.impl(name, implementation, device.upper())
+    # Every other device and layout ends here, unless an engine registers for it.
+    library.impl(
+        name,
+        lambda *arguments: unsupported(f"fastseq.{name}", arguments),
+        "CompositeExplicitAutograd",
+    )
+    torch.library.register_fake(f"fastseq::{name}", fake, lib=library)
+    return getattr(torch.ops.fastseq, name).default
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def nobody_listens() -> bool:
+    """Whether the dispatcher could only find a kernel: nothing compiles, traces, transforms or profiles."""
+    return not (
+        is_compiling()
+        or torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def plain_device(*tensors: Tensor | None) -> str:
+    """Where all are dense tensors as they come, so that its kernel is the one to call: a device type."""
+    plain, strided = _PLAIN, torch.strided
+    device = ""
+    for t in tensors:
+        if t is None:
+            continue
+        if not (type(t) in plain and t.layout is strided and not t.is_neg()):
+            return ""
+        where = "cpu" if t.is_cpu else "cuda" if t.is_cuda else ""
+        if not where or (device and where != device):
+            return ""
+        device = where
+    return device
