@@ -1,4 +1,4 @@
-"""Recurrent networks for PyTorch as fused kernels: RNN, LSTM and GRU, with the interface of torch.nn.
+"""Recurrent networks and attention for PyTorch as fused kernels, with the interface of torch.nn.
 
 >>> import fastseq, torch
 >>> lstm = fastseq.LSTM(input_size=8, hidden_size=16)
@@ -21,6 +21,7 @@ except ModuleNotFoundError as _error:
     ) from _error
 
 from . import functional
+from .attention import scaled_dot_product_attention
 from .config import show_config
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -36,5 +37,6 @@ __all__ = [
     "__version__",
     "explain",
     "functional",
+    "scaled_dot_product_attention",
     "show_config",
 ]

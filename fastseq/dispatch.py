@@ -4,11 +4,13 @@ without asking torch's dispatcher, which takes longer than small work does."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+
+from .checks import problem
 
 library = torch.library.Library("fastseq", "DEF")
 
@@ -32,7 +34,19 @@ def register(
         "CompositeExplicitAutograd",
     )
     torch.library.register_fake(f"fastseq::{name}", fake, lib=library)
+    # Otherwise torch may call the operator for each entry, past the Functions that know its gradients.
+    torch.library.register_vmap(f"fastseq::{name}", refuse_vmap, lib=library)
     return getattr(torch.ops.fastseq, name).default
+
+
+def refuse_vmap(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        problem(
+            "a call of fastseq within torch.func.vmap",
+            "calls outside of it",
+            "a batch dimension of the arguments, or a loop over the entries",
+        )
+    )
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}

@@ -4,7 +4,7 @@ explain() makes one call under a recorder, a TorchDispatchMode of this thread, w
 torch.ops.fastseq, runs it as it would have run, and asks the plan of that call of the kernels' owner
 (ops.Kernels.plan). A plan is data, and two tables make words of it:
 
-    _READERS              for each operator, what its arguments and results say about the call
+    _READERS              for each operator, how it is called, and what its arguments and results say
     plan_words.ENGINES    for each engine that a plan may name, the plan in words and the reasons
 
 Another operator needs an entry in the first, another engine one in the second.
@@ -24,17 +24,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import ops, plan_words
-from .checks import Layer, check_layer, problem
+from . import attention_ops, ops, plan_words
+from .attention_checks import Arguments, Attention, check_attention
+from .checks import DTYPES, Layer, check_layer, problem
 from .plan_words import amount
 
 
 class Plan(NamedTuple):
     """How one pass of a call runs."""
 
-    kernel: str  # CPU: sequence, step, cell; CUDA: cluster, grid, stream, steps, cell; none if nothing runs
+    # CPU: sequence, step, cell; tiles, decode of attention; CUDA: cluster, grid, stream, steps, cell; none if
+    # nothing runs
+    kernel: str
     architecture: str  # the instruction set of a CPU, or a GPU's compute capability
     partition: dict[str, Any]  # the plan's numbers
     words: tuple[str, ...]  # the same, in words
@@ -46,9 +50,9 @@ class Call(NamedTuple):
 
     operator: str
     title: str  # what it is called with, in words
-    mode: str  # LSTM, GRU, GRU_RESET_BEFORE, RNN_TANH, RNN_RELU
+    mode: str  # LSTM, GRU, GRU_RESET_BEFORE, RNN_TANH, RNN_RELU, ATTENTION
     weight: str  # which layer: the name of its first recurrent weight in the state_dict, "" if it has none
-    layer: Layer  # the sizes
+    layer: Layer | Attention  # the sizes; those of attention if the mode is that
     packed: bool
     dtype: torch.dtype
     device: torch.device
@@ -71,7 +75,7 @@ class Explanation:
     """The calls in order. Iterating, indexing and len() give them; str() is made for people."""
 
     calls: tuple[Call, ...]
-    replaceable: tuple[str, ...]  # torch.nn's recurrent modules in what was called, and what can replace each
+    replaceable: tuple[str, ...]  # torch's modules and functions that were called, and what can replace each
 
     def __iter__(self) -> Iterator[Call]:
         return iter(self.calls)
@@ -107,9 +111,11 @@ def explain(module_or_function: Callable[..., Any], /, *inputs: Any, **kwargs: A
 
     Returns:
         The calls of fastseq's operators in order, printable, each with the fields operator, mode, weight,
-        layer (steps, batch, input_size, hidden_size, width, directions, ...), packed, dtype, device, saved,
-        saved_bytes, plan and, if something was saved, backward. A plan has kernel, architecture, partition,
-        words and reasons. Without any call it says so, and which modules of torch.nn fastseq could replace.
+        layer (steps, batch, input_size, hidden_size, width, directions, ...; of attention batch, heads,
+        kv_heads, queries, keys, head_size, value_size), packed, dtype, device, saved, saved_bytes, plan and,
+        if something was saved, backward. A plan has kernel, architecture, partition, words and reasons.
+        Without any call it says so. It also says which modules of torch.nn, and calls of torch's attention,
+        fastseq could replace.
 
     Raises:
         TypeError: something that cannot be called.
@@ -137,11 +143,11 @@ def explain(module_or_function: Callable[..., Any], /, *inputs: Any, **kwargs: A
             )
         )
     modules = _modules_of(module_or_function)
-    recorder = _Recorder(_names_of_weights(modules))
+    recorder, torchs = _Recorder(_names_of_weights(modules)), _TorchsAttention()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(gpus), _nothing_compiles(), recorder:
+    with torch.random.fork_rng(gpus), _nothing_compiles(), recorder, torchs:
         module_or_function(*inputs, **kwargs)
-    return Explanation(tuple(recorder.calls), _replaceable(modules))
+    return Explanation(tuple(recorder.calls), _replaceable(modules) + torchs.replaceable())
 
 
 # ------------------------------------------------------------------------------------------------ recording
@@ -171,9 +177,36 @@ class _Recorder(TorchDispatchMode):
         if func.namespace != "fastseq" or name not in _READERS:
             return func(*args, **(kwargs or {}))
         # As from fastseq.autograd: in here the mode is off, so the kernel is found as it is outside.
-        results = getattr(ops, name)(*args)
-        self.calls.append(_READERS[name](self.names, args, results))
+        call, read = _READERS[name]
+        results = call(*args)
+        self.calls.append(read(self.names, args, results))
         return results
+
+
+class _TorchsAttention(TorchFunctionMode):
+    """Runs everything as without it, and counts the calls of torch's attention that fastseq could make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            query = args[0] if args else (kwargs or {}).get("query")
+            self.count += isinstance(query, Tensor) and _has_kernel(query)
+        return func(*args, **(kwargs or {}))
+
+    def replaceable(self) -> tuple[str, ...]:
+        if self.count == 0:
+            return ()
+        times = "" if self.count == 1 else f", called {self.count} times,"
+        name = "scaled_dot_product_attention"
+        return (f"torch.nn.functional.{name}{times} with fastseq.{name}",)
+
+
+def _has_kernel(query: Tensor) -> bool:
+    here = query.device.type in attention_ops.KERNELS and query.layout is torch.strided
+    return here and query.dtype in DTYPES
 
 
 def _read_layer(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
@@ -199,7 +232,26 @@ def _read_gradients(names: dict[int, str], arguments: Sequence[Any], _: Any) -> 
     return _call("recurrent_backward", names, mode, layer, input, weights, None, batch_sizes, one_step)
 
 
-_READERS = dict(zip(ops.OPERATORS, (_read_layer, _read_cell, _read_gradients), strict=True))
+def _read_attention(_: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
+    a = Arguments(*arguments)
+    kept = {
+        **{name: x for name, x in zip(a._fields, a, strict=True) if isinstance(x, Tensor)},
+        **dict(zip(("output", "lse", "weights"), results, strict=True)),
+    }
+    return _call_of_attention("attention", a, kept if a.save else None)
+
+
+def _read_attention_gradients(_: dict[int, str], arguments: Sequence[Any], __: Any) -> Call:
+    return _call_of_attention("attention_backward", attention_ops.forward_arguments(arguments), None)
+
+
+_READERS: dict[str, tuple[Callable[..., Any], Callable[..., Call]]] = {
+    "recurrent": (ops.recurrent, _read_layer),
+    "recurrent_cell": (ops.recurrent_cell, _read_cell),
+    "recurrent_backward": (ops.recurrent_backward, _read_gradients),
+    "attention": (attention_ops.attention, _read_attention),
+    "attention_backward": (attention_ops.attention_backward, _read_attention_gradients),
+}
 
 
 def _call(
@@ -242,20 +294,76 @@ def _plan(
     one_step: bool,
     backward: bool,
 ) -> Plan:
+    copied = any(not weight.is_contiguous() for weight in weights)
+    more = ["weights that are not contiguous are copied in every call: weight.contiguous()"] * copied
+    options = (packed, one_step, backward)
+    return _plan_of(ops.KERNELS.get(input.device.type), mode, layer, input, options, more)
+
+
+def _plan_of(
+    kernels: ops.Kernels | attention_ops.Kernels | None,
+    mode: str,
+    layer: Layer | Attention,
+    input: Tensor,
+    options: tuple[bool, ...],
+    more_reasons: list[str],
+) -> Plan:
     """What the owner of the device's kernels says of a call, and its engine in words."""
-    kernels = ops.KERNELS.get(input.device.type)
     if kernels is None or kernels.plan is None:
         return Plan("none", "", {}, (), (f"nothing is computed on device {input.device}",))
     try:
-        plan = kernels.plan(layer, input.dtype, input.device, packed, one_step, backward)
+        plan = kernels.plan(layer, input.dtype, input.device, *options)
     except RuntimeError as error:  # of a backward pass that will fail: a call that failed has raised
         return Plan(
             "none", "", {}, (), tuple(f"it will fail, {line}" for line in str(error).splitlines()[:1])
         )
     architecture, words, reasons = plan_words.ENGINES[plan["engine"]](plan, mode, layer, input.dtype)
-    if any(not weight.is_contiguous() for weight in weights):
-        reasons.append("weights that are not contiguous are copied in every call: weight.contiguous()")
-    return Plan(plan["kernel"], architecture, plan["partition"], tuple(words), tuple(reasons))
+    return Plan(plan["kernel"], architecture, plan["partition"], tuple(words), (*reasons, *more_reasons))
+
+
+def _call_of_attention(operator: str, a: Arguments, kept: dict[str, Tensor] | None) -> Call:
+    sizes, query = check_attention(a), a.query
+    longest = _longest(a, sizes)
+    more = [
+        f"{name}, whose features do not lie next to each other, is copied in every call: {name}.contiguous()"
+        for name in ("query", "key", "value")
+        if getattr(a, name).stride(-1) != 1 and getattr(a, name).shape[-1] > 1
+    ]
+    if a.return_weights and operator == "attention":
+        size = query.element_size() * sizes.batch * sizes.heads * sizes.queries * sizes.keys
+        more.append(f"return_weights writes {amount(size)} of weights, which are never stored without it")
+
+    def plan(backward: bool) -> Plan:
+        kernels = attention_ops.KERNELS.get(query.device.type)
+        return _plan_of(kernels, "ATTENTION", longest, query, (backward,), more)
+
+    saved = {name: x.nbytes for name, x in (kept or {}).items()}
+    return Call(
+        operator,
+        _title_of_attention(operator, a, sizes),
+        "ATTENTION",
+        "",
+        sizes,
+        a.cu_seqlens_q is not None,
+        query.dtype,
+        query.device,
+        plan(operator == "attention_backward"),
+        plan(True) if kept is not None else None,
+        {name: size for name, size in saved.items() if size},
+    )
+
+
+def _longest(a: Arguments, sizes: Attention) -> Attention:
+    """The sizes of which a plan is made: with as many queries and keys as the longest sequence has."""
+    if a.query.is_meta:
+        return sizes
+    longest = {}
+    for name, seqlens in (("queries", a.cu_seqlens_q), ("keys", a.cu_seqlens_k)):
+        if seqlens is not None and seqlens.shape[0] > 1:
+            longest[name] = int(seqlens.diff().max())
+    if a.key_lengths is not None and sizes.batch:
+        longest["keys"] = int(a.key_lengths.max())
+    return sizes._replace(**longest)
 
 
 # -------------------------------------------------------------------------------------- modules in a callable
@@ -295,7 +403,7 @@ def _address(weight: Tensor) -> int:
     return weight.data_ptr() if plain else 0
 
 
-_REPLACEABLE = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+_REPLACEABLE = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention)
 
 
 def _replaceable(modules: dict[str, nn.Module]) -> tuple[str, ...]:
@@ -331,10 +439,28 @@ def _title(operator: str, mode: str, weight: str, layer: Layer, input: Tensor, p
     return ", ".join(words) + f" ({weight})" * bool(weight)
 
 
+def _title_of_attention(operator: str, a: Arguments, sizes: Attention) -> str:
+    words = ["the gradients of " * (operator == "attention_backward") + "attention"]
+    words += [f"{_of_dtype(a.query.dtype)} on {a.query.device}", f"B {sizes.batch}"]
+    grouped, narrower = sizes.heads != sizes.kv_heads, sizes.head_size != sizes.value_size
+    words += [f"Hq {sizes.heads}", f"Hkv {sizes.kv_heads}"] if grouped else [f"heads {sizes.heads}"]
+    words += [f"Sq {sizes.queries}", f"Sk {sizes.keys}", f"D {sizes.head_size}"]
+    words += [f"Dv {sizes.value_size}"] * narrower
+    words += ["packed"] * (a.cu_seqlens_q is not None)
+    if a.left >= 0 or a.right >= 0:
+        limits = "causal" if a.left < 0 and a.right == 0 else f"window ({a.left}, {a.right})"
+        words += [limits + " from the bottom right" * a.bottom_right]
+    if a.attn_mask is not None:
+        words += [f"attn_mask {_of_dtype(a.attn_mask.dtype)} {tuple(a.attn_mask.shape)}"]
+    words += [name for name in ("key_lengths", "alibi_slopes", "sinks") if getattr(a, name) is not None]
+    words += [f"softcap {a.softcap:g}"] * (a.softcap != 0) + [f"dropout {a.dropout_p:g}"] * (a.dropout_p != 0)
+    return ", ".join(words)
+
+
 def _call_in_words(call: Call) -> str:
-    lines = [call.title]
+    lines = _wrap(call.title, "")
     plans = {"forward": call.plan, "backward": call.backward}
-    if call.operator == "recurrent_backward":
+    if call.operator.endswith("_backward"):
         plans = {"backward": call.plan}
     for name, plan in plans.items():
         if plan is None:
@@ -347,7 +473,7 @@ def _call_in_words(call: Call) -> str:
     if call.saved:
         parts = ", ".join(f"{name} {amount(size)}" for name, size in call.saved.items())
         lines += _wrap(f"{amount(call.saved_bytes)} for the backward pass: {parts}", f"  {'saved':<9} ")
-    elif call.operator != "recurrent_backward":
+    elif not call.operator.endswith("_backward"):
         lines.append(f"  {'saved':<9} nothing")
     for reason in _reasons_of(plans):
         lines += _wrap(reason, "  - ")

@@ -1,4 +1,4 @@
-"""Stateless recurrent networks: the weights are arguments.
+"""Stateless recurrent networks, whose weights are arguments, and attention, which has none.
 
 A stack's `weights` hold one sequence of tensors for each layer and direction, as `module.all_weights` does:
 
@@ -21,9 +21,18 @@ import torch
 from torch import Tensor
 
 from . import autograd
+from .attention import scaled_dot_product_attention
 from .checks import CELLS, batch_sizes_elsewhere, check_like, no_batch_sizes, problem
 
-__all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
+__all__ = [
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+    "scaled_dot_product_attention",
+]
 
 
 def lstm(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import _C, precision
+from .attention_checks import Attention
 from .checks import Layer
 
 Words = tuple[str, list[str], list[str]]  # architecture, the plan, reasons
@@ -42,7 +43,9 @@ def _cpu_in_words(plan: dict[str, Any], mode: str, layer: Layer, dtype: torch.dt
     words = f"{many(cut['threads'], 'thread')}, directions x rows x hidden units in {parts} parts"
     if layer.steps > 1:
         words += f", chunks of {cut['chunk_rows']} rows"
-    reasons = _isa_reasons(dtype) + _thread_reasons(plan, layer)
+    most = layer.directions * layer.batch * -(-layer.hidden_size // _C.UNIT_QUANTUM)
+    units = f"directions x rows x blocks of {_C.UNIT_QUANTUM} hidden units"
+    reasons = _isa_reasons(dtype) + _thread_reasons(plan, most, units, "FASTSEQ_PLAN", "DxBxU")
     rows = -(-layer.batch // cut["batch_parts"])
     if cut["unit_parts"] > 1:
         reasons.append(
@@ -88,7 +91,8 @@ def _isa_reasons(dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-def _thread_reasons(plan: dict[str, Any], layer: Layer) -> list[str]:
+def _thread_reasons(plan: dict[str, Any], most: int, units: str, variable: str, value: str) -> list[str]:
+    """`units` of work are `most`; the environment variable forces a cut."""
     wanted, there = torch.get_num_threads(), plan["available_threads"]
     used = plan["partition"]["threads"]
     reasons = []
@@ -100,16 +104,38 @@ def _thread_reasons(plan: dict[str, Any], layer: Layer) -> list[str]:
     elif wanted == 1 and plan["threads_on_all_cpus"] > 1:
         more = plan["threads_on_all_cpus"]
         reasons.append(f"torch has one thread; torch.set_num_threads({more}) would give this call {more}")
-    if forced := os.environ.get("FASTSEQ_PLAN"):
-        reasons.append(f"FASTSEQ_PLAN={forced} forces the cut")
+    if forced := os.environ.get(variable):
+        reasons.append(f"{variable}={forced} forces the cut")
     elif used < there:
-        most = layer.directions * layer.batch * -(-layer.hidden_size // _C.UNIT_QUANTUM)
         if used == most:
-            what = f"directions x rows x blocks of {_C.UNIT_QUANTUM} hidden units give {most}"
+            what = f"{units} give {most}"
         else:
-            what = "the plan's arithmetic finds no faster cut; FASTSEQ_PLAN=DxBxU forces one"
+            what = f"the plan's arithmetic finds no faster cut; {variable}={value} forces one"
         reasons.append(f"{used} of {many(there, 'thread')}: {what}")
     return reasons
+
+
+def _attention_in_words(plan: dict[str, Any], _: str, sizes: Attention, dtype: torch.dtype) -> Words:
+    isa, cut = _C.cpu_info()["isa"], plan["partition"]
+    words = f"{many(cut['threads'], 'thread')}, heads x tiles of queries in {cut['head_parts']} x "
+    words += f"{cut['row_parts']} parts"
+    units, most = "sequences x heads of key and value", sizes.batch * sizes.kv_heads
+    if cut["key_parts"] > 1:
+        words += f", keys in {cut['key_parts']} parts"
+        if cut.get("split"):
+            units, most = units + " x parts of the keys", most * cut["key_parts"]
+    reasons = _isa_reasons(dtype)
+    reasons += _thread_reasons(plan, most, units, "FASTSEQ_ATTENTION_PLAN", "HxR")
+    if plan["kernel"] == "decode":
+        rows = sizes.queries * sizes.heads // sizes.kv_heads
+        per_key = torch.finfo(dtype).bits // 8 * (sizes.head_size + sizes.value_size)
+        size = amount(per_key * sizes.batch * sizes.kv_heads * sizes.keys)
+        reasons.append(
+            f"{many(rows, 'query row')} for each key: {size} of keys and values are read once, where they "
+            "lie, which takes longer than multiplying by them; fewer heads of key and value, or a smaller "
+            "dtype, are fewer bytes"
+        )
+    return isa, [words], reasons
 
 
 # ------------------------------------------------------------------------------- where time loops are kernels
@@ -213,4 +239,8 @@ def _why_not(other: str, plan: dict[str, Any], layer: Layer) -> str:
     return f"the layer does not fit the registers and shared memory of {many(most, 'block')}{each}"
 
 
-ENGINES: dict[str, Callable[..., Words]] = {"cpu": _cpu_in_words, "loop": _loop_in_words}
+ENGINES: dict[str, Callable[..., Words]] = {
+    "cpu": _cpu_in_words,
+    "cpu_attention": _attention_in_words,
+    "loop": _loop_in_words,
+}

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from ..checks import problem
+from ..dispatch import refuse_vmap
 
 
 def recording() -> bool:
@@ -31,6 +32,8 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 class Function(torch.autograd.Function):
     """Function.apply binds its arguments by inspect.signature, 50 us a call, which only torch.func needs."""
+
+    vmap = staticmethod(refuse_vmap)
 
     @classmethod
     def apply(cls, *args: Any) -> Any:

@@ -1,0 +1,267 @@
+"""The operators of scaled dot-product attention in torch.ops.fastseq, the only callers of its kernels.
+
+    attention             output, log-sum-exp and, if asked for, weights
+    attention_backward    the gradients of query, key, value, attn_mask and sinks
+
+What ops.py says of the recurrent operators holds here too. The arguments are those of
+attention_checks.Arguments; ranks, broadcasting and the words of options are the business of attention.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cpu_attention
+from .attention_checks import (
+    Arguments,
+    Attention,
+    check_attention,
+    check_values,
+    dtype_of_sums,
+    problem,
+    unsupported,
+)
+from .dispatch import library, nobody_listens, plain_device, register
+
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed"
+)
+_NUMBERS = "float scale, float softcap, float dropout_p, int left, int right, bool bottom_right"
+# output is (B, Hq, Sq, Dv), in memory like query; lse (B, Hq, Sq) in the dtype of sums; weights (B, Hq, Sq,
+# Sk), empty if not asked for. Packed: (total_q, Hq, Dv) and (Hq, total_q).
+library.define(
+    f"attention({_TENSORS}, {_NUMBERS}, bool return_weights, bool save=False) "
+    "-> (Tensor output, Tensor lse, Tensor weights)"
+)
+# `wanted` says for which of [query, key, value, attn_mask, sinks] to return a gradient. weights are needed
+# beside grad_weights only.
+library.define(
+    "attention_backward(Tensor? grad_output, Tensor? grad_lse, Tensor? grad_weights, "
+    f"{_TENSORS}, Tensor output, Tensor lse, Tensor? weights, {_NUMBERS}, bool[] wanted) -> Tensor[]"
+)
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    """With features next to each other, as the kernels want them: a copy if they are not."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _empty_like(like: Tensor, features: int) -> Tensor:
+    """Dense, with other features, which come last, and the other dimensions in memory as in `like`."""
+    shape = like.shape
+    if like.is_contiguous():  # first, because strides of sizes of 1 mean nothing
+        return like.new_empty(shape if shape[-1] == features else (*shape[:-1], features))
+    strides, step = [1] * len(shape), features
+    # No transposed view: autograd forbids changing a view from a Function in place.
+    for i in sorted(range(len(shape) - 1), key=lambda i: (like.stride(i), -i)):
+        strides[i], step = step, step * max(1, shape[i])
+    return like.new_empty_strided((*shape[:-1], features), strides)
+
+
+# ------------------------------------------------------------------------------------------------- forward
+
+
+def _allocate(a: Arguments, sizes: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    query, packed = a.query, a.cu_seqlens_q is not None
+    output = _empty_like(query, sizes.value_size)
+    rows = (sizes.heads, sizes.queries) if packed else (sizes.batch, sizes.heads, sizes.queries)
+    lse = query.new_empty(rows, dtype=dtype_of_sums(query.dtype))
+    # Of keys that a query does not see nothing is written.
+    weights = query.new_zeros((*rows, sizes.keys)) if a.return_weights else query.new_empty(0)
+    return output, lse, weights
+
+
+def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = Arguments(*arguments)
+    return _allocate(a, check_attention(a))
+
+
+def _dense(a: Arguments, sizes: Attention) -> Arguments:
+    """As the kernels take them: features next to each other, lengths checked and as int64, without gaps."""
+    if not a.query.stride(-1) == a.key.stride(-1) == a.value.stride(-1) == 1:
+        a = a._replace(query=_rows_of(a.query), key=_rows_of(a.key), value=_rows_of(a.value))
+    if a.key_lengths is not None or a.cu_seqlens_q is not None or a.sinks is not None:
+        lengths = {
+            name: getattr(a, name).to(torch.int64).contiguous()
+            for name in ("key_lengths", "cu_seqlens_q", "cu_seqlens_k")
+            if getattr(a, name) is not None
+        }
+        a = a._replace(**lengths, sinks=None if a.sinks is None else a.sinks.contiguous())
+        check_values(a, sizes)
+    return a
+
+
+def _run(run: Callable[..., None], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks, allocates, has run(sizes, arguments, output, lse, weights) fill the results."""
+    a = Arguments(*arguments)
+    sizes = check_attention(a)
+    results = _allocate(a, sizes)
+    a = _dense(a, sizes)
+    run(sizes, a, *results)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+class Incoming(NamedTuple):
+    """What the backward pass has beside the arguments of the forward pass."""
+
+    grad_output: Tensor  # like output
+    grad_lse: Tensor | None  # like lse, less the row sums of weights * grad_weights
+    grad_weights: Tensor | None  # (B, Hq, Sq, Sk)
+    output: Tensor
+    lse: Tensor
+
+
+class Gradients(NamedTuple):
+    """What it fills; None where not wanted."""
+
+    query: Tensor | None  # like those of the forward pass, but dense
+    key: Tensor | None
+    value: Tensor | None
+    attn_mask: Tensor | None  # the shape of the mask, in the dtype of sums, filled with zeros
+    sinks: Tensor | None  # (B, Hq) in the dtype of sums
+
+
+def forward_arguments(arguments: Sequence[Any]) -> Arguments:
+    """Of the operator attention, in those of its backward pass."""
+    return Arguments(*arguments[3:13], *arguments[16:22], arguments[15] is not None)
+
+
+def _read_backward(arguments: Sequence[Any]) -> tuple[Arguments, Attention]:
+    """The arguments of the forward pass, which are checked, as is what came from it."""
+    weights = arguments[15]
+    a = forward_arguments(arguments)
+    sizes, query = check_attention(a), a.query
+    rows = query.shape[:-1] if a.cu_seqlens_q is None else (sizes.heads, sizes.queries)
+    output, lse = (*query.shape[:-1], sizes.value_size), tuple(rows)
+    dtype, sums = query.dtype, dtype_of_sums(query.dtype)
+    for name, tensor, shape, of in (
+        ("output", arguments[13], output, dtype),
+        ("lse", arguments[14], lse, sums),
+        ("weights", weights, (*lse, sizes.keys), dtype),
+        ("grad_output", arguments[0], output, dtype),
+        ("grad_lse", arguments[1], lse, sums),
+        ("grad_weights", arguments[2], (*lse, sizes.keys), dtype),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype is not of or tensor.device != query.device:
+            raise RuntimeError(
+                problem(
+                    f"{name} of shape {tuple(tensor.shape)} and dtype {tensor.dtype} on {tensor.device}",
+                    f"shape {tuple(shape)} and dtype {of} on {query.device}, as of the forward pass",
+                    f"check the sizes of {name}",
+                )
+            )
+    if arguments[2] is not None and weights is None:
+        raise RuntimeError(
+            problem("grad_weights without weights", "the weights of the forward pass", "pass both, or none")
+        )
+    return a, sizes
+
+
+def _result(grad: Tensor, name: str, a: Arguments) -> Tensor:
+    """A gradient as the operator returns it."""
+    if name == "attn_mask":
+        assert a.attn_mask is not None
+        return grad.to(a.attn_mask.dtype)
+    return grad.sum(0) if name == "sinks" else grad
+
+
+def _allocate_gradients(a: Arguments, sizes: Attention, wanted: Sequence[bool]) -> Gradients:
+    of_query, of_key, of_value, of_mask, of_sinks = wanted
+    dtype, query = dtype_of_sums(a.query.dtype), a.query
+    mask = a.attn_mask
+    return Gradients(
+        _empty_like(query, sizes.head_size) if of_query else None,
+        _empty_like(a.key, sizes.head_size) if of_key else None,
+        _empty_like(a.value, sizes.value_size) if of_value else None,
+        None if mask is None or not of_mask else query.new_zeros(mask.shape, dtype=dtype),
+        query.new_empty((sizes.batch, sizes.heads), dtype=dtype) if of_sinks else None,
+    )
+
+
+def _attention_backward_fake(*arguments: Any) -> list[Tensor]:
+    a, sizes = _read_backward(arguments)
+    grads = _allocate_gradients(a, sizes, arguments[22])
+    return [
+        _result(grad, name, a) for name, grad in zip(grads._fields, grads, strict=True) if grad is not None
+    ]
+
+
+def _incoming(arguments: Sequence[Any]) -> Incoming:
+    grad_output, grad_lse, grad_weights = arguments[:3]
+    output, lse, weights = arguments[13:16]
+    grad_output = torch.zeros_like(output) if grad_output is None else _rows_of(grad_output)
+    if grad_weights is not None:
+        row_sums = (weights.to(lse.dtype) * grad_weights).sum(-1)
+        grad_lse = -row_sums if grad_lse is None else grad_lse - row_sums
+        grad_weights = _rows_of(grad_weights)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    # output and lse as the forward pass made them, unless a hook on saved tensors laid them out anew.
+    return Incoming(grad_output, grad_lse, grad_weights, _rows_of(output), lse.contiguous())
+
+
+def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
+    """Checks, allocates, has run(sizes, arguments, incoming, grads) fill the gradients."""
+    a, sizes = _read_backward(arguments)
+    grads = _allocate_gradients(a, sizes, arguments[22])
+    a = _dense(a, sizes)
+    run(sizes, a, _incoming(arguments), grads)
+    return [
+        _result(grad, name, a) for name, grad in zip(grads._fields, grads, strict=True) if grad is not None
+    ]
+
+
+# --------------------------------------------------------------------------------------------- registration
+
+OPERATORS = ("attention", "attention_backward")
+
+
+class Kernels(NamedTuple):
+    """The two operators on one device.
+
+    plan(sizes, dtype, device, backward), for fastseq.explain: what such a call runs, as in ops.Kernels.
+    """
+
+    attention: Callable[..., Any]
+    attention_backward: Callable[..., Any]
+    plan: Callable[..., dict[str, Any]] | None = None
+
+
+KERNELS = {
+    "cpu": Kernels(
+        partial(_run, cpu_attention.forward),
+        partial(_run_backward, cpu_attention.backward),
+        cpu_attention.plan_in_data,
+    )
+}
+_DISPATCHED = Kernels(
+    *(
+        register(name, {where: getattr(k, name) for where, k in KERNELS.items()}, fake, unsupported)
+        for name, fake in zip(OPERATORS, (_attention_fake, _attention_backward_fake), strict=True)
+    )
+)
+
+
+def _kernels(*tensors: Tensor | None) -> Kernels:
+    """The operators of the tensors' device, or those that ask the dispatcher first."""
+    return KERNELS.get(plain_device(*tensors), _DISPATCHED) if nobody_listens() else _DISPATCHED
+
+
+def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.ops.fastseq.attention, without the dispatcher where possible: see ops.recurrent_cell."""
+    return _kernels(*arguments[:9]).attention(*arguments)  # all tensors but the seed
+
+
+def attention_backward(*arguments: Any) -> list[Tensor]:
+    """torch.ops.fastseq.attention_backward, without the dispatcher where possible."""
+    return _kernels(*arguments[:12], *arguments[13:16]).attention_backward(*arguments)

@@ -1,0 +1,106 @@
+"""The gradients of attention, as an autograd Function around the operators of fastseq.attention_ops.
+
+Saved for the backward pass are all tensors that the operator takes, output, lse and, if asked for, weights;
+so none of these may be changed in place before the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import attention_ops
+from .function import Backward, Function, gradients, needs_gradient, recording, refuse
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    *seed_and_numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, lse and weights, the last empty if not asked for; see attention_checks.Arguments."""
+    run = attention_ops.attention
+    if recording() and needs_gradient(query, key, value, attn_mask, sinks):
+        run = _Attention.apply
+    tensors = (query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
+    return run(*tensors, *seed_and_numbers)
+
+
+def _backward_op(
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    wanted: Sequence[bool],
+    *tensors: Tensor | None,
+) -> tuple[Tensor, ...]:
+    if tensors[15] is None:  # torch.compile hands a gradient even to what is not differentiable
+        tensors = (*tensors[:2], None, *tensors[3:])
+    numbers = (scale, softcap, dropout_p, left, right, bottom_right)
+    return tuple(attention_ops.attention_backward(*tensors, *numbers, wanted))
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_lengths: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        seed: Tensor | None,
+        scale: float,
+        softcap: float,
+        dropout_p: float,
+        left: int,
+        right: int,
+        bottom_right: bool,
+        return_weights: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
+        numbers = (scale, softcap, dropout_p, left, right, bottom_right, return_weights)
+        return attention_ops.attention(*tensors, seed, *numbers, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        output, lse, weights = outputs
+        kept = weights if inputs[16] else None
+        ctx.save_for_backward(*inputs[:10], output, lse, kept)
+        ctx.constants = inputs[10:16]
+        ctx.set_materialize_grads(False)
+        if kept is None:
+            ctx.mark_non_differentiable(weights)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, grad_weights: Tensor | None
+    ) -> Any:
+        needs = ctx.needs_input_grad
+        wanted = [needs[0], needs[1], needs[2], needs[3], needs[8]]
+        incoming = (grad_output, grad_lse, grad_weights)
+        grads = gradients(_AttentionBackward, incoming, ctx.saved_tensors, ctx.constants, wanted)
+        of_query, of_key, of_value, of_mask, of_sinks = grads
+        return of_query, of_key, of_value, of_mask, None, None, None, None, of_sinks, *[None] * 8
+
+
+class _AttentionBackward(Backward):
+    forward = staticmethod(_backward_op)
+    backward = refuse(
+        "attention",
+        "torch.nn.functional.scaled_dot_product_attention within sdpa_kernel(SDPBackend.MATH)",
+    )
