@@ -128,6 +128,8 @@ def scaled_dot_product_attention(
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         for name, given in (("query", query), ("key", key), ("value", value)):
             _require_tensor(name, given)
+    if enable_gqa is not False and enable_gqa is not True:
+        raise _no_bool("enable_gqa", enable_gqa)
     lead, rank = None, 4  # as the operator wants it
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, enable_gqa)
@@ -269,8 +271,6 @@ def _kv_heads(of_key: int, of_value: int) -> int:
 
 
 def _check_gqa(heads: int, kv_heads: int, enable_gqa: bool) -> None:
-    if not isinstance(enable_gqa, bool):
-        raise _no_bool("enable_gqa", enable_gqa)
     if heads == kv_heads or kv_heads == 1 or (heads == 1 and not enable_gqa):
         return
     divisible = kv_heads > 0 and heads % kv_heads == 0
@@ -298,9 +298,7 @@ def _check_packed(
         _check_gqa(query.shape[1], key.shape[1], enable_gqa)
     elif query.dim() == 0:
         raise RuntimeError(
-            problem(
-                "query without dimensions", "3 dimensions, (rows of all sequences, heads, features)", "view"
-            )
+            problem("query without dimensions", "3 dimensions, (rows, heads, features)", "query.reshape(...)")
         )
 
 
@@ -315,16 +313,15 @@ def _mask_in_four_dimensions(
         return mask  # the operator has the last word
     lead = tuple(query.shape[:1]) if lead is None else lead
     full = (*lead, query.shape[1], query.shape[2], key.shape[2])
-    if mask.dim() > len(full):
+    fits = all(n in (1, m) for n, m in zip(reversed(mask.shape), reversed(full), strict=False))
+    if mask.dim() > len(full) or not fits:
         raise_for_mask(mask.shape, full)
     mask = mask.reshape((1,) * (len(full) - mask.dim()) + tuple(mask.shape))
-    if len(lead) == 1:
-        return mask
     batch, rest = tuple(mask.shape[:-3]), tuple(mask.shape[-3:])
+    if len(batch) == 1:
+        return mask
     if all(n == 1 for n in batch):
         return mask.reshape(1, *rest)
-    if not all(n in (1, m) for n, m in zip(batch, lead, strict=True)):
-        raise_for_mask(mask.shape, full)
     return mask.expand(*lead, *rest).reshape(math.prod(lead), *rest)
 
 
@@ -338,8 +335,14 @@ def _require_tensor(name: str, given: object) -> None:
         )
 
 
+def _shown(name: str, given: object) -> str:
+    if isinstance(given, Tensor):
+        return f"{name} of type {type(given).__name__}"
+    return f"{name}={given!r}"[:100].replace("\n", " ")
+
+
 def _no_bool(name: str, given: object) -> TypeError:
-    return TypeError(problem(f"{name}={given!r}"[:100], "True or False", f"{name}=bool(...)"))
+    return TypeError(problem(_shown(name, given), "True or False", f"{name}=bool(...)"))
 
 
 def _number(name: str, given: Any) -> float:
@@ -374,7 +377,7 @@ def _positions(is_causal: Any, causal: Any, window: Any) -> tuple[int, int, bool
         raise _no_bool("is_causal", is_causal)
     if causal is not None and not (isinstance(causal, str) and causal in ("top_left", "bottom_right")):
         raise ValueError(
-            problem(f"causal={causal!r}"[:100], "None, 'top_left' or 'bottom_right'", "causal='top_left'")
+            problem(_shown("causal", causal), "None, 'top_left' or 'bottom_right'", "causal='top_left'")
         )
     if is_causal and causal == "bottom_right":
         raise ValueError(
@@ -396,7 +399,7 @@ def _window(window: Any) -> tuple[int, int]:
     if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= -1 for n in limits):
         raise ValueError(
             problem(
-                f"window={window!r}"[:100],
+                _shown("window", window),
                 "(left, right), each a number of keys from 0 on, or None or -1 for no limit",
                 "window=(127, 0) for the last 128 keys",
             )

@@ -139,7 +139,7 @@ def _sizes(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> At
 
 def _raise_for_shapes(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> NoReturn:
     if key[-1] != query[-1]:
-        name, other, what, remedy = "key", "query", "the same last dimension, D", "the same projection size"
+        name, other, what, remedy = "key", "query", "the same last dimension, D", "check the projections"
     elif key[-2] != value[-2]:
         name, other, what, remedy = "value", "key", "a value for each key: the same Sk", "check both lengths"
     elif key[-3] != value[-3]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import attention_ops
 from .function import Backward, Function, gradients, needs_gradient, recording, refuse
@@ -31,6 +32,9 @@ def attention(
     run = attention_ops.attention
     if recording() and needs_gradient(query, key, value, attn_mask, sinks):
         run = _Attention.apply
+        if is_compiling():  # torch.compile takes no tensor twice among the arguments of a Function
+            value = value.view_as(value) if value is query or value is key else value
+            key = key.view_as(key) if key is query else key
     tensors = (query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
     return run(*tensors, *seed_and_numbers)
 
