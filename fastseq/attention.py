@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .attention_checks import dtype_of_sums, raise_for_mask
+from .attention_checks import broadcasts, dtype_of_sums, raise_for_mask
 from .checks import problem
 
 
@@ -133,11 +133,12 @@ def scaled_dot_product_attention(
     lead, rank = None, 4  # as the operator wants it
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, enable_gqa)
-    elif not (
-        query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
-    ):
-        rank = max(query.dim(), key.dim(), value.dim())
-        query, key, value, lead = _in_four_dimensions(query, key, value, enable_gqa)
+    else:
+        q, k, v = query.shape, key.shape, value.shape
+        plain = len(q) == len(k) == len(v) == 4 and q[0] == k[0] == v[0] and q[1] == k[1] == v[1]
+        if not plain:
+            rank = max(len(q), len(k), len(v))
+            query, key, value, lead = _in_four_dimensions(query, key, value, enable_gqa)
     if attn_mask is not None:
         attn_mask = _mask_in_four_dimensions(attn_mask, query, key, lead)
 
@@ -313,13 +314,13 @@ def _mask_in_four_dimensions(
         return mask  # the operator has the last word
     lead = tuple(query.shape[:1]) if lead is None else lead
     full = (*lead, query.shape[1], query.shape[2], key.shape[2])
-    fits = all(n in (1, m) for n, m in zip(reversed(mask.shape), reversed(full), strict=False))
-    if mask.dim() > len(full) or not fits:
-        raise_for_mask(mask.shape, full)
-    mask = mask.reshape((1,) * (len(full) - mask.dim()) + tuple(mask.shape))
-    batch, rest = tuple(mask.shape[:-3]), tuple(mask.shape[-3:])
-    if len(batch) == 1:
-        return mask
+    given = tuple(mask.shape)
+    if not broadcasts(given, full):
+        raise_for_mask(given, full)
+    given = (1,) * (len(full) - len(given)) + given
+    if len(lead) == 1:
+        return mask.view(given) if mask.dim() < 4 else mask
+    mask, batch, rest = mask.reshape(given), given[:-3], given[-3:]
     if all(n == 1 for n in batch):
         return mask.reshape(1, *rest)
     return mask.expand(*lead, *rest).reshape(math.prod(lead), *rest)

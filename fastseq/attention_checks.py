@@ -60,19 +60,21 @@ def dtype_of_sums(dtype: torch.dtype) -> torch.dtype:
 
 def check_attention(a: Arguments) -> Attention:
     """The sizes; raises RuntimeError for what the kernels cannot take."""
-    query, key, value = a.query, a.key, a.value
+    query, key, value, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, slopes, sinks, *_ = a
     dtype, device = query.dtype, query.device
     if not (dtype in DTYPES and key.dtype is dtype and value.dtype is dtype):
         _raise_for_dtypes(query, key, value)
     if not (key.device == device and value.device == device):
         _raise_for_device("key" if key.device != device else "value", a)
-    packed = a.cu_seqlens_q is not None or a.cu_seqlens_k is not None
-    sizes = _packed_sizes(a) if packed else _sizes(query.shape, key.shape, value.shape)
-    if a.attn_mask is not None:
-        _check_mask(a.attn_mask, a, sizes)
-    if a.key_lengths is not None:
-        _check_key_lengths(a.key_lengths, a, sizes)
-    if a.alibi_slopes is not None or a.sinks is not None:
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        sizes = _sizes(query.shape, key.shape, value.shape)
+    else:
+        sizes = _packed_sizes(a)
+    if mask is not None:
+        _check_mask(mask, a, sizes)
+    if key_lengths is not None:
+        _check_key_lengths(key_lengths, a, sizes)
+    if slopes is not None or sinks is not None:
         _check_heads(a, sizes)
     if a.dropout_p != 0:
         _check_dropout(a)
@@ -258,9 +260,17 @@ def _check_mask(mask: Tensor, a: Arguments, sizes: Attention) -> None:
     if mask.device != a.query.device:
         _raise_for_device("attn_mask", a)
     full = (sizes.batch, sizes.heads, sizes.queries, sizes.keys)
-    given = mask.shape
-    if len(given) != 4 or not all(n == size or n == 1 for n, size in zip(given, full, strict=True)):
-        raise_for_mask(given, full)
+    if mask.dim() != 4 or not broadcasts(mask.shape, full):
+        raise_for_mask(mask.shape, full)
+
+
+def broadcasts(given: Sequence[int], full: Sequence[int]) -> bool:
+    if len(given) > len(full):
+        return False
+    for n, size in zip(reversed(given), reversed(full), strict=False):  # noqa: SIM110  all() takes longer
+        if n != 1 and n != size:
+            return False
+    return True
 
 
 def raise_for_mask(given: Sequence[int], full: Sequence[int]) -> NoReturn:

@@ -56,7 +56,7 @@ def _empty_like(like: Tensor, features: int) -> Tensor:
     """Dense, with other features, which come last, and the other dimensions in memory as in `like`."""
     shape = like.shape
     if like.is_contiguous():  # first, because strides of sizes of 1 mean nothing
-        return like.new_empty(shape if shape[-1] == features else (*shape[:-1], features))
+        return torch.empty_like(like) if shape[-1] == features else like.new_empty((*shape[:-1], features))
     strides, step = [1] * len(shape), features
     # No transposed view: autograd forbids changing a view from a Function in place.
     for i in sorted(range(len(shape) - 1), key=lambda i: (like.stride(i), -i)):
@@ -68,10 +68,16 @@ def _empty_like(like: Tensor, features: int) -> Tensor:
 
 
 def _allocate(a: Arguments, sizes: Attention) -> tuple[Tensor, Tensor, Tensor]:
-    query, packed = a.query, a.cu_seqlens_q is not None
+    query, heads, queries = a.query, sizes.heads, sizes.queries
     output = _empty_like(query, sizes.value_size)
-    rows = (sizes.heads, sizes.queries) if packed else (sizes.batch, sizes.heads, sizes.queries)
-    lse = query.new_empty(rows, dtype=dtype_of_sums(query.dtype))
+    rows, strides = (sizes.batch, heads, queries), (heads * queries, queries, 1)
+    if a.cu_seqlens_q is not None:
+        rows, strides = rows[1:], strides[1:]
+    sums = dtype_of_sums(query.dtype)
+    if sums is query.dtype:
+        lse = query.new_empty_strided(rows, strides)  # faster than new_empty
+    else:
+        lse = query.new_empty_strided(rows, strides, dtype=sums)
     # Of keys that a query does not see nothing is written.
     weights = query.new_zeros((*rows, sizes.keys)) if a.return_weights else query.new_empty(0)
     return output, lse, weights
@@ -84,8 +90,9 @@ def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _dense(a: Arguments, sizes: Attention) -> Arguments:
     """As the kernels take them: features next to each other, lengths checked and as int64, without gaps."""
-    if not a.query.stride(-1) == a.key.stride(-1) == a.value.stride(-1) == 1:
-        a = a._replace(query=_rows_of(a.query), key=_rows_of(a.key), value=_rows_of(a.value))
+    query, key, value = a.query, a.key, a.value
+    if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
+        a = a._replace(query=_rows_of(query), key=_rows_of(key), value=_rows_of(value))
     if a.key_lengths is not None or a.cu_seqlens_q is not None or a.sinks is not None:
         lengths = {
             name: getattr(a, name).to(torch.int64).contiguous()
