@@ -135,8 +135,8 @@ def scaled_dot_product_attention(
         _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, enable_gqa)
     else:
         q, k, v = query.shape, key.shape, value.shape
-        plain = len(q) == len(k) == len(v) == 4 and q[0] == k[0] == v[0] and q[1] == k[1] == v[1]
-        if not plain:
+        plain = len(q) == len(k) == len(v) == 4 and q[0] == k[0] == v[0] and k[1] == v[1]
+        if not plain or (q[1] != k[1] and not enable_gqa):
             rank = max(len(q), len(k), len(v))
             query, key, value, lead = _in_four_dimensions(query, key, value, enable_gqa)
     if attn_mask is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _C
 from .addresses import address
 from .attention_checks import Arguments, Attention
-from .checks import DTYPES
+from .checks import DTYPES, problem
 
 if TYPE_CHECKING:
     from .attention_ops import Gradients, Incoming
@@ -31,10 +31,18 @@ def _head(tensor: Tensor | None) -> tuple[int, ...]:
     """Address and strides of batch, head and row."""
     if tensor is None:
         return _NO_HEAD
-    strides = tensor.stride()
+    strides, address = tensor.stride(), tensor.data_ptr()
+    if address == 0 and tensor.numel():  # torch's zero tensors
+        raise RuntimeError(
+            problem(
+                "query, key, value or a gradient without memory of its own",
+                "dense tensors on the CPU",
+                "tensor.clone()",
+            )
+        )
     if len(strides) == 4:
-        return (tensor.data_ptr(), *strides[:3])
-    return tensor.data_ptr(), 0, strides[1], strides[0]
+        return (address, *strides[:3])
+    return address, 0, strides[1], strides[0]
 
 
 def _rows(tensor: Tensor | None) -> tuple[int, ...]:

@@ -379,6 +379,46 @@ def test_backward_operator_checks_what_came_from_the_forward_pass(name, operator
     assert name in str(error)
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad_output"])
+def test_tensor_without_memory_is_refused(name):
+    """torch's zero tensors have a shape and an address of 0."""
+    given = {"query": Q, "key": K, "value": V, "grad_output": torch.randn(B, H, SQ, DV)}
+    given[name] = torch._efficientzerotensor(given[name].shape)
+    grad_output = given.pop("grad_output")
+    arguments = operator_arguments(given)
+    backward = backward_arguments(arguments, torch.randn(B, H, SQ, DV), torch.randn(B, H, SQ))
+    backward[0] = grad_output
+    with pytest.raises(RuntimeError, match="memory"):
+        attention_ops.attention_backward(*backward)
+    if name != "grad_output":
+        with pytest.raises(RuntimeError, match="memory"):
+            attention_ops.attention(*arguments)
+
+
+def attend(query):
+    return fastseq.scaled_dot_product_attention(query, query, query)
+
+
+REFUSED = {
+    "a second derivative": lambda x: torch.autograd.functional.hessian(lambda x: attend(x).sum(), x),
+    "vmap": torch.func.vmap(attend),
+    "vmap, frozen": lambda x: torch.func.vmap(attend)(x.detach()),
+    "forward mode": lambda x: torch.func.jvp(attend, (x,), (x,)),
+    "forward mode, frozen": lambda x: torch.func.jvp(attend, (x.detach(),), (x.detach(),)),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_has_no_derivative_is_refused_and_never_silently_wrong(what):
+    error = error_of(REFUSED[what], torch.randn(2, 3, 4, requires_grad=True))
+    assert isinstance(error, RuntimeError)
+    if what.startswith("forward"):
+        assert "forward mode" in str(error)  # torch's own words
+    else:
+        assert_three_lines(error)
+        assert what.partition(",")[0] in str(error)
+
+
 # ---- what is no mistake ----
 
 GOOD = {
@@ -386,6 +426,7 @@ GOOD = {
     "no keys": {"key": K[:, :, :0], "value": V[:, :, :0]},
     "no batch": {"query": Q[:0], "key": K[:0], "value": V[:0]},
     "one query head for all": {"query": Q[:, :1]},
+    "grouped heads": {"key": K[:, :2], "value": V[:, :2], "enable_gqa": True},
     "one key head for all": {"key": K[:, :1], "value": V[:, :1]},
     "a mask of one number": {"attn_mask": torch.tensor(True)},
     "a mask of one row": {"attn_mask": torch.zeros(SK)},
