@@ -60,7 +60,7 @@ AttentionArgs read_sizes(Integers& from) {
   return a;
 }
 
-AttentionArgs read_problem(Integers& from) {
+AttentionArgs read_problem(Integers& from, bool backward) {
   AttentionArgs a = read_sizes(from);
   a.left = from.next(), a.right = from.next(), a.bottom_right = from.next() != 0;
   a.seed = uint64_t(from.next());
@@ -68,7 +68,8 @@ AttentionArgs read_problem(Integers& from) {
   a.cu_seqlens_q = from.pointer<const int64_t>(), a.cu_seqlens_k = from.pointer<const int64_t>();
   a.key_lengths = from.pointer<const int64_t>();
   a.query = read_head(from), a.key = read_head(from), a.value = read_head(from), a.output = read_head(from);
-  a.lse = read_rows(from);
+  if (!backward) a.lse = read_rows(from);
+  a.highest = read_rows(from), a.inverse_sum = read_rows(from);
   a.mask = read_mask(from);
   a.alibi = read_rows(from);
   a.sinks = from.pointer<const void>();
@@ -77,8 +78,9 @@ AttentionArgs read_problem(Integers& from) {
 
 void forward(py::args numbers) {
   Integers from(numbers);
-  AttentionArgs a = read_problem(from);
+  AttentionArgs a = read_problem(from, false);
   a.weights = read_head(from);
+  a.remainder = read_head(from);
   if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
   py::gil_scoped_release release;
   attention_forward(a);
@@ -86,13 +88,14 @@ void forward(py::args numbers) {
 
 void backward(py::args numbers) {
   Integers from(numbers);
-  AttentionArgs a = read_problem(from);
+  AttentionArgs a = read_problem(from, true);
   a.grad_output = read_head(from), a.grad_lse = read_rows(from), a.grad_weights = read_head(from);
   a.grad_query = read_head(from), a.grad_key = read_head(from), a.grad_value = read_head(from);
   Integers mask = from.nested();
   a.grad_mask = mask.pointer<void>();
   for (int64_t& stride : a.grad_mask_stride) stride = mask.next();
   a.grad_sinks = from.pointer<void>();
+  a.remainder = read_head(from);
   if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
   py::gil_scoped_release release;
   attention_backward(a);

@@ -149,11 +149,17 @@ struct AttentionArgs {
   const int64_t* cu_seqlens_k;
   const int64_t* key_lengths;  // [B] or null
   HeadTensor query, key, value, output;
-  HeadRows lse;  // -inf of rows without a visible key, or the sink
+  HeadRows lse;  // natural logarithm; -inf of rows without a visible key, or the sink. Forward pass only
+  // The weight of a score s is exp2(s log2(e) - highest) inverse_sum. Written by the forward pass, or null if nobody
+  // wants them and no weights are shown; read by the backward pass.
+  HeadRows highest, inverse_sum;
   AttentionMask mask;
   HeadRows alibi;      // [B, Hq] slopes or null; strides of batch and head
   const void* sinks;   // [Hq] or null
   HeadTensor weights;  // [B, Hq, Sq, Sk] or null: not wanted; zero where nothing is written
+  // [B, Hq, Sq, Dv] or null: what rounding to 16 bits took from output. Written by the forward pass; with it the
+  // backward pass has output as it was.
+  HeadTensor remainder;
 
   // The backward pass only.
   HeadTensor grad_output;                       // [B, Hq, Sq, Dv]

@@ -119,10 +119,13 @@ def attention_forward(
     value: tuple[int, ...],
     output: tuple[int, ...],
     lse: tuple[int, ...],
+    highest: tuple[int, ...],
+    inverse_sum: tuple[int, ...],
     attn_mask: tuple[int, ...],
     alibi_slopes: tuple[int, ...],  # rows
     sinks: int,
     weights: tuple[int, ...],
+    remainder: tuple[int, ...],  # like output
     /,
 ) -> None: ...
 def attention_backward(
@@ -149,7 +152,8 @@ def attention_backward(
     key: tuple[int, ...],
     value: tuple[int, ...],
     output: tuple[int, ...],
-    lse: tuple[int, ...],
+    highest: tuple[int, ...],
+    inverse_sum: tuple[int, ...],
     attn_mask: tuple[int, ...],
     alibi_slopes: tuple[int, ...],
     sinks: int,
@@ -161,6 +165,7 @@ def attention_backward(
     grad_value: tuple[int, ...],
     grad_mask: tuple[int, ...],  # address, strides of batch, head, query and key
     grad_sinks: int,
+    remainder: tuple[int, ...],
     /,
 ) -> None: ...
 def attention_plan(

@@ -163,7 +163,7 @@ def scaled_dot_product_attention(
     if key_lengths is not None:
         _require_tensor("key_lengths", key_lengths)
 
-    output, lse, weights = autograd.attention(
+    output, lse, weights, *_ = autograd.attention(
         query,
         key,
         value,

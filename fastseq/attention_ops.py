@@ -34,16 +34,21 @@ _TENSORS = (
 )
 _NUMBERS = "float scale, float softcap, float dropout_p, int left, int right, bool bottom_right"
 # output is (B, Hq, Sq, Dv), in memory like query; lse (B, Hq, Sq) in the dtype of sums; weights (B, Hq, Sq,
-# Sk), empty if not asked for. Packed: (total_q, Hq, Dv) and (Hq, total_q).
+# Sk), empty if not asked for. Packed: (total_q, Hq, Dv) and (Hq, total_q). remainder is like output, if `save`
+# and the dtype has 16 bits, else empty: what rounding took from output. Without it a backward pass would be as
+# wrong as output is rounded where the gradients of a row's weights nearly cancel. normalizer, with 2 before the
+# shape of lse, is what makes weights of scores, 2^(score / ln 2 - normalizer[0]) normalizer[1], as exact as they
+# were; empty where neither `save` nor weights need it.
 library.define(
     f"attention({_TENSORS}, {_NUMBERS}, bool return_weights, bool save=False) "
-    "-> (Tensor output, Tensor lse, Tensor weights)"
+    "-> (Tensor output, Tensor lse, Tensor weights, Tensor remainder, Tensor normalizer)"
 )
 # `wanted` says for which of [query, key, value, attn_mask, sinks] to return a gradient. weights are needed
 # beside grad_weights only.
 library.define(
     "attention_backward(Tensor? grad_output, Tensor? grad_lse, Tensor? grad_weights, "
-    f"{_TENSORS}, Tensor output, Tensor lse, Tensor? weights, {_NUMBERS}, bool[] wanted) -> Tensor[]"
+    f"{_TENSORS}, Tensor output, Tensor normalizer, Tensor? weights, Tensor? remainder, {_NUMBERS}, bool[] wanted) "
+    "-> Tensor[]"
 )
 
 
@@ -67,7 +72,7 @@ def _empty_like(like: Tensor, features: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------- forward
 
 
-def _allocate(a: Arguments, sizes: Attention) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(a: Arguments, sizes: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     query, heads, queries = a.query, sizes.heads, sizes.queries
     output = _empty_like(query, sizes.value_size)
     rows, strides = (sizes.batch, heads, queries), (heads * queries, queries, 1)
@@ -80,10 +85,12 @@ def _allocate(a: Arguments, sizes: Attention) -> tuple[Tensor, Tensor, Tensor]:
         lse = query.new_empty_strided(rows, strides, dtype=sums)
     # Of keys that a query does not see nothing is written.
     weights = query.new_zeros((*rows, sizes.keys)) if a.return_weights else query.new_empty(0)
-    return output, lse, weights
+    remainder = torch.empty_like(output) if a.save and query.itemsize == 2 else query.new_empty(0)
+    normalizer = query.new_empty((2, *rows), dtype=sums) if a.save or a.return_weights else query.new_empty(0)
+    return output, lse, weights, remainder, normalizer
 
 
-def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     a = Arguments(*arguments)
     return _allocate(a, check_attention(a))
 
@@ -104,8 +111,8 @@ def _dense(a: Arguments, sizes: Attention) -> Arguments:
     return a
 
 
-def _run(run: Callable[..., None], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks, allocates, has run(sizes, arguments, output, lse, weights) fill the results."""
+def _run(run: Callable[..., None], *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Checks, allocates, has run(sizes, arguments, *results) fill the results."""
     a = Arguments(*arguments)
     sizes = check_attention(a)
     results = _allocate(a, sizes)
@@ -124,7 +131,8 @@ class Incoming(NamedTuple):
     grad_lse: Tensor | None  # like lse, less the row sums of weights * grad_weights
     grad_weights: Tensor | None  # (B, Hq, Sq, Sk)
     output: Tensor
-    lse: Tensor
+    normalizer: Tensor  # (2, ...) of lse
+    remainder: Tensor | None  # like output
 
 
 class Gradients(NamedTuple):
@@ -139,7 +147,7 @@ class Gradients(NamedTuple):
 
 def forward_arguments(arguments: Sequence[Any]) -> Arguments:
     """Of the operator attention, in those of its backward pass."""
-    return Arguments(*arguments[3:13], *arguments[16:22], arguments[15] is not None)
+    return Arguments(*arguments[3:13], *arguments[17:23], arguments[15] is not None)
 
 
 def _read_backward(arguments: Sequence[Any]) -> tuple[Arguments, Attention]:
@@ -152,8 +160,9 @@ def _read_backward(arguments: Sequence[Any]) -> tuple[Arguments, Attention]:
     dtype, sums = query.dtype, dtype_of_sums(query.dtype)
     for name, tensor, shape, of in (
         ("output", arguments[13], output, dtype),
-        ("lse", arguments[14], lse, sums),
+        ("normalizer", arguments[14], (2, *lse), sums),
         ("weights", weights, (*lse, sizes.keys), dtype),
+        ("remainder", arguments[16], output, dtype),
         ("grad_output", arguments[0], output, dtype),
         ("grad_lse", arguments[1], lse, sums),
         ("grad_weights", arguments[2], (*lse, sizes.keys), dtype),
@@ -198,7 +207,7 @@ def _allocate_gradients(a: Arguments, sizes: Attention, wanted: Sequence[bool]) 
 
 def _attention_backward_fake(*arguments: Any) -> list[Tensor]:
     a, sizes = _read_backward(arguments)
-    grads = _allocate_gradients(a, sizes, arguments[22])
+    grads = _allocate_gradients(a, sizes, arguments[23])
     return [
         _result(grad, name, a) for name, grad in zip(grads._fields, grads, strict=True) if grad is not None
     ]
@@ -206,21 +215,22 @@ def _attention_backward_fake(*arguments: Any) -> list[Tensor]:
 
 def _incoming(arguments: Sequence[Any]) -> Incoming:
     grad_output, grad_lse, grad_weights = arguments[:3]
-    output, lse, weights = arguments[13:16]
+    output, normalizer, weights, remainder = arguments[13:17]
     grad_output = torch.zeros_like(output) if grad_output is None else _rows_of(grad_output)
     if grad_weights is not None:
-        row_sums = (weights.to(lse.dtype) * grad_weights).sum(-1)
+        row_sums = (weights.to(normalizer.dtype) * grad_weights).sum(-1)
         grad_lse = -row_sums if grad_lse is None else grad_lse - row_sums
         grad_weights = _rows_of(grad_weights)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    # output and lse as the forward pass made them, unless a hook on saved tensors laid them out anew.
-    return Incoming(grad_output, grad_lse, grad_weights, _rows_of(output), lse.contiguous())
+    # output and normalizer as the forward pass made them, unless a hook on saved tensors laid them out anew.
+    remainder = None if remainder is None else _rows_of(remainder)
+    return Incoming(grad_output, grad_lse, grad_weights, _rows_of(output), normalizer.contiguous(), remainder)
 
 
 def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
     """Checks, allocates, has run(sizes, arguments, incoming, grads) fill the gradients."""
     a, sizes = _read_backward(arguments)
-    grads = _allocate_gradients(a, sizes, arguments[22])
+    grads = _allocate_gradients(a, sizes, arguments[23])
     a = _dense(a, sizes)
     run(sizes, a, _incoming(arguments), grads)
     return [
@@ -264,11 +274,11 @@ def _kernels(*tensors: Tensor | None) -> Kernels:
     return KERNELS.get(plain_device(*tensors), _DISPATCHED) if nobody_listens() else _DISPATCHED
 
 
-def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """torch.ops.fastseq.attention, without the dispatcher where possible: see ops.recurrent_cell."""
     return _kernels(*arguments[:9]).attention(*arguments)  # all tensors but the seed
 
 
 def attention_backward(*arguments: Any) -> list[Tensor]:
     """torch.ops.fastseq.attention_backward, without the dispatcher where possible."""
-    return _kernels(*arguments[:12], *arguments[13:16]).attention_backward(*arguments)
+    return _kernels(*arguments[:12], *arguments[13:17]).attention_backward(*arguments)

@@ -53,6 +53,15 @@ def _rows(tensor: Tensor | None) -> tuple[int, ...]:
     return tensor.data_ptr(), (strides[0] if len(strides) == 3 else 0), strides[-2]
 
 
+def _normalizer(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The rows of either half, which lie one after the other; none of an empty one."""
+    if tensor.dim() == 1:
+        return _NO_ROWS, _NO_ROWS
+    strides, address = tensor.stride(), tensor.data_ptr()
+    rows = (strides[1] if len(strides) == 4 else 0), strides[-2]
+    return (address, *rows), (address + strides[0] * tensor.element_size(), *rows)
+
+
 def _broadcast_strides(tensor: Tensor) -> list[int]:
     return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
@@ -93,14 +102,24 @@ def _problem(sizes: Attention, a: Arguments, output: Tensor) -> tuple[Any, ...]:
     )
 
 
-def forward(sizes: Attention, a: Arguments, output: Tensor, lse: Tensor, weights: Tensor) -> None:
+def forward(
+    sizes: Attention,
+    a: Arguments,
+    output: Tensor,
+    lse: Tensor,
+    weights: Tensor,
+    remainder: Tensor,
+    normalizer: Tensor,
+) -> None:
     _C.attention_forward(
         *_problem(sizes, a, output),
         _rows(lse),
+        *_normalizer(normalizer),
         _mask(a),
         _alibi(a),
         address(a.sinks),
         _head(weights) if a.return_weights else _NO_HEAD,
+        _head(remainder) if remainder.dim() > 1 else _NO_HEAD,
     )
 
 
@@ -108,7 +127,7 @@ def backward(sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradient
     of_mask = grads.attn_mask
     _C.attention_backward(
         *_problem(sizes, a, incoming.output),
-        _rows(incoming.lse),
+        *_normalizer(incoming.normalizer),
         _mask(a),
         _alibi(a),
         address(a.sinks),
@@ -120,6 +139,7 @@ def backward(sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradient
         _head(grads.value),
         _NO_GRAD_OF_MASK if of_mask is None else (of_mask.data_ptr(), *_broadcast_strides(of_mask)),
         address(grads.sinks),
+        _head(incoming.remainder),
     )
 
 

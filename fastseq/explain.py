@@ -236,8 +236,9 @@ def _read_attention(_: dict[int, str], arguments: Sequence[Any], results: Sequen
     a = Arguments(*arguments)
     kept = {
         **{name: x for name, x in zip(a._fields, a, strict=True) if isinstance(x, Tensor)},
-        **dict(zip(("output", "lse", "weights"), results, strict=True)),
+        **dict(zip(("output", "lse", "weights", "remainder", "normalizer"), results, strict=True)),
     }
+    del kept["lse"]  # made again from the normalizer
     return _call_of_attention("attention", a, kept if a.save else None)
 
 

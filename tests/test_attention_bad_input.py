@@ -301,10 +301,11 @@ def operator_arguments(tensors, **changed):
     return [arguments.get(name) for name in attention_ops.Arguments._fields[:-1]]
 
 
-def backward_arguments(arguments, output, lse):
+def backward_arguments(arguments, output, normalizer):
     *tensors, scale, softcap, dropout_p, left, right, bottom_right, _ = arguments
     numbers = (scale, softcap, dropout_p, left, right, bottom_right)
-    return [output, None, None, *tensors, output, lse, None, *numbers, [True, True, True, False, False]]
+    wanted = [True, True, True, False, False]
+    return [output, None, None, *tensors, output, normalizer, None, None, *numbers, wanted]
 
 
 OPERATORS = [attention_ops, torch.ops.fastseq]
@@ -320,7 +321,7 @@ def test_operators_check_key_lengths_themselves(lengths, operators, kind):
     for call in (
         lambda: operators.attention(*arguments),
         lambda: operators.attention_backward(
-            *backward_arguments(arguments, torch.randn(B, H, SQ, DV), torch.randn(B, H, SQ))
+            *backward_arguments(arguments, torch.randn(B, H, SQ, DV), torch.randn(2, B, H, SQ))
         ),
     ):
         with pytest.raises(RuntimeError, match="key_lengths"):
@@ -367,12 +368,15 @@ def test_operators_take_what_the_function_makes_of_arguments_and_nothing_else(ar
 
 
 @pytest.mark.parametrize("operators", OPERATORS, ids=["direct", "dispatched"])
-@pytest.mark.parametrize("name", ["grad_output", "grad_lse", "grad_weights", "output", "lse", "weights"])
+@pytest.mark.parametrize(
+    "name", ["grad_output", "grad_lse", "grad_weights", "output", "normalizer", "weights", "remainder"]
+)
 def test_backward_operator_checks_what_came_from_the_forward_pass(name, operators):
     arguments = operator_arguments({"query": Q, "key": K, "value": V})
-    backward = backward_arguments(arguments, torch.randn(B, H, SQ, DV), torch.randn(B, H, SQ))
-    place = {"grad_output": 0, "grad_lse": 1, "grad_weights": 2, "output": 13, "lse": 14, "weights": 15}[name]
-    backward[place] = torch.randn(B, H, SQ + 1, 3)
+    backward = backward_arguments(arguments, torch.randn(B, H, SQ, DV), torch.randn(2, B, H, SQ))
+    place = {"grad_output": 0, "grad_lse": 1, "grad_weights": 2, "output": 13, "normalizer": 14}
+    place |= {"weights": 15, "remainder": 16}
+    backward[place[name]] = torch.randn(B, H, SQ + 1, 3)
     error = error_of(lambda: operators.attention_backward(*backward))
     assert isinstance(error, RuntimeError)
     assert_three_lines(error)
@@ -386,7 +390,7 @@ def test_tensor_without_memory_is_refused(name):
     given[name] = torch._efficientzerotensor(given[name].shape)
     grad_output = given.pop("grad_output")
     arguments = operator_arguments(given)
-    backward = backward_arguments(arguments, torch.randn(B, H, SQ, DV), torch.randn(B, H, SQ))
+    backward = backward_arguments(arguments, torch.randn(B, H, SQ, DV), torch.randn(2, B, H, SQ))
     backward[0] = grad_output
     with pytest.raises(RuntimeError, match="memory"):
         attention_ops.attention_backward(*backward)

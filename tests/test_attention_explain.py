@@ -141,7 +141,7 @@ def test_bytes_saved_are_those_that_autograd_holds(what):
     with counting() as held:
         one = explain(options, *given)
     assert one.saved_bytes == sum(one.saved.values()) == sum(held) > 0
-    assert {"query", "key", "value", "output", "lse"} <= one.saved.keys()
+    assert {"query", "key", "value", "output", "normalizer"} <= one.saved.keys()
     assert ("weights" in one.saved) == ("return_weights" in options)
     assert ("seed" in one.saved) == ("dropout_p" in options)
 

@@ -1,8 +1,8 @@
-// Attention, backward: from the rows' log-sum-exps, without any matrix of queries by keys.
+// Attention, backward: from what the forward pass divided each row by, without any matrix of queries by keys.
 //
 // For each tile of rows and each tile of keys that one of them sees:
 //
-//   S = Q K^T,  P = exp2(S - lse)              as in the forward pass, without its sums
+//   S = Q K^T,  P = exp2(S - highest) / sum     as in the forward pass, both known
 //   dP = dO V^T,  dS = P (dP - delta)          delta = row sums of dO O, less the gradient of lse
 //   dV = dV + P^T dO,  dK = dK + dS^T Q,  dQ = dQ + dS K
 //
@@ -26,7 +26,7 @@ namespace {
 template <class S, class T>
 struct GradRow {
   ScoreRow<T> score;
-  T lse, lse_low;  // in units of log2, their sum; +inf of a row that sees nothing
+  T highest, inverse_sum;  // see AttentionArgs
   T delta;
   const S* grad_weights;  // at the tile's first key, or null
   T* grad_mask;           // at the tile's first key, or null
@@ -289,23 +289,27 @@ class Backward {
       const int64_t head = rows.head[r], query = rows.query[r];
       const S* const grad = u.s.template query_row<const S>(a_.grad_output, head, query);
       const S* const output = u.s.template query_row<const S>(a_.output, head, query);
+      const S* const remainder =
+          a_.remainder.data ? u.s.template query_row<const S>(a_.remainder, head, query) : nullptr;
       copy_row(u.s.template query_row<const S>(a_.query, head, query), a_.head_size,
                t.query_left + r * head_stride_);
       copy_row(grad, a_.value_size, t.grad_left + r * value_stride_);
       V sum(0);
       for (int64_t i = 0; i < a_.value_size; i += kWidth) {
         const int64_t n = a_.value_size - i;
-        sum = fma(load_upto<V>(grad + i, n), load_upto<V>(output + i, n), sum);
+        V exact = load_upto<V>(output + i, n);
+        if (remainder) exact = exact + load_upto<V>(remainder + i, n);
+        sum = fma(load_upto<V>(grad + i, n), exact, sum);
       }
       GradRow<S, T>& row = t.row[r];
-      const T lse = *u.s.template of_query<const T>(a_.lse, head, query);
+      row.highest = *u.s.template of_query<const T>(a_.highest, head, query);
+      row.inverse_sum = *u.s.template of_query<const T>(a_.inverse_sum, head, query);
       row.delta = sum_of_lanes(sum);
       if (a_.grad_lse.data) row.delta -= *u.s.template of_query<const T>(a_.grad_lse, head, query);
-      row.lse = lse == -INFINITY ? T(INFINITY) : T(lse * kLog2E);
-      row.lse_low = std::isfinite(lse) ? T(lse * kLog2E - double(row.lse)) : T(0);
-      if (a_.sinks && first_part && lse > -INFINITY) {
+      if (a_.sinks && first_part) {
         const double sink = static_cast<const T*>(a_.sinks)[head];
-        t.grad_sinks[head - u.kv_head * group_heads_] -= std::exp(sink - double(lse)) * double(row.delta);
+        const double weight = std::exp2(sink * kLog2E - double(row.highest)) * double(row.inverse_sum);
+        t.grad_sinks[head - u.kv_head * group_heads_] -= weight * double(row.delta);
       }
       row.grad_weights = nullptr, row.grad_mask = nullptr;
     }
@@ -447,13 +451,12 @@ class Backward {
     const V product = load<V>(x);
     V kept_slope(1), p;
     if (scores_.plain()) {
-      p = fma(product, V(scores_.scale()), V(-row.lse));
+      p = fma(product, V(scores_.scale()), V(-row.highest));
     } else {
-      p = scores_.of(row.score, product, c, kept_slope) - row.lse;
+      p = scores_.of(row.score, product, c, kept_slope) - row.highest;
     }
-    p = p - row.lse_low;
     if (!Scores<S, T>::all_visible(row.score, c)) p = Scores<S, T>::within(row.score, p, c);
-    p = exp2(p);
+    p = exp2(p) * row.inverse_sum;
     weight = p;
     grad = load<V>(dx);
     if constexpr (!kSimple) {

@@ -645,8 +645,8 @@ class Forward {
       for (int64_t i = 0; i < kWidth; ++i) sums[i] = i < count ? state.sum[first + i] : V(1);
       const V sum = sums_of_rows(sums), highest = load_upto<V>(state.highest + first, count);
       if (u.parts == 1) {
-        write_rows(u.s, rows.head + first, rows.query + first, count, state.output + first * state.output_stride,
-                   highest, sum);
+        write_rows(u.s, rows.head + first, rows.query + first, count,
+                   state.output + first * state.output_stride, highest, sum);
         continue;
       }
       const int64_t at = part_index(u, u.part, first_row + first);
@@ -661,22 +661,31 @@ class Forward {
   }
 
   // Up to kWidth rows, each with its highest score and the sum of its weights in a lane.
-  void write_rows(const Sequence& s, const int64_t* head, const int64_t* query, int64_t count, const T* output,
-                  V highest, V sum) const {
+  void write_rows(const Sequence& s, const int64_t* head, const int64_t* query, int64_t count,
+                  const T* output, V highest, V sum) const {
     const auto nothing = sum.v == V(0).v;
-    T factors[kWidth], most[kWidth], whole[kWidth], fraction[kWidth];
-    store(factors, select<T>(nothing, V(0), V(1) / (sum * T(1 - a_.dropout_p))));
+    const T kept_scale = T(1 / (1 - a_.dropout_p));
+    T inverse[kWidth], most[kWidth], whole[kWidth], fraction[kWidth];
+    store(inverse, select<T>(nothing, V(0), V(1) / sum));
     V log_whole;
     store(fraction, log2(select<T>(nothing, V(1), sum), log_whole));
     store(whole, log_whole);
     store(most, select<T>(nothing, V(-INFINITY), highest));
     for (int64_t r = 0; r < count; ++r, output += value_columns_) {
       S* const to = s.template query_row<S>(a_.output, head[r], query[r]);
+      S* const remainder =
+          a_.remainder.data ? s.template query_row<S>(a_.remainder, head[r], query[r]) : nullptr;
       for (int64_t i = 0; i < a_.value_size; i += kWidth) {
-        store_upto(to + i, load<V>(output + i) * V(factors[r]), a_.value_size - i);
+        const V x = load<V>(output + i) * V(inverse[r] * kept_scale);
+        const int64_t n = a_.value_size - i;
+        store_upto(to + i, x, n);
+        if (remainder) store_upto(remainder + i, x - load_upto<V>(to + i, n), n);
       }
       *s.template of_query<T>(a_.lse, head[r], query[r]) =
           T((double(most[r]) + double(whole[r]) + double(fraction[r])) * kLn2);
+      if (!a_.highest.data) continue;
+      *s.template of_query<T>(a_.highest, head[r], query[r]) = most[r] == -INFINITY ? T(0) : most[r];
+      *s.template of_query<T>(a_.inverse_sum, head[r], query[r]) = inverse[r];
     }
   }
 
@@ -743,8 +752,7 @@ class Forward {
       multiply(first_key, columns, hidden, count);
       for (int64_t g = 0; g < rows.groups; ++g) {
         for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r) {
-          const T lse = *u.s.template of_query<T>(a_.lse, rows.head[r], rows.query[r]);
-          const T highest = lse == -INFINITY ? T(0) : T(lse * kLog2E);
+          const T highest = *u.s.template of_query<const T>(a_.highest, rows.head[r], rows.query[r]);
           T* const x = t.tile.products + r * kKeyTile;
           score_row(scores_, t.tile.row[r], columns[g], x);
           weigh_row<T>(scale, highest, columns[g], x);
@@ -762,7 +770,8 @@ class Forward {
       dropout_.keep(u.b * a_.heads + head, query, first_key + columns.begin, columns.end - columns.begin,
                     keep + columns.begin);
     }
-    const V factor(T(1 / (1 - a_.dropout_p)));
+    const T inverse_sum = *u.s.template of_query<const T>(a_.inverse_sum, head, query);
+    const V factor(T(inverse_sum / (1 - a_.dropout_p)));
     for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
       store_upto(to + c, load<V>(weights + c) * load<V>(keep + c) * factor, count - c);
     }

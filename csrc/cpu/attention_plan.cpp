@@ -10,6 +10,8 @@ namespace {
 constexpr double kPackRows = 8;     // packing a unit's keys and values
 constexpr double kMeetingRows = 1;  // two threads meet
 
+constexpr double kThreadProducts = 1 << 18;  // multiply-adds: some 10 us of them between memory
+
 constexpr int64_t kSplitRows = 64;  // with more rows there is work enough without cutting keys
 constexpr int64_t kSplitKeys = 1024;
 constexpr int64_t kGradKeys = 256, kMostGradParts = 8;  // each part keeps a copy of the queries' gradient
@@ -26,18 +28,22 @@ int64_t backward_key_parts(int64_t keys) { return std::clamp<int64_t>(keys / kGr
 
 AttentionPlan attention_plan(const AttentionArgs& a, int threads, bool backward) {
   const int64_t group_heads = a.heads / std::max<int64_t>(a.kv_heads, 1);
-  int64_t most_rows = 0, least_rows = INT64_MAX, longest = 0;
+  int64_t most_rows = 0;
+  double work = 0;
   AttentionPlan plan = {};
   plan.key_parts = 1;
   for (int64_t b = 0; b < a.batch; ++b) {
     const AttentionLengths s(a, b);
     const int64_t rows = group_heads * s.queries;
     const int64_t parts = backward ? backward_key_parts(s.keys) : forward_key_parts(rows, s.keys);
-    most_rows = std::max(most_rows, rows), least_rows = std::min(least_rows, rows);
-    longest = std::max(longest, s.keys);
+    most_rows = std::max(most_rows, rows);
+    work += double(s.queries) * double(s.keys);
     plan.key_parts = std::max(plan.key_parts, parts);
     if (parts > 1) plan.part_rows = std::max(plan.part_rows, rows);
   }
+  // A thread more has to have something to do while it is being woken.
+  const double products = work * double(a.heads) * double(a.head_size + a.value_size);
+  if (a.forced_plan[0] == 0) threads = int(std::min(double(threads), 1 + products / kThreadProducts));
   plan.direct = !backward && most_rows <= kDirectRows;
   plan.split = !backward && plan.key_parts > 1;
   const int64_t heads = std::max<int64_t>(a.batch * a.kv_heads, 1);

@@ -42,11 +42,13 @@ struct Range {
 
 // One sequence of the batch, its first rows in the tensors, and what its queries see.
 struct Sequence {
-  int64_t b;  // its index where tensors are not packed
+  int64_t index;
+  int64_t b;  // the index where tensors are not packed, else 0
   int64_t queries, keys, first_query, first_key, offset, left, right;
 
   Sequence(const AttentionArgs& a, int64_t index)
-      : b(a.cu_seqlens_q ? 0 : index),
+      : index(index),
+        b(a.cu_seqlens_q ? 0 : index),
         first_query(a.cu_seqlens_q ? a.cu_seqlens_q[index] : 0),
         first_key(a.cu_seqlens_k ? a.cu_seqlens_k[index] : 0),
         left(a.left),
@@ -238,7 +240,7 @@ class Scores {
     if (masked()) r.mask = mask_at(s.b, head, query, first_key);
     if (alibi_) {
       const T* const slopes = static_cast<const T*>(a.alibi.data);
-      r.slope = T(slopes[s.b * a.alibi.stride[0] + head * a.alibi.stride[1]] * kLog2E);
+      r.slope = T(slopes[s.index * a.alibi.stride[0] + head * a.alibi.stride[1]] * kLog2E);
       r.distance = T(query + s.offset - first_key);
     }
     return r;

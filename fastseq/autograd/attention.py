@@ -1,6 +1,6 @@
 """The gradients of attention, as an autograd Function around the operators of fastseq.attention_ops.
 
-Saved for the backward pass are all tensors that the operator takes, output, lse and, if asked for, weights;
+Saved for the backward pass are all tensors that the operator takes, output, remainder, normalizer and, if asked for, weights;
 so none of these may be changed in place before the backward pass.
 """
 
@@ -27,8 +27,8 @@ def attention(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     *seed_and_numbers: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, lse and weights, the last empty if not asked for; see attention_checks.Arguments."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, lse, weights, empty if not asked for, remainder and normalizer: see attention_ops."""
     run = attention_ops.attention
     if recording() and needs_gradient(query, key, value, attn_mask, sinks):
         run = _Attention.apply
@@ -75,24 +75,28 @@ class _Attention(Function):
         right: int,
         bottom_right: bool,
         return_weights: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         tensors = (query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
         numbers = (scale, softcap, dropout_p, left, right, bottom_right, return_weights)
         return attention_ops.attention(*tensors, seed, *numbers, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        output, lse, weights = outputs
+        output, _, weights, remainder, normalizer = outputs
         kept = weights if inputs[16] else None
-        ctx.save_for_backward(*inputs[:10], output, lse, kept)
+        remainder_kept = remainder if remainder.dim() > 1 else None
+        ctx.save_for_backward(*inputs[:10], output, normalizer, kept, remainder_kept)
         ctx.constants = inputs[10:16]
         ctx.set_materialize_grads(False)
-        if kept is None:
-            ctx.mark_non_differentiable(weights)
+        ctx.mark_non_differentiable(remainder, normalizer, *([] if inputs[16] else [weights]))
 
     @staticmethod
     def backward(
-        ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, grad_weights: Tensor | None
+        ctx: Any,
+        grad_output: Tensor | None,
+        grad_lse: Tensor | None,
+        grad_weights: Tensor | None,
+        *_: Tensor | None,
     ) -> Any:
         needs = ctx.needs_input_grad
         wanted = [needs[0], needs[1], needs[2], needs[3], needs[8]]
