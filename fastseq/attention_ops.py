@@ -34,11 +34,11 @@ _TENSORS = (
 )
 _NUMBERS = "float scale, float softcap, float dropout_p, int left, int right, bool bottom_right"
 # output is (B, Hq, Sq, Dv), in memory like query; lse (B, Hq, Sq) in the dtype of sums; weights (B, Hq, Sq,
-# Sk), empty if not asked for. Packed: (total_q, Hq, Dv) and (Hq, total_q). remainder is like output, if `save`
-# and the dtype has 16 bits, else empty: what rounding took from output. Without it a backward pass would be as
-# wrong as output is rounded where the gradients of a row's weights nearly cancel. normalizer, with 2 before the
-# shape of lse, is what makes weights of scores, 2^(score / ln 2 - normalizer[0]) normalizer[1], as exact as they
-# were; empty where neither `save` nor weights need it.
+# Sk), empty if not asked for. Packed: (total_q, Hq, Dv) and (Hq, total_q). remainder is like output, if
+# `save` and the dtype has 16 bits, else empty: what rounding took from output. Without it a backward pass
+# would be as wrong as output is rounded where the gradients of a row's weights nearly cancel. normalizer,
+# with 2 before the shape of lse, is what makes weights of scores, 2^(score / ln 2 - normalizer[0])
+# normalizer[1], as exact as they were; empty where neither `save` nor weights need it.
 library.define(
     f"attention({_TENSORS}, {_NUMBERS}, bool return_weights, bool save=False) "
     "-> (Tensor output, Tensor lse, Tensor weights, Tensor remainder, Tensor normalizer)"
@@ -47,8 +47,8 @@ library.define(
 # beside grad_weights only.
 library.define(
     "attention_backward(Tensor? grad_output, Tensor? grad_lse, Tensor? grad_weights, "
-    f"{_TENSORS}, Tensor output, Tensor normalizer, Tensor? weights, Tensor? remainder, {_NUMBERS}, bool[] wanted) "
-    "-> Tensor[]"
+    f"{_TENSORS}, Tensor output, Tensor normalizer, Tensor? weights, Tensor? remainder, {_NUMBERS}, "
+    "bool[] wanted) -> Tensor[]"
 )
 
 

@@ -337,7 +337,7 @@ def test_operators_check_cu_seqlens_themselves(seqlens, operators, kind):
     for call in (
         lambda: operators.attention(*arguments),
         lambda: operators.attention_backward(
-            *backward_arguments(arguments, torch.randn(10, H, DV), torch.randn(H, 10))
+            *backward_arguments(arguments, torch.randn(10, H, DV), torch.randn(2, H, 10))
         ),
     ):
         with pytest.raises(RuntimeError, match="cu_seqlens_q"):

@@ -1,7 +1,7 @@
 """The gradients of attention, as an autograd Function around the operators of fastseq.attention_ops.
 
-Saved for the backward pass are all tensors that the operator takes, output, remainder, normalizer and, if asked for, weights;
-so none of these may be changed in place before the backward pass.
+Saved for the backward pass are all tensors that the operator takes, output, remainder, normalizer and, if
+asked for, weights; so none of these may be changed in place before the backward pass.
 """
 
 from __future__ import annotations
