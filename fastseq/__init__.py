@@ -24,7 +24,7 @@ from . import functional
 from .attention import scaled_dot_product_attention
 from .config import show_config
 from .explain import explain
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, MultiheadAttention, RNNCell
 
 __version__ = _version("fastseq")
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "MultiheadAttention",
     "RNNCell",
     "__version__",
     "explain",
