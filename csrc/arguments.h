@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <exception>
+#include <new>
 #include <type_traits>
 
 #include "fastseq.h"
@@ -50,6 +52,31 @@ void read_sequence(Integers& from, int strides, SequenceTensor<Pointer>& tensor)
   tensor.data = from.pointer<std::remove_pointer_t<Pointer>>();
   tensor.stride[2] = 1;
   for (int i = 0; i < strides; ++i) tensor.stride[i] = from.next();
+}
+
+// A function of so many arguments that says whether it has done anything, without pybind11's conversions, which would
+// take as long as the rest.
+template <bool (*run)(PyObject* const*), Py_ssize_t kArguments>
+PyObject* call_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != kArguments) {
+    PyErr_SetString(PyExc_TypeError, "another number of arguments is needed; the signatures are in _C.pyi");
+    return nullptr;
+  }
+  try {
+    return PyBool_FromLong(run(arguments));
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+template <bool (*run)(PyObject* const*), Py_ssize_t kArguments>
+PyMethodDef fast_call(const char* name) {
+  const auto call = call_fast<run, kArguments>;
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call)), METH_FASTCALL, nullptr};
 }
 
 inline CellKind cell_of(int64_t code) {

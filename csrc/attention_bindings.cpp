@@ -10,6 +10,7 @@
 #include "cpu/engine.h"
 #include "cpu/team.h"
 #include "fastseq.h"
+#include "tensor_view.h"
 
 namespace fastseq {
 namespace {
@@ -101,6 +102,42 @@ void backward(py::args numbers) {
   attention_backward(a);
 }
 
+// attention(threads, query, key, value, output, is_causal, scale, enable_gqa): attention without any other option, of
+// (B, heads, rows, features), and True. False, and nothing was done, if anything about the tensors is not as usual:
+// who calls then asks the operator, which says what.
+bool run_plain(PyObject* const* arguments) {
+  AttentionArgs a = {};
+  const long threads = PyLong_AsLong(arguments[0]);
+  const int is_causal = PyObject_IsTrue(arguments[5]), enable_gqa = PyObject_IsTrue(arguments[7]);
+  a.scale = PyFloat_AsDouble(arguments[6]);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (!g_tensors || threads < 1 || threads > 1 << 20) return false;
+  TensorView view[4];
+  HeadTensor* const tensors[4] = {&a.query, &a.key, &a.value, &a.output};
+  for (int i = 0; i < 4; ++i) {
+    if (!g_tensors.read(arguments[1 + i], view[i]) || view[i].rank != 4 || !view[i].has_type(view[0]))
+      return false;
+    if (view[i].is_empty() || view[i].strides[3] != 1) return false;
+    *tensors[i] = {view[i].data, {view[i].strides[0], view[i].strides[1], view[i].strides[2]}};
+  }
+  const int64_t *const q = view[0].shape, *const k = view[1].shape, *const v = view[2].shape,
+                       *const o = view[3].shape;
+  const bool heads_fit = q[1] == k[1] || (enable_gqa && q[1] % k[1] == 0);
+  if (!dtype_of(view[0], a.dtype) || !heads_fit || q[0] != k[0] || q[0] != v[0] || k[1] != v[1] ||
+      q[3] != k[3] || k[2] != v[2] || o[0] != q[0] || o[1] != q[1] || o[2] != q[2] || o[3] != v[3]) {
+    return false;
+  }
+  read_forced_plan(a.forced_plan);
+  a.threads = int(threads);
+  a.batch = q[0], a.heads = q[1], a.kv_heads = k[1], a.queries = q[2], a.keys = k[2];
+  a.head_size = q[3], a.value_size = v[3];
+  a.left = -1, a.right = is_causal ? 0 : -1;
+  py::gil_scoped_release release;
+  attention_forward(a);
+  return true;
+}
+PyMethodDef g_fast_calls[] = {fast_call<run_plain, 8>("attention"), {}};
+
 py::dict plan(py::args numbers) {
   Integers from(numbers);
   const AttentionArgs a = read_sizes(from);
@@ -119,6 +156,7 @@ py::dict plan(py::args numbers) {
 }  // namespace
 
 void bind_attention(py::module_& m) {
+  if (PyModule_AddFunctions(m.ptr(), g_fast_calls) != 0) throw py::error_already_set();
   m.def("attention_forward", forward);
   m.def("attention_backward", backward);
   m.def("attention_plan", plan);

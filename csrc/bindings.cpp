@@ -35,6 +35,7 @@ using fastseq::cell_of;
 using fastseq::CellKind;
 using fastseq::DType;
 using fastseq::dtype_of;
+using fastseq::g_tensors;
 using fastseq::Integers;
 using fastseq::read_sequence;
 using fastseq::RecurrentArgs;
@@ -137,8 +138,6 @@ void recurrent_backward(const py::args& arguments) {
   fastseq::recurrent_backward(args);
 }
 
-fastseq::TensorReader g_tensors;
-
 // recurrent_cell(cell, threads, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, h, c, saved): one step
 // into h [B, H], c, and saved [B, slots, H] (None where there is none), and True. False, and nothing was done,
 // if anything about the tensors is not as usual: who calls then asks the operator, which says what.
@@ -190,27 +189,7 @@ bool run_cell(PyObject* const* arguments) {
   return true;
 }
 
-// Without pybind11's conversions, which would take as long as the rest.
-PyObject* recurrent_cell(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 12) {
-    PyErr_SetString(PyExc_TypeError, "12 arguments are needed; the signatures are in _C.pyi");
-    return nullptr;
-  }
-  try {
-    return PyBool_FromLong(run_cell(arguments));
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-PyMethodDef g_fast_calls[] = {
-    {"recurrent_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(recurrent_cell)), METH_FASTCALL,
-     nullptr},
-    {}};
+PyMethodDef g_fast_calls[] = {fastseq::fast_call<run_cell, 12>("recurrent_cell"), {}};
 
 py::dict recurrent_plan(int cell, int dtype, int threads, int64_t steps, int64_t batch, int64_t input_size,
                         int64_t hidden_size, int64_t proj_size, int directions, bool backward) {

@@ -116,4 +116,6 @@ class TensorReader {
   const Table* table_ = nullptr;
 };
 
+inline TensorReader g_tensors;
+
 }  // namespace fastseq

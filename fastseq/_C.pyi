@@ -91,6 +91,19 @@ def recurrent_plan(
     /,
 ) -> dict[str, int | str]: ...
 
+# False if the tensors are not dense ones on the CPU that fit together; then nothing was done.
+def attention(
+    threads: int,
+    query: Any,
+    key: Any,
+    value: Any,
+    output: Any,
+    is_causal: bool,
+    scale: float,
+    enable_gqa: bool,
+    /,
+) -> bool: ...
+
 # Attention. A head is (address, strides of batch, head and row), rows (address, strides of batch and head), a
 # mask (address, kind, strides of batch, head, query and key), of kind 0: none, 1: bool, 2: the dtype or 3:
 # float32. Of packed sequences, which have cu_seqlens, the stride of batch is not read.

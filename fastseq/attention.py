@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import attention_ops, autograd
 from .attention_checks import broadcasts, dtype_of_sums, raise_for_mask
 from .checks import problem
 
@@ -125,6 +125,19 @@ def scaled_dot_product_attention(
         >>> output.shape, lse.shape  # of one more token, which sees the last eight
         (torch.Size([2, 4, 1, 16]), torch.Size([2, 4, 1]))
     """
+    if (
+        attn_mask is None
+        and (dropout_p == 0.0 and causal is None and window is None and softcap is None)
+        and (key_lengths is None and cu_seqlens_q is None and cu_seqlens_k is None)
+        and (alibi_slopes is None and sinks is None and not (return_lse or return_weights))
+        and (scale is None or type(scale) is float)
+        and type(is_causal) is type(enable_gqa) is bool
+        and (type(query) is type(key) is type(value) is Tensor)
+        and not (autograd.recording() and autograd.needs_gradient(query, key, value))
+    ):
+        output = attention_ops.plain(query, key, value, is_causal, scale, enable_gqa)
+        if output is not None:
+            return output
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         for name, given in (("query", query), ("key", key), ("value", value)):
             _require_tensor(name, given)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu_attention
+from . import _C, cpu_attention
 from .attention_checks import (
     Arguments,
     Attention,
@@ -26,7 +26,7 @@ from .attention_checks import (
     problem,
     unsupported,
 )
-from .dispatch import library, nobody_listens, plain_device, register
+from .dispatch import READS_TENSORS, library, nobody_listens, plain_device, register
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, Tensor? cu_seqlens_q, "
@@ -72,7 +72,7 @@ def _empty_like(like: Tensor, features: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------- forward
 
 
-def _allocate(a: Arguments, sizes: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _allocate(a: Arguments, sizes: Attention) -> tuple[Tensor, ...]:
     query, heads, queries = a.query, sizes.heads, sizes.queries
     output = _empty_like(query, sizes.value_size)
     rows, strides = (sizes.batch, heads, queries), (heads * queries, queries, 1)
@@ -90,7 +90,7 @@ def _allocate(a: Arguments, sizes: Attention) -> tuple[Tensor, Tensor, Tensor, T
     return output, lse, weights, remainder, normalizer
 
 
-def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _attention_fake(*arguments: Any) -> tuple[Tensor, ...]:
     a = Arguments(*arguments)
     return _allocate(a, check_attention(a))
 
@@ -111,7 +111,7 @@ def _dense(a: Arguments, sizes: Attention) -> Arguments:
     return a
 
 
-def _run(run: Callable[..., None], *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _run(run: Callable[..., None], *arguments: Any) -> tuple[Tensor, ...]:
     """Checks, allocates, has run(sizes, arguments, *results) fill the results."""
     a = Arguments(*arguments)
     sizes = check_attention(a)
@@ -238,6 +238,23 @@ def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
     ]
 
 
+# ----------------------------------------------------------------------------------------- the usual call
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: Any, gqa: bool) -> Tensor | None:
+    """Attention without any other option or gradient, on the CPU; None if anything is not as usual.
+
+    Dispatching, and collecting addresses in Python, take as long as a small call: see ops.recurrent_cell.
+    """
+    if not (READS_TENSORS and query.is_cpu and query.dim() == value.dim() == 4 and nobody_listens()):
+        return None
+    output = _empty_like(query, value.shape[3])
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    if _C.attention(torch.get_num_threads(), query, key, value, output, is_causal, scale, gqa):
+        return output
+    return None
+
+
 # --------------------------------------------------------------------------------------------- registration
 
 OPERATORS = ("attention", "attention_backward")
@@ -274,7 +291,7 @@ def _kernels(*tensors: Tensor | None) -> Kernels:
     return KERNELS.get(plain_device(*tensors), _DISPATCHED) if nobody_listens() else _DISPATCHED
 
 
-def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def attention(*arguments: Any) -> tuple[Tensor, ...]:
     """torch.ops.fastseq.attention, without the dispatcher where possible: see ops.recurrent_cell."""
     return _kernels(*arguments[:9]).attention(*arguments)  # all tensors but the seed
 

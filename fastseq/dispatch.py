@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from . import _C
 from .checks import problem
 
 library = torch.library.Library("fastseq", "DEF")
@@ -50,6 +51,8 @@ def refuse_vmap(*_: Any) -> NoReturn:
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+# Whether the compiled module reads this torch's tensors itself.
+READS_TENSORS = _C.use_tensors(Tensor, torch.nn.Parameter)
 
 
 def nobody_listens() -> bool:

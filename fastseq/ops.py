@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import _C, cpu, loops
 from .checks import CELLS, Layer, check_batch_sizes, check_layer, check_like, problem, unsupported
-from .dispatch import library, nobody_listens, plain_device, register
+from .dispatch import READS_TENSORS, library, nobody_listens, plain_device, register
 
 # weights: for each direction weight_ih, weight_hh, then bias_ih, bias_hh if `bias`, then weight_hr of a
 # projected LSTM. output is (T, B, D*R), in memory (B, T, D*R) if batch_first. c_n and saved are empty if
@@ -135,10 +135,6 @@ def _allocate_step(input: Tensor, batch: int, hidden: int, mode: str, save: bool
     return results
 
 
-# Whether the compiled module reads this torch's tensors itself.
-_READS_TENSORS = _C.use_tensors(Tensor, torch.nn.Parameter)
-
-
 def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, save) -> list[Tensor]:
     """torch.ops.fastseq.recurrent_cell, but without the dispatcher where that could only find the CPU kernel.
 
@@ -148,7 +144,7 @@ def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, 
     tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
     if not nobody_listens():
         return _DISPATCHED.recurrent_cell(*tensors, mode, save)
-    if _READS_TENSORS and input.is_cpu and input.dim() == weight_hh.dim() == 2:
+    if READS_TENSORS and input.is_cpu and input.dim() == weight_hh.dim() == 2:
         code, _, slots, cell_state = CELLS[mode]
         if save or h0 is None or h0.layout is not torch.strided:
             results = _allocate_step(input, input.shape[0], weight_hh.shape[1], mode, save)

@@ -681,8 +681,9 @@ class Forward {
         store_upto(to + i, x, n);
         if (remainder) store_upto(remainder + i, x - load_upto<V>(to + i, n), n);
       }
-      *s.template of_query<T>(a_.lse, head[r], query[r]) =
-          T((double(most[r]) + double(whole[r]) + double(fraction[r])) * kLn2);
+      if (a_.lse.data)
+        *s.template of_query<T>(a_.lse, head[r], query[r]) =
+            T((double(most[r]) + double(whole[r]) + double(fraction[r])) * kLn2);
       if (!a_.highest.data) continue;
       *s.template of_query<T>(a_.highest, head[r], query[r]) = most[r] == -INFINITY ? T(0) : most[r];
       *s.template of_query<T>(a_.inverse_sum, head[r], query[r]) = inverse[r];

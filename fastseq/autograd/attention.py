@@ -27,7 +27,7 @@ def attention(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     *seed_and_numbers: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Output, lse, weights, empty if not asked for, remainder and normalizer: see attention_ops."""
     run = attention_ops.attention
     if recording() and needs_gradient(query, key, value, attn_mask, sinks):
@@ -75,7 +75,7 @@ class _Attention(Function):
         right: int,
         bottom_right: bool,
         return_weights: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         tensors = (query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
         numbers = (scale, softcap, dropout_p, left, right, bottom_right, return_weights)
         return attention_ops.attention(*tensors, seed, *numbers, True)
