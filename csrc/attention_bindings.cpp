@@ -1,6 +1,7 @@
 // Attention in the Python module fastseq._C: addresses, strides and options in, structs filled, the GIL released.
 #include <pybind11/pybind11.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
@@ -109,7 +110,7 @@ bool run_plain(PyObject* const* arguments) {
   AttentionArgs a = {};
   const long threads = PyLong_AsLong(arguments[0]);
   const int is_causal = PyObject_IsTrue(arguments[5]), enable_gqa = PyObject_IsTrue(arguments[7]);
-  a.scale = PyFloat_AsDouble(arguments[6]);
+  if (arguments[6] != Py_None) a.scale = PyFloat_AsDouble(arguments[6]);
   if (PyErr_Occurred()) throw py::error_already_set();
   if (!g_tensors || threads < 1 || threads > 1 << 20) return false;
   TensorView view[4];
@@ -131,6 +132,7 @@ bool run_plain(PyObject* const* arguments) {
   a.threads = int(threads);
   a.batch = q[0], a.heads = q[1], a.kv_heads = k[1], a.queries = q[2], a.keys = k[2];
   a.head_size = q[3], a.value_size = v[3];
+  if (arguments[6] == Py_None) a.scale = 1 / std::sqrt(double(a.head_size));
   a.left = -1, a.right = is_causal ? 0 : -1;
   py::gil_scoped_release release;
   attention_forward(a);

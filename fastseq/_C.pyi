@@ -99,7 +99,7 @@ def attention(
     value: Any,
     output: Any,
     is_causal: bool,
-    scale: float,
+    scale: float | None,
     enable_gqa: bool,
     /,
 ) -> bool: ...

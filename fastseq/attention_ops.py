@@ -241,15 +241,15 @@ def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
 # ----------------------------------------------------------------------------------------- the usual call
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: Any, gqa: bool) -> Tensor | None:
+def plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, gqa: bool) -> Tensor | None:
     """Attention without any other option or gradient, on the CPU; None if anything is not as usual.
 
     Dispatching, and collecting addresses in Python, take as long as a small call: see ops.recurrent_cell.
     """
-    if not (READS_TENSORS and query.is_cpu and query.dim() == value.dim() == 4 and nobody_listens()):
+    usual = query.is_cpu and query.layout is torch.strided and query.dim() == value.dim() == 4
+    if not (READS_TENSORS and usual and nobody_listens()):
         return None
     output = _empty_like(query, value.shape[3])
-    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     if _C.attention(torch.get_num_threads(), query, key, value, output, is_causal, scale, gqa):
         return output
     return None
