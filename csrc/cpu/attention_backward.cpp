@@ -32,6 +32,57 @@ struct GradRow {
   T* grad_mask;           // at the tile's first key, or null
 };
 
+// What lies between the products of a call. Held by value where it is used, so that no store can change it.
+template <class S, class T>
+struct Weigher {
+  using V = Vec<T>;
+  Scores<S, T> scores;
+  bool dropped;
+  T kept_scale;
+  int64_t grad_mask_stride;  // of keys: 1, or 0
+
+  // A vector of products of queries and keys, and of output gradients and values -> weights (dropped, not yet divided
+  // by what is kept) and gradients of the products.
+  template <bool kSimple>
+  void weigh(const GradRow<S, T>& row, int64_t c, int64_t count, const T* x, const T* dx, const T* keep,
+             V& weight, V& grad) const {
+    const V product = load<V>(x);
+    V kept_slope(1), p;
+    if (kSimple || scores.plain()) {
+      p = fma(product, V(scores.scale()), V(-row.highest));
+    } else {
+      p = scores.of(row.score, product, c, kept_slope) - row.highest;
+    }
+    if (!Scores<S, T>::all_visible(row.score, c)) p = Scores<S, T>::within(row.score, p, c);
+    p = exp2(p);
+    const auto visible = p.v != V(0).v;
+    // What is hidden may hold anything, and so may the sum of a row that sees a NaN elsewhere.
+    p = select<T>(visible, p * row.inverse_sum, V(0));
+    weight = p;
+    grad = load<V>(dx);
+    if constexpr (!kSimple) {
+      if (row.grad_weights) grad = grad + load_upto<V>(row.grad_weights + c, count - c);
+      if (dropped) {
+        weight = p * load<V>(keep);
+        grad = grad * load<V>(keep) * kept_scale;
+      }
+    }
+    grad = select<T>(visible, p * (grad - row.delta), V(0));
+    if constexpr (!kSimple) {
+      if (row.grad_mask) add_mask_gradient(row.grad_mask, c, count, grad);
+      if (scores.capped()) grad = grad * kept_slope;
+    }
+  }
+
+  void add_mask_gradient(T* grad_mask, int64_t c, int64_t count, V grad) const {
+    if (grad_mask_stride == 0) {
+      *grad_mask += sum_of_lanes(grad);
+    } else {
+      store_upto(grad_mask + c, load_upto<V>(grad_mask + c, count - c) + grad, count - c);
+    }
+  }
+};
+
 // A sequence's key and value head, or a part of its keys.
 struct Unit {
   const Sequence s;
@@ -335,11 +386,15 @@ class Backward {
     bool hidden[kKeyTile / K::kPanelKeys] = {};
     if (scores_.masked() && !look_at_mask(rows, hidden, t)) return;
 
+    const auto mask_ahead = [&](int64_t g, Range c) {
+      if (!scores_.masked()) return;
+      for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r) scores_.prefetch(t.row[r].score, c);
+    };
     multiply_keys<O>(rows, columns, hidden, t.query_left, head_stride_, a_.head_size,
-                     t.keys + at * head_stride_, t.products);
+                     t.keys + at * head_stride_, t.products, mask_ahead);
     if (wants_scores_) {
       multiply_keys<O>(rows, columns, hidden, t.grad_left, value_stride_, a_.value_size,
-                       t.values + at * value_stride_, t.grad_products);
+                       t.values + at * value_stride_, t.grad_products, [](int64_t, Range) {});
     }
     for (int64_t g = 0, r = 0; g < rows.groups; ++g) {
       for (; r < rows.first_row[g + 1]; r += kPair) {
@@ -409,6 +464,10 @@ class Backward {
     T* const x = t.products + r * kKeyTile;
     T* const dx = t.grad_products + r * kKeyTile;
     const bool odd = kPair == 2 && r + 1 < rows.rows;
+    const Weigher<S, T> weigher{scores_, dropout_.active, kept_scale_, a_.grad_mask_stride[3]};
+    const GradRow<S, T> row = t.row[r], next_row = t.row[r + odd];
+    T* const keep = t.keep;
+    O* const grad_rows = t.grad_rows + r * kKeyTile;
     for (int i = 0; !kSimple && i <= int(odd) && dropout_.active; ++i) {
       dropout_.keep(u.b * a_.heads + rows.head[r + i], rows.query[r + i], first_key + columns.begin,
                     columns.end - columns.begin, t.keep + i * kKeyTile + columns.begin);
@@ -420,65 +479,28 @@ class Backward {
       } else {
         store(x + c, V(0));
         store(dx + c, V(0));
-        for (int i = 0; i < 2; ++i) store_operand(t.grad_rows + (r + i) * kKeyTile + c, V(0));
+        for (int i = 0; i < 2; ++i) store_operand(grad_rows + i * kKeyTile + c, V(0));
       }
     };
     for (int64_t c = all.begin; c < std::min(columns.begin, all.end); c += kWidth) zero(c);
     for (int64_t c = std::max(columns.end, all.begin); c < all.end; c += kWidth) zero(c);
     for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
       V weight, grad;
-      weigh<kSimple>(t.row[r], c, count, x + c, dx + c, t.keep + c, weight, grad);
+      weigher.template weigh<kSimple>(row, c, count, x + c, dx + c, keep + c, weight, grad);
       if constexpr (kPair == 1) {
         store(x + c, weight);
         store(dx + c, grad);
       } else {
         V weight_odd(0), grad_odd(0);
         if (odd) {
-          weigh<kSimple>(t.row[r + 1], c, count, x + kKeyTile + c, dx + kKeyTile + c, t.keep + kKeyTile + c,
-                         weight_odd, grad_odd);
+          weigher.template weigh<kSimple>(next_row, c, count, x + kKeyTile + c, dx + kKeyTile + c,
+                                          keep + kKeyTile + c, weight_odd, grad_odd);
         }
         store_operand_pairs(reinterpret_cast<O*>(x + c), weight, weight_odd);
         store_operand_pairs(reinterpret_cast<O*>(dx + c), grad, grad_odd);
-        store_operand(t.grad_rows + r * kKeyTile + c, grad);
-        store_operand(t.grad_rows + (r + 1) * kKeyTile + c, grad_odd);
+        store_operand(grad_rows + c, grad);
+        store_operand(grad_rows + kKeyTile + c, grad_odd);
       }
-    }
-  }
-
-  template <bool kSimple>
-  void weigh(const GradRow<S, T>& row, int64_t c, int64_t count, const T* x, const T* dx, const T* keep,
-             V& weight, V& grad) const {
-    const V product = load<V>(x);
-    V kept_slope(1), p;
-    if (scores_.plain()) {
-      p = fma(product, V(scores_.scale()), V(-row.highest));
-    } else {
-      p = scores_.of(row.score, product, c, kept_slope) - row.highest;
-    }
-    if (!Scores<S, T>::all_visible(row.score, c)) p = Scores<S, T>::within(row.score, p, c);
-    p = exp2(p) * row.inverse_sum;
-    weight = p;
-    grad = load<V>(dx);
-    if constexpr (!kSimple) {
-      if (row.grad_weights) grad = grad + load_upto<V>(row.grad_weights + c, count - c);
-      if (dropout_.active) {
-        weight = p * load<V>(keep);
-        grad = grad * load<V>(keep) * kept_scale_;
-      }
-    }
-    // What is hidden may hold anything.
-    grad = select<T>(p.v != V(0).v, p * (grad - row.delta), V(0));
-    if constexpr (!kSimple) {
-      if (row.grad_mask) add_mask_gradient(row.grad_mask, c, count, grad);
-      if (scores_.capped()) grad = grad * kept_slope;
-    }
-  }
-
-  void add_mask_gradient(T* grad_mask, int64_t c, int64_t count, V grad) const {
-    if (a_.grad_mask_stride[3] == 0) {
-      *grad_mask += sum_of_lanes(grad);
-    } else {
-      store_upto(grad_mask + c, load_upto<V>(grad_mask + c, count - c) + grad, count - c);
     }
   }
 

@@ -38,8 +38,10 @@ struct TileState {
 
 // Masks the products of a row, or makes scores of them; returns their maxima lane by lane.
 template <class S, class T>
-Vec<T> score_row(const Scores<S, T>& scores, const ScoreRow<T>& row, Range columns, T* x) {
+Vec<T> score_row(const Scores<S, T>& of_call, const ScoreRow<T>& of_row, Range columns, T* x) {
   using V = Vec<T>;
+  const Scores<S, T> scores = of_call;  // copies that no store can change
+  const ScoreRow<T> row = of_row;
   constexpr int64_t kWidth = V::kWidth;
   V best(-INFINITY);
   if (scores.plain()) {
@@ -65,28 +67,23 @@ Vec<T> score_row(const Scores<S, T>& scores, const ScoreRow<T>& row, Range colum
   return best;
 }
 
-// Scores of a row -> weights relative to 2^highest, in the operand's type from the row's beginning on. Returns their
-// sum lane by lane.
-template <class O, class T>
-Vec<T> weigh_row(T scale, T highest, Range columns, T* x) {
+// Scores of a row -> weights relative to 2^highest, in the operand's type from the row's beginning on, zero where not
+// kept. Returns their sum, before any is dropped, lane by lane.
+template <class O, bool kDrop, class T>
+Vec<T> weigh_row(T scale, T highest, Range columns, const T* keep, T* x) {
   using V = Vec<T>;
   O* const weights = reinterpret_cast<O*>(x);
   V sum(0);
   for (int64_t c = columns.begin; c < columns.end; c += V::kWidth) {
     const V weight = exp2(fma(load<V>(x + c), V(scale), V(-highest)));
     sum = sum + weight;
-    store_operand(weights + c, weight);
+    if constexpr (kDrop) {
+      store_operand(weights + c, weight * load<V>(keep + c));
+    } else {
+      store_operand(weights + c, weight);
+    }
   }
   return sum;
-}
-
-template <class O, class T>
-void drop(const T* keep, Range columns, T* x) {
-  using V = Vec<T>;
-  O* const weights = reinterpret_cast<O*>(x);
-  for (int64_t c = columns.begin; c < columns.end; c += V::kWidth) {
-    store_operand(weights + c, load<V>(weights + c) * load<V>(keep + c));
-  }
 }
 
 // Products of all rows of a tile -> weights, with the rows' maxima, sums and what their output has to be multiplied by.
@@ -120,14 +117,16 @@ void softmax_tile(const Scores<S, T>& scores, const Dropout& dropout, int64_t fi
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = first + i;
       T* const x = state.products + r * kKeyTile;
-      const V sum = weigh_row<O>(scale, shifts[i], of_row[r], x);
-      state.sum[r] = fma(state.sum[r], V(state.rescale[r]), sum);
+      const Range c = of_row[r];
+      V sum;
       if (dropout.active) {
-        const Range c = of_row[r];
         dropout.keep(first_head + tile.head[r], tile.query[r], first_key + c.begin, c.end - c.begin,
                      state.keep + c.begin);
-        drop<O>(state.keep, c, x);
+        sum = weigh_row<O, true>(scale, shifts[i], c, state.keep, x);
+      } else {
+        sum = weigh_row<O, false>(scale, shifts[i], c, state.keep, x);
       }
+      state.sum[r] = fma(state.sum[r], V(state.rescale[r]), sum);
     }
   }
 }
@@ -313,7 +312,10 @@ class Forward {
   int64_t part_size(int64_t keys, int64_t parts) const {
     return round_up(group_count(keys, parts), kKeyTile);
   }
-  bool is_direct(const AttentionLengths& s) const { return group_heads_ * s.queries <= kDirectRows; }
+  // Where a backward pass follows, or weights are shown, their scores have to be made in the same way.
+  bool is_direct(const AttentionLengths& s) const {
+    return !a_.highest.data && group_heads_ * s.queries <= kDirectRows;
+  }
   int64_t most_keys_of_unit(const AttentionLengths& s) const {
     if (is_direct(s)) return 0;
     return a_.weights.data ? s.keys : part_size(s.keys, parts_of(s, true));
@@ -509,8 +511,7 @@ class Forward {
       bool hidden[kKeyTile / K::kPanelKeys] = {};
       const int64_t count = std::min(kKeyTile, u.keys.end - first_key);
       if (!look(u, rows, first_key, count, columns, hidden, t.tile)) continue;
-      multiply_keys<O>(rows, columns, hidden, t.left, left_stride_, a_.head_size,
-                       group.keys + tile * kKeyTile * left_stride_, t.tile.products);
+      multiply_packed_keys(group, rows, columns, hidden, tile * kKeyTile, t);
       softmax_tile<O>(scores_, dropout_, u.b * a_.heads, rows, columns, first_key, t.tile);
       rescale_output(rows, t.tile);
       add_packed_values(rows, columns, group.values + tile * kKeyTile * value_columns_,
@@ -520,6 +521,16 @@ class Forward {
         add_special_values(rows, columns, group.special[tile], values, t.tile);
       }
     }
+  }
+
+  void multiply_packed_keys(const Group<O>& group, const RowTile<O>& rows, const Range* columns,
+                            const bool* hidden, int64_t key, Thread& t) const {
+    const auto ahead = [&](int64_t g, Range c) {
+      if (!scores_.masked()) return;
+      for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r) scores_.prefetch(t.tile.row[r], c);
+    };
+    multiply_keys<O>(rows, columns, hidden, t.left, left_stride_, a_.head_size,
+                     group.keys + key * left_stride_, t.tile.products, ahead);
   }
 
   void copy_queries(const Unit& u, const RowTile<O>& rows, O* left) const {
@@ -721,42 +732,26 @@ class Forward {
     run_units(thread, false, [&](const Unit& u, const Group<O>& group, int64_t tile) {
       Thread& t = thread_[thread];
       const auto [begin, end] = rows_of(u, tile);
-      if (u.direct) {
-        const RowTile<T> rows(u.s, u.kv_head * group_heads_, begin, end);
-        for (int64_t r = 0; r < rows.rows; ++r) {
-          copy_row(u.s.template query_row<const S>(a_.query, rows.head[r], rows.query[r]), a_.head_size,
-                   t.direct_left + r * a_.head_size);
-        }
-        show_tiles(u, rows, t, [&](int64_t first_key, const Range* columns, const bool*, int64_t count) {
-          for (int64_t g = 0; g < rows.groups; ++g)
-            multiply_directly(u, rows.rows, first_key, columns[g], count, t);
-        });
-      } else {
-        const RowTile<O> rows(u.s, u.kv_head * group_heads_, begin, end);
-        copy_queries(u, rows, t.left);
-        show_tiles(u, rows, t, [&](int64_t first_key, const Range* columns, const bool* hidden, int64_t) {
-          multiply_keys<O>(rows, columns, hidden, t.left, left_stride_, a_.head_size,
-                           group.keys + (first_key - u.keys.begin) * left_stride_, t.tile.products);
-        });
-      }
+      const RowTile<O> rows(u.s, u.kv_head * group_heads_, begin, end);
+      copy_queries(u, rows, t.left);
+      show_tiles(u, group, rows, t);
     });
   }
 
-  template <class P, class Multiply>
-  void show_tiles(const Unit& u, const RowTile<P>& rows, Thread& t, const Multiply& multiply) {
+  void show_tiles(const Unit& u, const Group<O>& group, const RowTile<O>& rows, Thread& t) const {
     const T scale = scores_.plain() ? scores_.scale() : T(1);
     for (int64_t first_key = u.keys.begin; first_key < u.keys.end; first_key += kKeyTile) {
-      Range columns[Tiles<P>::kMostGroups];
+      Range columns[K::kMostGroups];
       bool hidden[kKeyTile / K::kPanelKeys] = {};
       const int64_t count = std::min(kKeyTile, u.keys.end - first_key);
       if (!look(u, rows, first_key, count, columns, hidden, t.tile)) continue;
-      multiply(first_key, columns, hidden, count);
+      multiply_packed_keys(group, rows, columns, hidden, first_key - u.keys.begin, t);
       for (int64_t g = 0; g < rows.groups; ++g) {
         for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r) {
           const T highest = *u.s.template of_query<const T>(a_.highest, rows.head[r], rows.query[r]);
           T* const x = t.tile.products + r * kKeyTile;
           score_row(scores_, t.tile.row[r], columns[g], x);
-          weigh_row<T>(scale, highest, columns[g], x);
+          weigh_row<T, false>(scale, highest, columns[g], t.tile.keep, x);
           show_row(u, rows.head[r], rows.query[r], first_key, columns[g], count, x, t.tile.keep);
         }
       }

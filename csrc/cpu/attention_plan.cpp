@@ -44,7 +44,7 @@ AttentionPlan attention_plan(const AttentionArgs& a, int threads, bool backward)
   // A thread more has to have something to do while it is being woken.
   const double products = work * double(a.heads) * double(a.head_size + a.value_size);
   if (a.forced_plan[0] == 0) threads = int(std::min(double(threads), 1 + products / kThreadProducts));
-  plan.direct = !backward && most_rows <= kDirectRows;
+  plan.direct = !backward && !a.highest.data && most_rows <= kDirectRows;
   plan.split = !backward && plan.key_parts > 1;
   const int64_t heads = std::max<int64_t>(a.batch * a.kv_heads, 1);
   const int64_t units = plan.split ? heads * plan.key_parts : heads;

@@ -246,6 +246,17 @@ class Scores {
     return r;
   }
 
+  // Asks for what will be read of a row's mask: each row lies on other pages, too short for the hardware to foresee.
+  void prefetch(const ScoreRow<T>& row, Range columns) const {
+    const int64_t size = mask_.kind == MaskKind::kBool   ? 1
+                         : mask_.kind == MaskKind::kSame ? sizeof(S)
+                                                         : sizeof(float);
+    if (mask_.stride[3] != 1 || mask_.stride[2] == 0) return;
+    const char* const p = static_cast<const char*>(row.mask);
+    const int64_t end = std::min(columns.end, row.visible.end) * size;
+    for (int64_t at = columns.begin * size; at < end; at += kLineBytes) __builtin_prefetch(p + at, 0, 2);
+  }
+
   // Whether the mask hides all keys [first, first + count) from this row.
   bool hides(const ScoreRow<T>& row, Range columns) const {
     const int64_t begin = std::max(columns.begin, row.visible.begin);
@@ -273,7 +284,7 @@ class Scores {
     if (masked()) {
       const int64_t n = row.visible.end - column;
       if (mask_.kind == MaskKind::kBool) {
-        x = select<T>(load_bool(row.mask, column, n), x, hidden);
+        x = select_bool(row.mask, column, n, x, hidden);
       } else {
         const V added = load_mask(row.mask, column, n);
         x = select<T>(added.v == hidden.v, hidden, fma(added, V(T(kLog2E)), x));
@@ -318,13 +329,13 @@ class Scores {
     }
   }
 
-  Lanes<T> load_bool(const void* mask, int64_t column, int64_t n) const {
+  V select_bool(const void* mask, int64_t column, int64_t n, V x, V hidden) const {
     const uint8_t* const p = static_cast<const uint8_t*>(mask);
     const int64_t stride = mask_.stride[3];
-    if (stride == 1) return load_lanes<T>(p + column, std::max<int64_t>(n, 0));
-    uint8_t bytes[kWidth] = {};
+    if (stride == 1) return select_by_bytes<T>(p + column, n, x, hidden);
+    uint8_t bytes[kVectorBytes] = {};
     for (int64_t i = 0; i < std::min(n, kWidth); ++i) bytes[i] = p[(column + i) * stride];
-    return load_lanes<T>(bytes, kWidth);
+    return select_by_bytes<T>(bytes, kWidth, x, hidden);
   }
   V load_mask(const void* mask, int64_t column, int64_t n) const {
     if (mask_.kind == MaskKind::kSame) return load_values(static_cast<const S*>(mask), column, n);
@@ -333,6 +344,7 @@ class Scores {
   }
   template <class M>
   V load_values(const M* p, int64_t column, int64_t n) const {
+    if (mask_.stride[3] == 1 && n >= kWidth) return load<V>(p + column);
     return load_strided<V>(p + column * mask_.stride[3], mask_.stride[3], n);
   }
 
@@ -388,10 +400,11 @@ struct RowTile {
 };
 
 // products[rows][kKeyTile] = rows of a times a tile of transposed keys, where a group's columns say, but for hidden
-// panels.
-template <class O>
+// panels. ahead(group, columns) is called before each register tile, to ask for what its scores will need.
+template <class O, class Ahead>
 void multiply_keys(const RowTile<O>& tile, const Range* columns, const bool* hidden, const O* left,
-                   int64_t left_stride, int64_t features, const O* panels, typename Tiles<O>::T* products) {
+                   int64_t left_stride, int64_t features, const O* panels, typename Tiles<O>::T* products,
+                   const Ahead& ahead) {
   using K = Tiles<O>;
   const int64_t panel_size = pairs<O>(features) * K::kPair * K::kPanelKeys;
   for (int64_t first = 0, p = 0; first < K::kKeyTile; first += K::kPanelKeys, ++p, panels += panel_size) {
@@ -400,6 +413,7 @@ void multiply_keys(const RowTile<O>& tile, const Range* columns, const bool* hid
       const int64_t begin = std::max(columns[g].begin, first),
                     end = std::min(columns[g].end, first + K::kPanelKeys);
       if (begin >= end) continue;
+      ahead(g, Range{begin, end});
       TileArgs<O> t = {};
       t.k = pairs<O>(features);
       t.a = reinterpret_cast<const typename Operand<O>::Element*>(left + tile.first_row[g] * left_stride);

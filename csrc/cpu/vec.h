@@ -366,13 +366,31 @@ inline Vec<float> load_first(const float16* p, int64_t n) { return load_first_ha
 inline void store_first(bfloat16* p, Vec<float> x, int64_t n) { store_first_half(p, x, n); }
 inline void store_first(float16* p, Vec<float> x, int64_t n) { store_first_half(p, x, n); }
 
-// Which of kWidth bytes, or of the first n, are not zero.
+// Which of kWidth bytes are not zero.
 template <class T>
-inline Lanes<T> load_lanes(const uint8_t* p, int64_t n) {
+inline Lanes<T> load_lanes(const uint8_t* p) {
   typedef uint8_t Bytes __attribute__((vector_size(Vec<T>::kWidth)));
-  Bytes bytes = {};
-  std::memcpy(&bytes, p, n < Vec<T>::kWidth ? size_t(n) : sizeof bytes);
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
   return __builtin_convertvector(bytes, typename Vec<T>::NativeInteger) != 0;
+}
+
+// x where the byte of its lane is not zero, else `other`; of kWidth bytes only the first n may be read.
+template <class T>
+inline Vec<T> select_by_bytes(const uint8_t* p, int64_t n, Vec<T> x, Vec<T> other) {
+  uint8_t some[kVectorBytes] = {};
+  if (n < Vec<T>::kWidth) {
+    std::memcpy(some, p, size_t(n < 0 ? 0 : n));
+    p = some;
+  }
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    const __mmask16 lanes = _mm_test_epi8_mask(bytes, bytes);
+    return Vec<T>::of((typename Vec<T>::Native)_mm512_mask_blend_ps(lanes, (__m512)other.v, (__m512)x.v));
+  }
+#endif
+  return select<T>(load_lanes<T>(p), x, other);
 }
 
 // The first min(n, kWidth) elements.
