@@ -43,15 +43,15 @@ struct Weigher {
 
   // A vector of products of queries and keys, and of output gradients and values -> weights (dropped, not yet divided
   // by what is kept) and gradients of the products.
-  template <bool kSimple>
+  template <bool kSimple, ScoreKind kKind>
   void weigh(const GradRow<S, T>& row, int64_t c, int64_t count, const T* x, const T* dx, const T* keep,
              V& weight, V& grad) const {
     const V product = load<V>(x);
     V kept_slope(1), p;
-    if (kSimple || scores.plain()) {
+    if constexpr (kKind == ScoreKind::kPlain) {
       p = fma(product, V(scores.scale()), V(-row.highest));
     } else {
-      p = scores.of(row.score, product, c, kept_slope) - row.highest;
+      p = scores.template of<kKind>(row.score, product, c, kept_slope) - row.highest;
     }
     if (!Scores<S, T>::all_visible(row.score, c)) p = Scores<S, T>::within(row.score, p, c);
     p = exp2(p);
@@ -112,7 +112,8 @@ class Backward {
         head_stride_(pairs<O>(a.head_size) * kPair),
         value_stride_(pairs<O>(a.value_size) * kPair),
         wants_scores_(a.grad_query.data || a.grad_key.data || a.grad_mask),
-        simple_(scores_.plain() && !dropout_.active && !a.grad_weights.data && !a.grad_mask) {
+        kind_(scores_.kind()),
+        simple_(!dropout_.active && !a.grad_weights.data && !a.grad_mask && !scores_.capped()) {
     for (int64_t b = 0; b < a.batch; ++b) {
       const AttentionLengths s(a, b);
       most_keys_ = std::max(most_keys_, plan.split ? part_size(s.keys) : s.keys);
@@ -401,11 +402,13 @@ class Backward {
         // A pair may have its second row in the next group.
         const int64_t next = r + 1 < rows.first_row[g + 1] || g + 1 == rows.groups ? g : g + 1;
         const Range pair = kPair == 1 ? columns[g] : join(columns[g], columns[next]);
-        if (simple_) {
-          grad_scores<true>(u, rows, r, first_key, pair, all, count, t);
-        } else {
-          grad_scores<false>(u, rows, r, first_key, pair, all, count, t);
-        }
+        with_kind(kind_, [&](auto kind) {
+          if (simple_) {
+            grad_scores<true, decltype(kind)::value>(u, rows, r, first_key, pair, all, count, t);
+          } else {
+            grad_scores<false, decltype(kind)::value>(u, rows, r, first_key, pair, all, count, t);
+          }
+        });
       }
     }
     if (a_.grad_value.data) {
@@ -458,7 +461,7 @@ class Backward {
 
   // Products of a row, or of a pair of rows -> weights (dropped, not yet divided by what is kept) and gradients of the
   // scores, as operands; zero in the rest of `all`.
-  template <bool kSimple>
+  template <bool kSimple, ScoreKind kKind>
   void grad_scores(const Unit& u, const RowTile<O>& rows, int64_t r, int64_t first_key, Range columns,
                    Range all, int64_t count, Thread& t) const {
     T* const x = t.products + r * kKeyTile;
@@ -486,15 +489,15 @@ class Backward {
     for (int64_t c = std::max(columns.end, all.begin); c < all.end; c += kWidth) zero(c);
     for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
       V weight, grad;
-      weigher.template weigh<kSimple>(row, c, count, x + c, dx + c, keep + c, weight, grad);
+      weigher.template weigh<kSimple, kKind>(row, c, count, x + c, dx + c, keep + c, weight, grad);
       if constexpr (kPair == 1) {
         store(x + c, weight);
         store(dx + c, grad);
       } else {
         V weight_odd(0), grad_odd(0);
         if (odd) {
-          weigher.template weigh<kSimple>(next_row, c, count, x + kKeyTile + c, dx + kKeyTile + c,
-                                          keep + kKeyTile + c, weight_odd, grad_odd);
+          weigher.template weigh<kSimple, kKind>(next_row, c, count, x + kKeyTile + c, dx + kKeyTile + c,
+                                                 keep + kKeyTile + c, weight_odd, grad_odd);
         }
         store_operand_pairs(reinterpret_cast<O*>(x + c), weight, weight_odd);
         store_operand_pairs(reinterpret_cast<O*>(dx + c), grad, grad_odd);
@@ -601,7 +604,9 @@ class Backward {
   const Dropout dropout_;
   const T kept_scale_;
   const int64_t group_heads_, head_columns_, value_columns_, head_stride_, value_stride_;
-  const bool wants_scores_, simple_;
+  const bool wants_scores_;
+  const ScoreKind kind_;
+  const bool simple_;  // nothing between the weights and the gradients of the scores
   int64_t most_keys_ = 0, most_rows_ = 0;
   std::atomic<int64_t> next_{0};
   Arena arena_;

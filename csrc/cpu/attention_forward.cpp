@@ -57,13 +57,15 @@ Vec<T> score_row(const Scores<S, T>& of_call, const ScoreRow<T>& of_row, Range c
     for (; c < columns.end; c += kWidth) edge(c);
     return best * scores.scale();
   }
-  V unused(0);
-  for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
-    V score = scores.of(row, load<V>(x + c), c, unused);
-    if (!Scores<S, T>::all_visible(row, c)) score = Scores<S, T>::within(row, score, c);
-    store(x + c, score);
-    best = max(best, score);
-  }
+  with_kind(scores.kind(), [&](auto kind) {
+    V unused(0);
+    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
+      V score = scores.template of<decltype(kind)::value>(row, load<V>(x + c), c, unused);
+      if (!Scores<S, T>::all_visible(row, c)) score = Scores<S, T>::within(row, score, c);
+      store(x + c, score);
+      best = max(best, score);
+    }
+  });
   return best;
 }
 

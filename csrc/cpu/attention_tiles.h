@@ -213,6 +213,25 @@ struct ScoreRow {
   T distance;        // of the query's position from the tile's first key
 };
 
+enum class ScoreKind { kPlain, kBool, kSame, kFloat32, kAny };
+
+// Calls body with a kind of scores as a constant.
+template <class Body>
+auto with_kind(ScoreKind kind, const Body& body) {
+  switch (kind) {
+    case ScoreKind::kPlain:
+      return body(std::integral_constant<ScoreKind, ScoreKind::kPlain>());
+    case ScoreKind::kBool:
+      return body(std::integral_constant<ScoreKind, ScoreKind::kBool>());
+    case ScoreKind::kSame:
+      return body(std::integral_constant<ScoreKind, ScoreKind::kSame>());
+    case ScoreKind::kFloat32:
+      return body(std::integral_constant<ScoreKind, ScoreKind::kFloat32>());
+    default:
+      return body(std::integral_constant<ScoreKind, ScoreKind::kAny>());
+  }
+}
+
 // Scores in units of log2: base-2 exponentials of them are the weights.
 template <class S, class T>
 class Scores {
@@ -268,29 +287,44 @@ class Scores {
     return true;
   }
 
+  // What makes scores of products: a scale, that and a mask with a key's element next to the other, or anything.
+  ScoreKind kind() const {
+    if (cap_ != 0 || alibi_ || (masked() && mask_.stride[3] != 1)) return ScoreKind::kAny;
+    if (!masked()) return plain() ? ScoreKind::kPlain : ScoreKind::kAny;
+    return mask_.kind == MaskKind::kBool   ? ScoreKind::kBool
+           : mask_.kind == MaskKind::kSame ? ScoreKind::kSame
+                                           : ScoreKind::kFloat32;
+  }
+
   // The score of a vector of products from this column on; -inf where the key is not visible. If the products are
   // capped, `kept` becomes the derivative of the cap.
+  template <ScoreKind kKind>
   V of(const ScoreRow<T>& row, V product, int64_t column, V& kept) const {
-    V x;
-    if (capped()) {
-      const V t = tanh(product * cap_scale_);
-      kept = fma(-t, t, V(1));
-      x = t * cap_;
-    } else {
-      x = product * scale_;
-    }
-    if (alibi_) x = fma(V(-row.slope), magnitude(V(row.distance - T(column)) - lane_numbers<T>()), x);
     const V hidden(-INFINITY);
-    if (masked()) {
-      const int64_t n = row.visible.end - column;
-      if (mask_.kind == MaskKind::kBool) {
-        x = select_bool(row.mask, column, n, x, hidden);
+    const int64_t n = row.visible.end - column;
+    if constexpr (kKind == ScoreKind::kPlain) {
+      return product * scale_;
+    } else if constexpr (kKind == ScoreKind::kBool) {
+      return select_by_bytes<T>(static_cast<const uint8_t*>(row.mask) + column, n, product * scale_, hidden);
+    } else if constexpr (kKind == ScoreKind::kSame) {
+      return masked_by(load_next<S>(row.mask, column, n), product * scale_);
+    } else if constexpr (kKind == ScoreKind::kFloat32) {
+      if constexpr (sizeof(T) == sizeof(float))
+        return masked_by(load_next<float>(row.mask, column, n), product * scale_);
+      return hidden;  // no float masks beside float64
+    } else {
+      V x;
+      if (capped()) {
+        const V t = tanh(product * cap_scale_);
+        kept = fma(-t, t, V(1));
+        x = t * cap_;
       } else {
-        const V added = load_mask(row.mask, column, n);
-        x = select<T>(added.v == hidden.v, hidden, fma(added, V(T(kLog2E)), x));
+        x = product * scale_;
       }
+      if (alibi_) x = fma(V(-row.slope), magnitude(V(row.distance - T(column)) - lane_numbers<T>()), x);
+      if (mask_.kind == MaskKind::kBool) return select_bool(row.mask, column, n, x, hidden);
+      return masked() ? masked_by(load_mask(row.mask, column, n), x) : x;
     }
-    return x;
   }
 
   // The same for columns that are not all within the row's visible ones.
@@ -329,6 +363,15 @@ class Scores {
     }
   }
 
+  static V masked_by(V added, V x) {
+    const V hidden(-INFINITY);
+    return select<T>(added.v == hidden.v, hidden, fma(added, V(T(kLog2E)), x));
+  }
+  template <class M>
+  static V load_next(const void* mask, int64_t column, int64_t n) {
+    const M* const p = static_cast<const M*>(mask) + column;
+    return n >= kWidth ? load<V>(p) : load_strided<V>(p, 1, n);
+  }
   V select_bool(const void* mask, int64_t column, int64_t n, V x, V hidden) const {
     const uint8_t* const p = static_cast<const uint8_t*>(mask);
     const int64_t stride = mask_.stride[3];
@@ -344,7 +387,6 @@ class Scores {
   }
   template <class M>
   V load_values(const M* p, int64_t column, int64_t n) const {
-    if (mask_.stride[3] == 1 && n >= kWidth) return load<V>(p + column);
     return load_strided<V>(p + column * mask_.stride[3], mask_.stride[3], n);
   }
 

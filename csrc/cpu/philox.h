@@ -15,19 +15,20 @@ struct PhiloxBlock {
   uint32_t word[4][kPhiloxLanes];
 
   PhiloxBlock(uint64_t key, uint32_t first, uint32_t second, uint32_t third, uint32_t fourth) {
-    uint32_t key_low = uint32_t(key), key_high = uint32_t(key >> 32);
-    for (int i = 0; i < kPhiloxLanes; ++i) {
-      word[0][i] = first + uint32_t(i), word[1][i] = second, word[2][i] = third, word[3][i] = fourth;
-    }
-    for (int round = 0; round < 10; ++round) {
-      for (int i = 0; i < kPhiloxLanes; ++i) {
-        const uint64_t a = uint64_t(0xD2511F53u) * word[0][i], b = uint64_t(0xCD9E8D57u) * word[2][i];
-        word[0][i] = uint32_t(b >> 32) ^ word[1][i] ^ key_low;
-        word[1][i] = uint32_t(b);
-        word[2][i] = uint32_t(a >> 32) ^ word[3][i] ^ key_high;
-        word[3][i] = uint32_t(a);
+    Word32 lane;
+    for (int i = 0; i < kFloats; ++i) lane[i] = uint32_t(i);
+    for (int at = 0; at < kPhiloxLanes; at += kFloats) {
+      uint32_t key_low = uint32_t(key), key_high = uint32_t(key >> 32);
+      Word32 w[4] = {lane + (first + uint32_t(at)), lane * 0 + second, lane * 0 + third, lane * 0 + fourth};
+      for (int round = 0; round < 10; ++round) {
+        Word32 high[2], low[2];
+        multiply_wide(w[0], 0xD2511F53u, high[0], low[0]);
+        multiply_wide(w[2], 0xCD9E8D57u, high[1], low[1]);
+        w[0] = high[1] ^ w[1] ^ key_low, w[1] = low[1];
+        w[2] = high[0] ^ w[3] ^ key_high, w[3] = low[0];
+        key_low += 0x9E3779B9u, key_high += 0xBB67AE85u;
       }
-      key_low += 0x9E3779B9u, key_high += 0xBB67AE85u;
+      for (int i = 0; i < 4; ++i) std::memcpy(word[i] + at, &w[i], sizeof w[i]);
     }
   }
 };

@@ -407,6 +407,27 @@ inline void store_upto(S* p, V x, int64_t n) {
   }
 }
 
+// ---- integers ----
+
+typedef uint64_t Word64 __attribute__((vector_size(kVectorBytes)));
+
+// a m in full, of the even lanes of a.
+inline Word64 multiply_even(Word32 a, uint32_t m) {
+#if defined(__AVX512F__)
+  return (Word64)_mm512_maskz_mul_epu32(__mmask8(-1), (__m512i)a, _mm512_set1_epi64(m));
+#elif defined(__AVX2__)
+  return (Word64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+#else
+  return ((Word64)a & 0xffffffff) * m;
+#endif
+}
+// The upper and the lower half of a m.
+inline void multiply_wide(Word32 a, uint32_t m, Word32& high, Word32& low) {
+  const Word64 even = multiply_even(a, m), odd = multiply_even((Word32)((Word64)a >> 32), m);
+  high = (Word32)(even >> 32 | (odd & 0xffffffff00000000));
+  low = (Word32)((even & 0xffffffff) | odd << 32);
+}
+
 // ---- elementary functions ----
 //
 // expm1(r) = r + r^2 q(r) on |r| <= ln(2)/2, q a minimax polynomial of relative error 1.3e-8 (float), 1.8e-17
