@@ -5,7 +5,7 @@ from __future__ import annotations
 import calibration
 import gpu_grid
 import grid
-from summary import geometric_mean, select
+from summary import geometric_mean, goal, goal_lines, select
 
 SLOW = 0.9  # no case is slower than this against cuDNN, unless the plan hands its shape to cuDNN
 # A result counts as wrong if it is further from torch's than this, of each tensor's largest value. float32 is
@@ -43,14 +43,6 @@ def of_grid(records):
 def at(records, cell, dtype, batch, hidden):
     """The one-layer records of a point of the grid, one per mode."""
     return select(records, cell=cell, dtype=dtype, batch=batch, hidden=hidden, layers=1)
-
-
-def goal(text, asked, values, reached, form):
-    """A row: what is wanted and what was measured, or that nothing was (reached is None then)."""
-    if not values:
-        return {"goal": text, "asked": asked, "measured": "not measured", "reached": None}
-    measured = " / ".join(form(value) for value in values)
-    return {"goal": text, "asked": asked, "measured": measured, "reached": all(map(reached, values))}
 
 
 def goals(records):
@@ -105,18 +97,6 @@ def goals(records):
             str,
         ),
     ]
-
-
-def answer(row):
-    return {None: "?", True: "yes", False: "no"}[row["reached"]]
-
-
-def goal_lines(records):
-    rows = [("goal", "asked", "measured", "reached")]
-    rows += [(r["goal"], r["asked"], r["measured"], answer(r)) for r in goals(records)]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    for row in rows:
-        yield " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def mean_lines(records):
@@ -180,4 +160,4 @@ def text(results):
     yield ""
     yield from calibration.lines(results["calibration"])
     yield ""
-    yield from goal_lines(records)
+    yield from goal_lines(goals(records))

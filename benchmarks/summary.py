@@ -65,6 +65,26 @@ def row(label, records):
     return f"{label:34}{geometric_mean(records):7.2f}x {worst['ratio']:7.2f}x   {name}"
 
 
+def goal(text, asked, values, reached, form):
+    """A row: what is wanted and what was measured, or that nothing was (reached is None then)."""
+    if not values:
+        return {"goal": text, "asked": asked, "measured": "not measured", "reached": None}
+    measured = " / ".join(form(value) for value in values)
+    return {"goal": text, "asked": asked, "measured": measured, "reached": all(map(reached, values))}
+
+
+def answer(row):
+    return {None: "?", True: "yes", False: "no"}[row["reached"]]
+
+
+def goal_lines(goals):
+    rows = [("goal", "asked", "measured", "reached")]
+    rows += [(r["goal"], r["asked"], r["measured"], answer(r)) for r in goals]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        yield " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
 def reset_before_against_after(records):
     """Speed of the reset-before GRU as a multiple of the other's, both through torch's time beside them."""
     after = {(r["mode"], r["shape"]): r["ratio"] for r in select(records, group="table", cell="GRU")}
@@ -96,6 +116,9 @@ def peak_lines(records):
         peaks = [p for r in select(records, dtype=dtype) for p in r["peaks"]]
         median, highest = statistics.median(peaks), max(peaks)
         yield f"peak, {dtype}: median {median:.0f}, highest {highest:.0f} GFLOP/s of {len(peaks)} readings"
+
+
+def largest_lines(records):
     for r in select(records, group="table"):
         if is_largest(r):
             share = r["share"]
@@ -106,19 +129,22 @@ def peak_lines(records):
             )
 
 
+def disturbed_lines(records):
+    disturbed = sum((r["others"] or 0) > BUSY for r in records)
+    if disturbed:
+        yield from (
+            "",
+            f"DISTURBED: in {disturbed} of {len(records)} cases other programs used more than {BUSY} cores.",
+            "Ratios are then wrong, mostly too high: torch's threads wait for each other by spinning.",
+            "Run again on an idle machine.",
+        )
+
+
 def text(records):
     """The summary, to print."""
     if not records:
         return "nothing was measured"
     broken = broken_rules(records)
-    lines = [*mean_lines(records), "", *peak_lines(records), ""]
+    lines = [*mean_lines(records), "", *peak_lines(records), *largest_lines(records), ""]
     lines += [f"broken rules: {len(broken)}"] + [f"  {rule}" for rule in broken]
-    disturbed = sum((r["others"] or 0) > BUSY for r in records)
-    if disturbed:
-        lines += [
-            "",
-            f"DISTURBED: in {disturbed} of {len(records)} cases other programs used more than {BUSY} cores.",
-            "Ratios are then wrong, mostly too high: torch's threads wait for each other by spinning.",
-            "Run again on an idle machine.",
-        ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *disturbed_lines(records)])
