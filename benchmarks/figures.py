@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import matplotlib
 
 matplotlib.use("Agg")  # draws into files; needs no display
@@ -13,15 +15,34 @@ import grid
 import summary
 
 COLORS = {"RNN": "#33bbee", "LSTM": "#0077bb", "GRU": "#009988", "torch": "#ee7733", "fastseq": "#0077bb"}
+COLORS |= {"full": "#0077bb", "causal": "#009988"}
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
 TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 
 
-def caption(environment):
+@dataclass(frozen=True)
+class Series:
+    """What the bars of a figure tell apart, and the words for it."""
+
+    key: str  # of a record
+    names: tuple[str, ...]
+    against: str
+    shapes: str  # how the names of shapes are read
+
+    def of(self, records):
+        return [name for name in self.names if summary.select(records, **{self.key: name})]
+
+
+RECURRENT = Series(
+    "cell", grid.CELLS, "torch.nn", "T steps, B sequences, input size -> hidden size, x layers"
+)
+
+
+def caption(environment, series):
     return (
         f"{environment['cpu']}, {environment['isa']}, {environment['threads']} threads; "
         f"torch {environment['torch']}, fastseq {environment['fastseq']}; {environment['date'][:10]}\n"
-        "T steps, B sequences, input size -> hidden size, x layers"
+        f"{series.shapes}"
     )
 
 
@@ -69,16 +90,16 @@ def grouped_bars(axes, rows, series, value, start, label):
     axes.set_axisbelow(True)
 
 
-def draw_speedup(records, title, environment, path):
-    """One panel per mode, one row per shape, one bar per cell, on a logarithmic axis that starts at 1."""
+def draw_speedup(records, title, environment, path, series=RECURRENT):
+    """One panel per mode, one row per shape, a bar of each series, on a logarithmic axis from 1."""
     shapes = list(dict.fromkeys(r["shape"] for r in records))
-    cells = [cell for cell in grid.CELLS if summary.select(records, cell=cell)]
+    names = series.of(records)
     modes = [mode for mode in grid.MODES if summary.select(records, mode=mode)]
-    ratio = {(r["mode"], r["shape"], r["cell"]): r["ratio"] for r in records}
+    ratio = {(r["mode"], r["shape"], r[series.key]): r["ratio"] for r in records}
     figure, panels = plt.subplots(
         1,
         len(modes),
-        figsize=(2.2 + 4.6 * len(modes), 1.6 + len(shapes) * (0.2 + 0.19 * len(cells))),
+        figsize=(2.2 + 4.6 * len(modes), 1.6 + len(shapes) * (0.2 + 0.19 * len(names))),
         sharey=True,
         squeeze=False,
         layout="constrained",
@@ -88,51 +109,51 @@ def draw_speedup(records, title, environment, path):
         axes.set_xscale("log")
         axes.set_xlim(low, high)
 
-        def value(shape, cell, mode=mode):
-            return ratio.get((mode, shape, cell))
+        def value(shape, name, mode=mode):
+            return ratio.get((mode, shape, name))
 
-        grouped_bars(axes, shapes, cells, value, 1, "{:.2f}".format)
+        grouped_bars(axes, shapes, names, value, 1, "{:.2f}".format)
         axes.axvline(1, color="black", linewidth=1, zorder=1.5)
         axes.xaxis.set_major_locator(FixedLocator([t for t in TICKS if low < t < high]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}x")
         mean = summary.geometric_mean(summary.select(records, mode=mode))
         axes.set_title(f"{mode}: {mean:.2f}x (geometric mean)", fontsize=10)
-        axes.set_xlabel("times as fast as torch.nn")
-    add_title(figure, panels[0][0], f"Speed-up over torch.nn, {title}")
-    finish(figure, caption(environment), path)
+        axes.set_xlabel(f"times as fast as {series.against}")
+    add_title(figure, panels[0][0], f"Speed-up over {series.against}, {title}")
+    finish(figure, caption(environment, series), path)
 
 
-def draw_share(records, title, environment, path):
-    """One panel per cell and mode, one row per shape, one bar for torch and one for fastseq."""
+def draw_share(records, title, environment, path, series=RECURRENT):
+    """One panel for each of the series and mode, one row per shape, one bar for torch and one for fastseq."""
     shapes = list(dict.fromkeys(r["shape"] for r in records))
-    cells = [cell for cell in grid.CELLS if summary.select(records, cell=cell)]
+    names = series.of(records)
     modes = [mode for mode in grid.MODES if summary.select(records, mode=mode)]
-    share = {(r["cell"], r["mode"], r["shape"]): r["share"] for r in records}
+    share = {(r[series.key], r["mode"], r["shape"]): r["share"] for r in records}
     figure, panels = plt.subplots(
         len(modes),
-        len(cells),
-        figsize=(2.6 + 3.2 * len(cells), 1.2 + len(modes) * (0.7 + 0.36 * len(shapes))),
+        len(names),
+        figsize=(2.6 + 3.2 * len(names), 1.2 + len(modes) * (0.7 + 0.36 * len(shapes))),
         sharex=True,
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
     for mode, line in zip(modes, panels, strict=True):
-        for cell, axes in zip(cells, line, strict=True):
+        for name, axes in zip(names, line, strict=True):
 
-            def value(shape, library, cell=cell, mode=mode):
-                return share.get((cell, mode, shape), {}).get(library)
+            def value(shape, library, name=name, mode=mode):
+                return share.get((name, mode, shape), {}).get(library)
 
             grouped_bars(axes, shapes, ("torch", "fastseq"), value, 0, "{:.0%}".format)
             axes.set_xlim(0, max(1.12, *(1.1 * value for pair in share.values() for value in pair.values())))
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.axvline(1, color="black", linewidth=1, zorder=1.5)
-            axes.set_title(f"{cell}, {mode}", fontsize=10)
+            axes.set_title(f"{name}, {mode}", fontsize=10)
     for axes in panels[-1]:
         axes.set_xlabel("share of the FMA peak beside it")
     add_title(figure, panels[0][0], f"Share of the machine's peak, {title}")
-    finish(figure, caption(environment), path)
+    finish(figure, caption(environment, series), path)
 
 
 def draw(results, folder):

@@ -68,6 +68,18 @@ class Case:
     shape: Shape
     dtype: str = "float32"
 
+    against = "torch"
+
+    @property
+    def facts(self):
+        facts = {name: getattr(self, name) for name in ("name", "group", "cell", "mode", "dtype")}
+        return facts | {"shape": self.shape.name}
+
+    @property
+    def same_results(self):
+        """Whether both modules compute the same; the two GRUs of reset_before are different networks."""
+        return self.group != "reset_before"
+
     @property
     def name(self):
         cell = self.cell + ("Cell" if self.group == "cells" else "")

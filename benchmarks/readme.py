@@ -21,6 +21,14 @@ def ratio(records, **wanted):
     return "" if value is None else f"{value:.2f}x" if value < 2 else f"{value:.1f}x"
 
 
+def measured_on(results):
+    """Of a run on a CPU."""
+    environment = results["environment"]
+    cpu = f"{environment['cpu']} ({environment['isa']}), {environment['threads']} threads"
+    versions = f"torch {environment['torch']}, Python {environment['python']}"
+    return f"{cpu}; {versions}; {environment['date'][:10]}, commit {(environment['commit'] or 'none')[:7]}"
+
+
 def replace_section(text, name, new, path):
     """The text with `new` between the markers of this name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

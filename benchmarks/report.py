@@ -1,7 +1,7 @@
-"""Write the speed tables of README.md anew, for CPU and GPU, each from a run's results.json.
+"""Write the speed tables of README.md anew: recurrent networks and attention on a CPU, and a GPU's.
 
 python benchmarks/report.py                  # from the latest runs under benchmarks/results
-python benchmarks/report.py --results DIR --gpu-results DIR
+python benchmarks/report.py --results DIR --attention-results DIR --gpu-results DIR
 python benchmarks/report.py --check          # change nothing; fail if a table is not up to date
 """
 
@@ -13,19 +13,20 @@ import os
 import sys
 from pathlib import Path
 
+import attention_table
 import gpu_table
 import grid
 import summary
-from readme import ReportError, ratio, replace_section, table
-from records import RESULTS, read
+from readme import ReportError, measured_on, ratio, replace_section, table
+from records import ATTENTION, RECURRENT, RESULTS, read
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = ("LSTM", "GRU", "RNN")
 
 
-def kept_results():
-    """The runs under benchmarks/results, the newest first."""
-    found = {path: read(path) for path in RESULTS.glob("*/results.json")}
+def kept_results(name=RECURRENT):
+    """The files of this name under benchmarks/results, the newest first."""
+    found = {path: read(path) for path in RESULTS.glob(f"*/{name}")}
     newest_first = sorted(found, key=lambda path: found[path]["environment"]["date"], reverse=True)
     return {path: found[path] for path in newest_first}
 
@@ -34,11 +35,11 @@ def is_gpu(results):
     return "gpu" in results["environment"]
 
 
-def full_results():
+def full_results(name=RECURRENT):
     """The complete, not quick, runs on a CPU, the newest first."""
     return {
         path: results
-        for path, results in kept_results().items()
+        for path, results in kept_results(name).items()
         if not is_gpu(results) and results["complete"] and not results["quick"]
     }
 
@@ -55,6 +56,14 @@ def gpu_runs(folder):
     return [(relative(path.parent.resolve()), results) for path, results in found.items()]
 
 
+def attention_runs(folder):
+    """(folder from README's view, results) of the given run, or of all that are kept, the newest first."""
+    path = folder and folder / ATTENTION
+    found = {path: read_results(folder, ATTENTION)[1]} if folder else full_results(ATTENTION)
+    runs = [(relative(path.parent.resolve()), results) for path, results in found.items()]
+    return [(name, results) for name, results in runs if attention_table.of_table(results["cases"])]
+
+
 def relative(folder):
     return Path(os.path.relpath(folder, ROOT)).as_posix()
 
@@ -69,13 +78,13 @@ def latest_results():
     )
 
 
-def read_results(folder):
-    path = folder / "results.json" if folder else latest_results()
+def read_results(folder, name=RECURRENT):
+    path = folder / name if folder else latest_results()
     try:
         return path.parent, read(path)
     except (OSError, json.JSONDecodeError) as error:
         raise ReportError(
-            f"given --results {folder}: {error}\n"
+            f"given {path}: {error.strerror if isinstance(error, OSError) else error}\n"
             "accepted: a folder that benchmarks/run.py wrote\n"
             "try python benchmarks/run.py first"
         ) from None
@@ -104,13 +113,6 @@ def group_table(records):
             worst = min(r["ratio"] for r in chosen)
             rows.append([title, str(len(chosen)), ratio(chosen), f"{worst:.2f}x"])
     return table(["", "cases", "geometric mean", "smallest"], rows)
-
-
-def measured_on(results):
-    environment = results["environment"]
-    cpu = f"{environment['cpu']} ({environment['isa']}), {environment['threads']} threads"
-    versions = f"torch {environment['torch']}, Python {environment['python']}"
-    return f"{cpu}; {versions}; {environment['date'][:10]}, commit {(environment['commit'] or 'none')[:7]}"
 
 
 def other_machines(shown):
@@ -149,6 +151,9 @@ def main():
     )
     parser.add_argument("--results", type=Path, metavar="DIR", help="a folder that benchmarks/run.py wrote")
     parser.add_argument(
+        "--attention-results", type=Path, metavar="DIR", help="a folder that benchmarks/run.py wrote"
+    )
+    parser.add_argument(
         "--gpu-results", type=Path, metavar="DIR", help="a folder that benchmarks/gpu_run.py wrote"
     )
     parser.add_argument(
@@ -171,10 +176,13 @@ def main():
         raise ReportError(
             f"given {arguments.readme}: {error.strerror}\ntry writing a README.md first"
         ) from None
-    runs = gpu_runs(arguments.gpu_results)
+    attention, runs = attention_runs(arguments.attention_results), gpu_runs(arguments.gpu_results)
     new = replace_section(old, "benchmark", section(results, folder.resolve()), arguments.readme)
+    new = replace_section(new, "attention", attention_table.section(attention), arguments.readme)
     new = replace_section(new, "gpu", gpu_table.section(runs), arguments.readme)
-    shown = " and ".join([str(folder), *(name for name, _ in runs[:1])])
+    shown = " and ".join(
+        dict.fromkeys([relative(folder.resolve()), *(name for name, _ in attention[:1] + runs[:1])])
+    )
     if new == old:
         print(f"{arguments.readme.name} is up to date with {shown}")
         return 0
