@@ -46,8 +46,12 @@ def largest(x: torch.Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
 
 
-def assert_as_accurate_as_torch(ours, torchs, reference, dtype, name="result"):
-    """`ours` and `torchs` in `dtype`, `reference` in float64, all of one shape; `name` is for the message."""
+def assert_as_accurate_as_torch(ours, torchs, reference, dtype, name="result", units=None, terms=0.0):
+    """`ours` and `torchs` in `dtype`, `reference` in float64, all of one shape; `name` is for the message.
+
+    `units` is the dtype in whose units the floor is counted, if not `dtype`: that of the numbers that it was
+    computed from. `terms` is the size of the terms of which the tensor is the difference, if they cancel out.
+    """
     assert ours.dtype == dtype, f"{name}: dtype {ours.dtype}, should be {dtype}"
     assert ours.shape == reference.shape, (
         f"{name}: shape {tuple(ours.shape)}, should be {tuple(reference.shape)}"
@@ -55,8 +59,9 @@ def assert_as_accurate_as_torch(ours, torchs, reference, dtype, name="result"):
     reference = reference.double()
     error = largest(ours.double() - reference)
     torchs_error = largest(torchs.double() - reference)
-    size = largest(reference) if reference.numel() > 1 else max(1.0, largest(reference))
-    floor = FLOOR_ULPS[dtype] * torch.finfo(dtype).eps * size
+    size = max(largest(reference), terms, 1.0 if reference.numel() == 1 else 0.0)
+    units = units or dtype
+    floor = FLOOR_ULPS[units] * torch.finfo(units).eps * size
     assert error <= TIMES_TORCH * torchs_error + floor, (
         f"{name}: error {error:.3g}, torch's own {torchs_error:.3g}, floor {floor:.3g}, "
         f"largest element {largest(reference):.3g}"

@@ -1,0 +1,307 @@
+"""Cases of attention, and how to run one through fastseq, through torch and through the float64 reference."""
+
+import math
+from dataclasses import MISSING, dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attention_reference
+import fastseq
+from harness import threads, with_gradients
+from tolerances import assert_as_accurate_as_torch
+
+ALL = ("lse", "weights")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of scaled_dot_product_attention."""
+
+    dtype: torch.dtype = torch.float32
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 0  # as many as heads
+    queries: int = 9
+    keys: int = 13
+    head_size: int = 8
+    value_size: int = 0  # head_size
+    layout: str = "BHSD"
+    mask: str = ""  # "bool", "float" (of the query's dtype) or "float32"
+    mask_dims: str = "BHQK"  # the dimensions in which the mask is not broadcast
+    causal: str = ""
+    window: tuple | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    alibi: str = ""  # "H" or "BH"
+    sinks: bool = False
+    lengths: bool = False
+    packed: bool = False
+    dropout: float = 0.0
+    returns: tuple = ()  # of "lse", "weights"
+
+    def __str__(self):
+        def word(field):
+            value = getattr(self, field.name)
+            text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            return field.name if value is True else shape.get(field.name, "") + text.removeprefix("torch.")
+
+        shape = {"batch": "B", "heads": "H", "kv_heads": "kv", "queries": "Q", "keys": "K", "head_size": "D"}
+        shape |= {
+            "value_size": "Dv",
+            "scale": "scale",
+            "softcap": "cap",
+            "alibi": "alibi",
+            "window": "window",
+        }
+        shape |= {"dropout": "dropout", "mask": "mask_", "returns": "and_", "mask_dims": "of_"}
+        special = [f for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default]
+        return "-".join([word(f) for f in special]) or "plain"
+
+    @property
+    def width(self) -> int:
+        return self.value_size or self.head_size
+
+    @property
+    def accumulation(self) -> torch.dtype:
+        """Of lse, alibi_slopes and sinks."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+
+LAYOUTS = {  # of a tensor (B, H, S, D)
+    "BHSD": lambda x: x.clone(),
+    "BSHD": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "SBHD": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "HSBD": lambda x: x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
+    "part of wider rows": lambda x: F.pad(x, (3, 2))[..., 3:-2],
+    "every other row, head and batch": lambda x: (
+        x.repeat_interleave(2, 0).repeat_interleave(3, 1).repeat_interleave(2, 2)[::2, ::3, ::2]
+    ),
+    "off by one element": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
+    "every other feature": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "features first": lambda x: x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
+}
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another layout, as a leaf."""
+    y = LAYOUTS[layout](x.detach())
+    assert torch.equal(y, x)
+    return y.requires_grad_(x.requires_grad)
+
+
+def spread(longest: int, shortest: int, count: int, shift: int) -> Tensor:
+    """Lengths as different as they can be."""
+    return torch.linspace(longest, shortest, count).round().long().roll(shift)
+
+
+def starts(lengths: Tensor) -> Tensor:
+    return F.pad(lengths.cumsum(0), (1, 0))
+
+
+def make_data(case: Case, seed=1) -> dict[str, Tensor]:
+    """The tensors of a call by the names of its arguments; those that can have a gradient want one."""
+    g = torch.Generator().manual_seed(seed)
+    kv_heads = case.kv_heads or case.heads
+
+    def randn(*shape, dtype=case.dtype):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    def tensor(heads, rows, size):
+        x = randn(case.batch, heads, rows, size).requires_grad_()
+        return x if case.packed else lay_out(x, case.layout)
+
+    data = {
+        "query": tensor(case.heads, case.queries, case.head_size),
+        "key": tensor(kv_heads, case.keys, case.head_size),
+        "value": tensor(kv_heads, case.keys, case.width),
+    }
+    if case.packed:
+        lengths = {"q": spread(case.queries, 0, case.batch, 0), "k": spread(case.keys, 0, case.batch, 1)}
+        for name, of in (("query", "q"), ("key", "k"), ("value", "k")):
+            rows = [x[:, :n].transpose(0, 1) for x, n in zip(data[name], lengths[of], strict=True)]
+            data[name] = torch.cat(rows).detach().requires_grad_()
+        data["cu_seqlens_q"], data["cu_seqlens_k"] = starts(lengths["q"]), starts(lengths["k"])
+    if case.mask:
+        sizes = {"B": case.batch, "H": case.heads, "Q": case.queries, "K": case.keys}
+        shape = [size if dim in case.mask_dims else 1 for dim, size in sizes.items()]
+        data["attn_mask"] = make_mask(case, shape, g)
+    if case.alibi:
+        shape = (case.heads,) if case.alibi == "H" else (case.batch, case.heads)
+        data["alibi_slopes"] = torch.rand(shape, generator=g).to(case.accumulation)
+    if case.sinks:
+        data["sinks"] = randn(case.heads, dtype=case.accumulation).requires_grad_()
+    if case.lengths:
+        data["key_lengths"] = spread(case.keys, 0, case.batch, 1)
+    return data
+
+
+def make_mask(case: Case, shape: list[int], g: torch.Generator) -> Tensor:
+    """A third masked, of a bool mask, a tenth of a float one; in the middle a row that sees nothing."""
+    masked = torch.rand(shape, generator=g) < (1 / 3 if case.mask == "bool" else 1 / 10)
+    if shape[2] > 2:
+        masked[..., shape[2] // 2, :] = True
+    if case.mask == "bool":
+        return ~masked
+    dtype = torch.float32 if case.mask == "float32" else case.dtype
+    mask = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+    if shape[3] > 1:
+        mask = mask.masked_fill(masked, -math.inf)
+    return mask.requires_grad_()
+
+
+def options_of(case: Case) -> dict:
+    """The arguments that are no tensors and that the reference knows by the same names."""
+    options = {
+        "scale": case.scale,
+        "causal": case.causal or None,
+        "window": case.window,
+        "softcap": case.softcap,
+        "dropout_p": case.dropout,
+    }
+    return {name: value for name, value in options.items() if value not in (None, 0.0)}
+
+
+def call_fastseq(case: Case, data: dict[str, Tensor], seed=3) -> dict[str, Tensor]:
+    """Outputs by name. The seed decides what dropout leaves."""
+    arguments = {**data, **options_of(case)}
+    arguments |= {f"return_{name}": True for name in case.returns}
+    if case.kv_heads:
+        arguments["enable_gqa"] = True
+    torch.manual_seed(seed)
+    result = fastseq.scaled_dot_product_attention(**arguments)
+    if not case.returns:
+        assert isinstance(result, Tensor)
+        return {"output": result}
+    names = ["output"] + [name for name in ALL if name in case.returns]
+    assert isinstance(result, tuple)
+    assert len(result) == len(names)
+    return dict(zip(names, result, strict=True))
+
+
+def call_reference(case: Case, data: dict[str, Tensor], keep: Tensor | None):
+    """What call_fastseq returns, by the equations, in the tensors' dtype; and how many keys are seen."""
+    arguments = {**data, **options_of(case), "keep": keep}
+    if case.packed:
+        output, lse, visible = attention_reference.packed_attention(**arguments)
+        return {"output": output, "lse": lse}, [v.sum(-1).max() for v in visible if v.numel()]
+    result = attention_reference.attention(**arguments)
+    results = {"output": result.output, "lse": result.lse, "weights": result.weights}
+    return results, [result.visible.sum(-1).max()] if result.visible.numel() else []
+
+
+def as_leaves(data: dict[str, Tensor], dtype=None) -> dict[str, Tensor]:
+    """Copies, in another dtype where they have a floating one."""
+
+    def copy(x):
+        to = dtype if dtype and x.is_floating_point() else x.dtype
+        return x.detach().clone().to(to).requires_grad_(x.requires_grad)
+
+    return {name: copy(x) for name, x in data.items()}
+
+
+def run_fastseq(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    return with_gradients(call_fastseq(case, data), data, case.dtype)
+
+
+def run_reference(case: Case, data: dict[str, Tensor], keep=None, dtype=torch.float64):
+    """Results and gradients; and the largest number of keys that a query sees."""
+    leaves = as_leaves(data, dtype)
+    with threads(1):  # torch's threads fight over small work when the machine is busy
+        results, seen = call_reference(case, leaves, keep)
+        results = {name: results[name] for name in ("output", *case.returns)}
+        return with_gradients(results, leaves, case.dtype), int(max(seen, default=0))
+
+
+def bias_for_torch(case: Case, data: dict[str, Tensor]) -> Tensor | None:
+    """The case's mask, alignment, window, lengths and slopes as the one mask that torch takes."""
+    mask, keys = data.get("attn_mask"), (case.queries, case.keys, case.causal)
+    if not (case.causal or case.window or case.lengths or case.alibi):
+        return mask
+    visible = attention_reference.visible_keys(
+        case.batch, case.heads, *keys[:2], mask, case.causal or None, case.window, data.get("key_lengths")
+    )
+    bias = torch.zeros((), dtype=case.accumulation)
+    if mask is not None and mask.dtype is not torch.bool:
+        bias = bias + mask
+    if case.alibi:
+        bias = bias + attention_reference.alibi_bias(data["alibi_slopes"], *keys, data.get("key_lengths"))
+    return visible if bias.dim() == 0 else torch.where(visible, bias, -math.inf).to(case.dtype)
+
+
+def run_torch(case: Case, data: dict[str, Tensor], keep=None) -> dict[str, Tensor]:
+    """F.scaled_dot_product_attention's numbers; what it cannot do, torch's operations in this dtype."""
+    if not (case.returns or case.softcap or case.sinks or case.dropout or case.packed):
+        leaves = as_leaves(data)
+        causal = case.causal == "top_left" and not (case.mask or case.window or case.lengths or case.alibi)
+        try:
+            with threads(1):
+                output = F.scaled_dot_product_attention(
+                    *(leaves[name] for name in ("query", "key", "value")),
+                    attn_mask=None if causal else bias_for_torch(case, leaves),
+                    is_causal=causal,
+                    scale=case.scale,
+                    enable_gqa=bool(case.kv_heads),
+                )
+                results = with_gradients({"output": output}, leaves, case.dtype)
+        except RuntimeError as error:  # a mask in float32 that wants a gradient, beside 16 bits
+            if "dtype" not in str(error):
+                raise
+        else:
+            if all(x.isfinite().all() for x in results.values()):  # rows that see nothing may be NaN
+                return results
+    results, _ = run_reference(case, data, keep, case.dtype)
+    if "lse" in results:  # has the accumulation dtype
+        results["lse"] = run_reference(case, data, keep, case.accumulation)[0]["lse"]
+    return results
+
+
+def kept_weights(case: Case, data: dict[str, Tensor], seed=3) -> Tensor | None:
+    """Which weights the dropout of call_fastseq leaves: those that are not 0."""
+    if not case.dropout:
+        return None
+    if case.packed:  # sequence b's decisions are those of row b of a batch
+        rows = replace(case, packed=False, lengths=False, causal="", window=None, alibi="")
+        data = make_data(replace(rows, sinks=False))
+        data["query"] = torch.zeros_like(data["query"])
+        return kept_weights(rows, data, seed)
+    with torch.no_grad():
+        return call_fastseq(replace(case, returns=("weights",)), data, seed)["weights"] != 0
+
+
+def size_of_terms(case: Case, data: dict[str, Tensor], name: str, seen: int) -> float:
+    """How large the numbers are whose difference a gradient is, where that leaves next to nothing.
+
+    A row of gradients of scores sums up to 0: with one visible key it is 0, and so is the gradient of a mask
+    that is the same for all keys.
+    """
+    if not name.startswith("grad of ") or name == "grad of value":
+        return 0.0
+    if name == "grad of attn_mask" and data["attn_mask"].size(-1) == 1:
+        return math.sqrt(case.width * case.batch * case.heads * case.queries)
+    return 1.0 if seen <= 2 else 0.0
+
+
+def assert_right(case: Case, data, ours, torchs, exact, seen: int, what=""):
+    assert ours.keys() == exact.keys()
+    for name, reference in exact.items():
+        leaf = data.get(name.removeprefix("grad of "))
+        units = case.accumulation if name == "lse" else case.dtype
+        dtype = units if leaf is None else leaf.dtype
+        units = max(units, dtype, key=lambda x: torch.finfo(x).eps)
+        result, theirs = ours[name], torchs[name]
+        if name == "lse":
+            nothing = reference == -math.inf
+            assert torch.equal(result == -math.inf, nothing), f"lse{what}: -inf in the wrong rows"
+            result, theirs, reference = (x.masked_fill(nothing, 0) for x in (result, theirs, reference))
+        size = size_of_terms(case, data, name, seen)
+        assert_as_accurate_as_torch(result, theirs, reference, dtype, name + what, units, size)
+
+
+def check(case: Case, data: dict[str, Tensor] | None = None):
+    """Results and all gradients against the float64 reference."""
+    data = data or make_data(case)
+    keep = kept_weights(case, data)
+    exact, seen = run_reference(case, data, keep)
+    assert_right(case, data, run_fastseq(case, data), run_torch(case, data, keep), exact, seen)
