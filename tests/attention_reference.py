@@ -31,6 +31,7 @@ class Attention(NamedTuple):
     lse: Tensor  # [B, Hq, Sq]
     weights: Tensor  # [B, Hq, Sq, Sk], after dropout
     visible: Tensor  # [B, Hq, Sq, Sk], bool
+    largest: Tensor  # [B, Hq, Sq, 1], the score, or sink, that counts most; 0 if there is none
 
 
 def unlimited(extent: int | None) -> bool:
@@ -125,7 +126,7 @@ def attention(
     lse = torch.where(something, largest + torch.log(divisor), -math.inf).squeeze(-1)
     if dropout_p:
         weights = torch.where(keep, weights / (1 - dropout_p), zero)
-    return Attention(weights @ value, lse, weights, visible)
+    return Attention(weights @ value, lse, weights, visible, largest)
 
 
 def packed_attention(
@@ -137,12 +138,12 @@ def packed_attention(
     alibi_slopes: Tensor | None = None,
     keep: Tensor | None = None,
     **options,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Attention]]:
     """Every sequence by itself: query [total_q, Hq, D], key [total_k, Hkv, D], value [total_k, Hkv, Dv].
 
-    Returns output [total_q, Hq, Dv], lse [Hq, total_q], and what each sequence sees.
+    Returns output [total_q, Hq, Dv], lse [Hq, total_q], and each sequence by itself.
     """
-    outputs, lses, visible = [query.new_zeros(0, query.size(1), value.size(2))], [], []
+    outputs, lses, parts = [query.new_zeros(0, query.size(1), value.size(2))], [], []
     for b in range(len(cu_seqlens_q) - 1):
         q = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
         k = slice(cu_seqlens_k[b], cu_seqlens_k[b + 1])
@@ -153,5 +154,5 @@ def packed_attention(
         result = attention(*tensors, alibi_slopes=slopes, **options)
         outputs.append(result.output[0].transpose(0, 1))
         lses.append(result.lse[0])
-        visible.append(result.visible)
-    return torch.cat(outputs), torch.cat(lses, 1) if lses else query.new_zeros(query.size(1), 0), visible
+        parts.append(result)
+    return torch.cat(outputs), torch.cat(lses, 1) if lses else query.new_zeros(query.size(1), 0), parts

@@ -28,8 +28,10 @@ SMOKE_HEAD_SIZES = {(3, 3), (31, 31), (64, 64), (64, 96), (257, 65)}
 
 LENGTHS = [(n, n) for n in (1, 2, 7, 63, 64, 65, 128, 197, 255, 256, 257, 600)]
 LENGTHS += [(1, n) for n in (2, 7, 64, 65, 257, 600, 2050)] + [(n, 1) for n in (2, 65, 600)]
-LENGTHS += [(2, 600), (5, 1030), (63, 65), (65, 63), (257, 128), (128, 257), (600, 7), (7, 600)]
+LENGTHS += [(2, 600), (5, 1030), (63, 65), (65, 63), (257, 128), (128, 257), (600, 7), (7, 600), (40, 1100)]
 SMOKE_LENGTHS = {(1, 1), (65, 65), (197, 197), (1, 257), (5, 1030), (65, 1), (257, 128)}
+
+SHAPES = [(130, 130), (1, 131), (70, 133), (133, 70), (20, 1100), (60, 530)]  # queries, keys
 
 OPTIONS = {
     "plain": {},
@@ -77,7 +79,9 @@ def test_lengths_match_float64_reference(dtype, option, queries, keys):
     check(Case(dtype, 1, heads, 0, queries, keys, 20, **OPTIONS[option]))
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(130, 130), (1, 131), (70, 133), (133, 70)])
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(130, 130), (1, 131), (70, 133), (133, 70), (20, 1100), (60, 530)]
+)
 @every_option
 @every_dtype
 def test_options_match_float64_reference(dtype, option, queries, keys):

@@ -23,6 +23,7 @@ CASES = {
     "plain": Case(queries=130, keys=150, head_size=20),
     "causal": Case(queries=197, keys=197, head_size=64, causal="top_left"),
     "one head": Case(batch=1, heads=1, queries=300, keys=290, head_size=33, causal="bottom_right"),
+    "long keys": Case(batch=1, heads=3, queries=140, keys=800, head_size=16, sinks=True),
     "mask": Case(queries=70, keys=75, mask="float", mask_dims="QK", sinks=True),
     "bool mask of keys": Case(queries=70, keys=75, mask="bool", mask_dims="BK"),
     "window": Case(queries=200, keys=200, window=(20, 30), alibi="H", softcap=2.0),
@@ -34,6 +35,9 @@ CASES = {
     "decoding, one head": Case(batch=1, heads=1, queries=1, keys=3000, head_size=64),
     "decoding, grouped": Case(batch=2, heads=8, kv_heads=1, queries=1, keys=1100, lengths=True),
     "few queries": Case(batch=1, heads=2, queries=5, keys=2100, head_size=40, causal="bottom_right"),
+    "few more queries": Case(
+        batch=1, heads=2, queries=20, keys=2100, head_size=24, mask="float", mask_dims="K"
+    ),
 }
 PLANS = ["1x1", "1x2", "1x3", "1x7", "2x1", "2x2", "3x2", "4x1", "5x5"]  # heads x rows, in parts
 
@@ -78,11 +82,11 @@ def test_gradients_are_as_exact_whatever_the_thread_count(dtype, name):
     case = replace(CASES[name], dtype=dtype)
     data = make_data(case)
     keep = kept_weights(case, data)
-    (exact, seen), torchs = run_reference(case, data, keep), run_torch(case, data, keep)
+    (exact, scores), torchs = run_reference(case, data, keep), run_torch(case, data, keep)
     for count in (1, 3, 5):
         with threads(count):
             ours = run_fastseq(case, data)
-        assert_right(case, data, ours, torchs, exact, seen, f" with {count} threads")
+        assert_right(case, data, ours, torchs, exact, scores, f" with {count} threads")
 
 
 @pytest.mark.smoke
@@ -94,14 +98,14 @@ def test_every_plan_gives_the_same_results(monkeypatch, dtype, name):
     case = replace(CASES[name], dtype=dtype)
     data = make_data(case)
     keep = kept_weights(case, data)
-    (exact, seen), torchs = run_reference(case, data, keep), run_torch(case, data, keep)
+    (exact, scores), torchs = run_reference(case, data, keep), run_torch(case, data, keep)
     first = forward(case, data)
     for forced in PLANS:
         monkeypatch.setenv("FASTSEQ_ATTENTION_PLAN", forced)
         what = f" with FASTSEQ_ATTENTION_PLAN={forced}"
         assert_same_bits(forward(case, data), first, what)
         ours = run_fastseq(case, data)
-        assert_right(case, data, ours, torchs, exact, seen, what)
+        assert_right(case, data, ours, torchs, exact, scores, what)
         assert_same_bits(run_fastseq(case, data), ours, what)
 
 
@@ -114,10 +118,23 @@ def attention_plan(dtype="float32", threads=4, backward=False, **sizes):
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("forced", PLANS)
 def test_forced_plan_is_the_plan(monkeypatch, forced, backward):
+    """In the backward pass threads share nothing, and the second number cuts the keys if it is above 1."""
     monkeypatch.setenv("FASTSEQ_ATTENTION_PLAN", forced)
-    plan = attention_plan(backward=backward)
-    rows = plan["key_parts"] if backward and "key_parts" in plan else plan["row_parts"]
-    assert forced in (f"{plan['head_parts']}x{plan['row_parts']}", f"{plan['head_parts']}x{rows}")
+    plan = attention_plan(threads=25, backward=backward)
+    heads, rows = map(int, forced.split("x"))
+    assert plan["threads"] == heads * rows
+    if backward:
+        assert plan["split"] == (rows > 1)
+    else:
+        assert (plan["head_parts"], plan["row_parts"]) == (heads, rows)
+
+
+@pytest.mark.parametrize("forced", PLANS)
+def test_forced_plan_takes_no_more_threads_than_there_are(monkeypatch, forced):
+    monkeypatch.setenv("FASTSEQ_ATTENTION_PLAN", forced)
+    for count in (1, 2, 3):
+        for backward in (False, True):
+            assert attention_plan(threads=count, backward=backward)["threads"] <= count
 
 
 @pytest.mark.parametrize("forced", ["2", "axb", "1x2x3", "0x1", "1x", "x"])
@@ -152,6 +169,7 @@ ROWS = {
     "decoding, lengths": {"queries": 1, "keys": 1500, "lengths": True},
     "decoding, mask": {"queries": 1, "keys": 700, "mask": "float", "mask_dims": "BK"},
     "few queries": {"queries": 7, "keys": 700, "causal": "bottom_right"},
+    "few more queries": {"queries": 20, "keys": 1300, "window": (1250, 3)},
     "many queries": {"queries": 130, "keys": 150, "head_size": 20},
     "causal": {"queries": 100, "keys": 100, "causal": "top_left", "head_size": 64},
     "lengths": {"queries": 70, "keys": 200, "lengths": True, "alibi": "H"},

@@ -50,6 +50,12 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """There is nothing to share in calls of this size, and many thousands of them."""
+    torch.set_num_threads(1)
+
+
 def gradcheck_case(case: Case):
     data = make_data(case)
     names = [name for name, x in data.items() if x.requires_grad]
