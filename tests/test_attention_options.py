@@ -259,7 +259,7 @@ OPTIONS = {
     "key lengths": {"lengths": True},
     "packed": {"packed": True},
     "dropout": {"dropout": 0.3},
-    "scale": {"scale": 0.9},
+    "scale": {"scale": 0.4},
     "lse": {"returns": ("lse",)},
     "weights": {"returns": ("weights",)},
 }

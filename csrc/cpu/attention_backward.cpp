@@ -152,6 +152,7 @@ class Backward {
         *grad_products;  // [kQueryTile][kKeyTile]; then P and dS, of a pair of rows in that of the even one
     O* grad_rows;        // [kQueryTile][kKeyTile]  dS by rows, where the operands are pairs
     T* keep;             // [2][kKeyTile]
+    T* mask_sums;        // [kKeyTile]
     T *grad_query, *part_grad_query;  // [kQueryTile][head_columns]
     double* grad_sinks;               // [group heads]
   };
@@ -183,6 +184,7 @@ class Backward {
       t.grad_products = arena_.take<T>(kQueryTile * kKeyTile);
       t.grad_rows = arena_.take<O>(kPair == 2 ? kQueryTile * kKeyTile : 0);
       t.keep = arena_.take<T>(2 * kKeyTile);
+      t.mask_sums = arena_.take<T>(kKeyTile);
       t.grad_query = arena_.take<T>(kQueryTile * head_columns_);
       t.part_grad_query = arena_.take<T>(kQueryTile * head_columns_);
       t.grad_sinks = arena_.take<double>(group_heads_);
@@ -384,6 +386,14 @@ class Backward {
     }
     if (all.empty()) return;
     for (int64_t r = 0; r < rows.rows; ++r) look(u, rows, r, first_key, count, t.row[r]);
+    // Rows that share a gradient of the mask are summed up for themselves first: shorter chains are more exact.
+    T* const shared_mask = t.row[0].grad_mask;
+    const bool shares =
+        a_.grad_mask && a_.grad_mask_stride[2] == 0 && t.row[rows.rows - 1].grad_mask == shared_mask;
+    if (shares) {
+      std::fill_n(t.mask_sums, kKeyTile, T(0));
+      for (int64_t r = 0; r < rows.rows; ++r) t.row[r].grad_mask = t.mask_sums;
+    }
     bool hidden[kKeyTile / K::kPanelKeys] = {};
     if (scores_.masked() && !look_at_mask(rows, hidden, t)) return;
 
@@ -411,6 +421,8 @@ class Backward {
         });
       }
     }
+    for (int64_t i = 0; shares && i < (a_.grad_mask_stride[3] ? count : 1); ++i)
+      shared_mask[i] += t.mask_sums[i];
     if (a_.grad_value.data) {
       add_columns(rows, columns, all, t.products, t.grad_right, value_columns_,
                   t.grad_value + at * value_columns_);
