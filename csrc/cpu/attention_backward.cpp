@@ -338,27 +338,16 @@ class Backward {
   // Operands, log-sum-exps and deltas of the rows.
   void start(const Unit& u, const RowTile<O>& rows, Thread& t) const {
     const bool first_part = u.part == 0;
-    // Rows of a tile lie at one stride within a head; a tile of several heads is gathered head by head.
     for (int64_t r = 0; r < rows.rows; ++r) {
       const int64_t head = rows.head[r], query = rows.query[r];
-      const S* const grad = u.s.template query_row<const S>(a_.grad_output, head, query);
-      const S* const output = u.s.template query_row<const S>(a_.output, head, query);
-      const S* const remainder =
-          a_.remainder.data ? u.s.template query_row<const S>(a_.remainder, head, query) : nullptr;
       copy_row(u.s.template query_row<const S>(a_.query, head, query), a_.head_size,
                t.query_left + r * head_stride_);
-      copy_row(grad, a_.value_size, t.grad_left + r * value_stride_);
-      V sum(0);
-      for (int64_t i = 0; i < a_.value_size; i += kWidth) {
-        const int64_t n = a_.value_size - i;
-        V exact = load_upto<V>(output + i, n);
-        if (remainder) exact = exact + load_upto<V>(remainder + i, n);
-        sum = fma(load_upto<V>(grad + i, n), exact, sum);
-      }
+      copy_row(u.s.template query_row<const S>(a_.grad_output, head, query), a_.value_size,
+               t.grad_left + r * value_stride_);
+      if (r % kWidth == 0) find_deltas(u, rows, r, t.row);
       GradRow<S, T>& row = t.row[r];
       row.highest = *u.s.template of_query<const T>(a_.highest, head, query);
       row.inverse_sum = *u.s.template of_query<const T>(a_.inverse_sum, head, query);
-      row.delta = sum_of_lanes(sum);
       if (a_.grad_lse.data) row.delta -= *u.s.template of_query<const T>(a_.grad_lse, head, query);
       if (a_.sinks && first_part) {
         const double sink = static_cast<const T*>(a_.sinks)[head];
@@ -369,6 +358,34 @@ class Backward {
     }
     pack_tile(t.query_left, head_stride_, rows.rows, a_.head_size, t.query_right, t.special_query);
     pack_tile(t.grad_left, value_stride_, rows.rows, a_.value_size, t.grad_right, t.special_grad);
+  }
+
+  // Of up to kWidth rows from `first` on, in lanes: the products of output gradients and output. Added up in the order
+  // in which those with values are, so that what is rounded cancels where a row's output is nearly one value.
+  void find_deltas(const Unit& u, const RowTile<O>& rows, int64_t first, GradRow<S, T>* row) const {
+    const int64_t count = std::min(rows.rows - first, kWidth);
+    V sum(0), chain(0);
+    for (int64_t i = 0; i < a_.value_size; i += kWidth) {
+      const int64_t n = a_.value_size - i;
+      V grad[kWidth], output[kWidth];
+      for (int64_t r = 0; r < kWidth; ++r) {
+        grad[r] = output[r] = V(0);
+        if (r >= count) continue;
+        const int64_t head = rows.head[first + r], query = rows.query[first + r];
+        grad[r] = load_upto<V>(u.s.template query_row<const S>(a_.grad_output, head, query) + i, n);
+        output[r] = load_upto<V>(u.s.template query_row<const S>(a_.output, head, query) + i, n);
+        if (!a_.remainder.data) continue;
+        output[r] =
+            output[r] + load_upto<V>(u.s.template query_row<const S>(a_.remainder, head, query) + i, n);
+      }
+      transpose(grad);
+      transpose(output);
+      for (int64_t k = 0; k < std::min(n, kWidth); ++k) chain = fma(grad[k], output[k], chain);
+      if ((i + kWidth) % kScoreDepth == 0 || n <= kWidth) sum = sum + chain, chain = V(0);
+    }
+    T deltas[kWidth];
+    store(deltas, sum);
+    for (int64_t r = 0; r < count; ++r) row[first + r].delta = deltas[r];
   }
 
   static void pack_tile(const O* left, int64_t stride, int64_t rows, int64_t features, O* right,
