@@ -276,7 +276,7 @@ PAIRS = [pair for pair in combinations(OPTIONS, 2) if set(pair) not in NEVER]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-@pytest.mark.parametrize("queries", [1, 67])
+@pytest.mark.parametrize("queries", [3, 67])
 @two_dtypes
 def test_pairs_of_options_match_float64_reference(dtype, queries, pair):
     case = Case(dtype, 3, 2, 0, queries, 70, 12)
