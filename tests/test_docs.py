@@ -20,6 +20,7 @@ MODULES = [fastseq.RNN, fastseq.LSTM, fastseq.GRU, fastseq.RNNCell, fastseq.LSTM
 FUNCTIONS = [
     getattr(fastseq.functional, name) for name in ("rnn", "lstm", "gru", "rnn_cell", "lstm_cell", "gru_cell")
 ]
+ATTENTION = [fastseq.MultiheadAttention, fastseq.scaled_dot_product_attention]
 
 
 def source_modules():
@@ -39,7 +40,7 @@ def test_docstring_examples_run(module):
 
 
 @pytest.mark.parametrize(
-    "thing", [*MODULES, *FUNCTIONS, fastseq.explain, fastseq.show_config], ids=lambda x: x.__name__
+    "thing", [*MODULES, *FUNCTIONS, *ATTENTION, fastseq.explain, fastseq.show_config], ids=lambda x: x.__name__
 )
 def test_public_docstring_has_a_runnable_example(thing):
     assert ">>> " in thing.__doc__
@@ -52,6 +53,14 @@ def test_help_tells_arguments_results_errors_and_what_is_saved(module):
         assert word in text, f"help({module.__name__}) lacks {word}"
     assert re.search(r"(?i)saved for the backward pass", text)
     assert "batch_first" in text or "Cell" in module.__name__
+
+
+@pytest.mark.parametrize("thing", ATTENTION, ids=lambda x: x.__name__)
+def test_help_of_attention_tells_arguments_results_errors_equation_and_source(thing):
+    text = pydoc.render_doc(thing, renderer=pydoc.plaintext)
+    for word in ("Args:", "Returns:", "Raises:", "attn_mask", "softmax", "Vaswani", "NaN"):
+        assert word in text, f"help({thing.__name__}) lacks {word}"
+    assert re.search(r"(?i)saved for the backward pass", text)
 
 
 def test_readme_python_blocks_run(tmp_path, monkeypatch):
