@@ -109,8 +109,8 @@ def scaled_dot_product_attention(
             or layout without a kernel.
 
     There are first derivatives only: second ones, forward mode and vmap raise errors.
-    Saved for the backward pass: the tensors that are given, output, in 16-bit dtypes what rounding took from it,
-    two numbers for each query, and the weights if they are returned.
+    Saved for the backward pass: the tensors that are given, output, in 16-bit dtypes what rounding took from
+    it, two numbers for each query, and the weights if they are returned.
 
     Vaswani et al., Attention Is All You Need, 2017; Milakov and Gimelshein, Online normalizer calculation for
     softmax, 2018; Dao et al., FlashAttention, 2022.

@@ -241,7 +241,9 @@ def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
 # ----------------------------------------------------------------------------------------- the usual call
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, gqa: bool) -> Tensor | None:
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor | None:
     """Attention without any other option or gradient, on the CPU; None if anything is not as usual.
 
     Dispatching, and collecting addresses in Python, take as long as a small call: see ops.recurrent_cell.
@@ -250,7 +252,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: flo
     if not (READS_TENSORS and usual and nobody_listens()):
         return None
     output = _empty_like(query, value.shape[3])
-    if _C.attention(torch.get_num_threads(), query, key, value, output, is_causal, scale, gqa):
+    if _C.attention(torch.get_num_threads(), query, key, value, output, is_causal, scale, enable_gqa):
         return output
     return None
 

@@ -21,6 +21,7 @@ FUNCTIONS = [
     getattr(fastseq.functional, name) for name in ("rnn", "lstm", "gru", "rnn_cell", "lstm_cell", "gru_cell")
 ]
 ATTENTION = [fastseq.MultiheadAttention, fastseq.scaled_dot_product_attention]
+TOOLS = [fastseq.explain, fastseq.show_config]
 
 
 def source_modules():
@@ -39,9 +40,7 @@ def test_docstring_examples_run(module):
         assert not output, "".join(output)
 
 
-@pytest.mark.parametrize(
-    "thing", [*MODULES, *FUNCTIONS, *ATTENTION, fastseq.explain, fastseq.show_config], ids=lambda x: x.__name__
-)
+@pytest.mark.parametrize("thing", [*MODULES, *FUNCTIONS, *ATTENTION, *TOOLS], ids=lambda x: x.__name__)
 def test_public_docstring_has_a_runnable_example(thing):
     assert ">>> " in thing.__doc__
 
