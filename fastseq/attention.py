@@ -126,6 +126,8 @@ def scaled_dot_product_attention(
         >>> output.shape, lse.shape  # of one more token, which sees the last eight
         (torch.Size([2, 4, 1, 16]), torch.Size([2, 4, 1]))
     """
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = _as_autocast_does(query, key, value)
     if (
         attn_mask is None
         and (dropout_p == 0.0 and causal is None and window is None and softcap is None)
@@ -368,13 +370,24 @@ def _number(name: str, given: Any) -> float:
     raise TypeError(problem(f"{name} of type {type(given).__name__}", "a number", f"{name}=float(...)"))
 
 
+def _as_autocast_does(*tensors: Any) -> Sequence[Any]:
+    """In torch.autocast's dtype, as torch's own function has its arguments there; float64 stays."""
+    dtype = torch.get_autocast_dtype("cpu")
+    return [
+        t.to(dtype) if isinstance(t, Tensor) and t.is_cpu and t.dtype in _AUTOCAST else t for t in tensors
+    ]
+
+
+_AUTOCAST = {torch.float32, torch.bfloat16, torch.float16}
+
+
 def _softcap(given: Any) -> float:
     softcap = _number("softcap", given)
-    if not 0 <= softcap < math.inf:
+    if not (softcap == 0 or 1e-30 <= softcap < math.inf):
         raise ValueError(
-            problem(f"softcap={softcap}", "a number above 0, or None or 0 for none", "softcap=None")
+            problem(f"softcap={softcap}", "a number from 1e-30 on, or None or 0 for none", "softcap=None")
         )
-    return softcap
+    return softcap if softcap < 1e30 else 0.0  # scores of that size are not changed by it
 
 
 def _dropout(given: Any) -> float:
@@ -408,6 +421,9 @@ def _positions(is_causal: Any, causal: Any, window: Any) -> tuple[int, int, bool
     return left, right, causal == "bottom_right"
 
 
+_NO_KEY_IS_SO_FAR = 2**62
+
+
 def _window(window: Any) -> tuple[int, int]:
     good = isinstance(window, Sequence) and not isinstance(window, str) and len(window) == 2
     limits = [-1 if limit is None else limit for limit in window] if good else []
@@ -419,7 +435,8 @@ def _window(window: Any) -> tuple[int, int]:
                 "window=(127, 0) for the last 128 keys",
             )
         )
-    return limits[0], limits[1]
+    # Farther than any key is no limit, and no number for 64 bits.
+    return tuple(-1 if limit >= _NO_KEY_IS_SO_FAR else limit for limit in limits)  # type: ignore[return-value]
 
 
 def _per_head(name: str, given: Any, query: Tensor) -> Tensor:

@@ -232,7 +232,10 @@ def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
     a, sizes = _read_backward(arguments)
     grads = _allocate_gradients(a, sizes, arguments[23])
     a = _dense(a, sizes)
-    run(sizes, a, _incoming(arguments), grads)
+    if sizes.heads:
+        run(sizes, a, _incoming(arguments), grads)
+    else:  # keys and values that no query head reads
+        grads = Gradients(*(None if grad is None else grad.zero_() for grad in grads))
     return [
         _result(grad, name, a) for name, grad in zip(grads._fields, grads, strict=True) if grad is not None
     ]

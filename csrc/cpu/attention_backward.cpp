@@ -70,7 +70,7 @@ struct Weigher {
     grad = select<T>(visible, p * (grad - row.delta), V(0));
     if constexpr (!kSimple) {
       if (row.grad_mask) add_mask_gradient(row.grad_mask, c, count, grad);
-      if (scores.capped()) grad = grad * kept_slope;
+      if (scores.capped()) grad = select<T>(visible, grad * kept_slope, V(0));
     }
   }
 
@@ -352,7 +352,7 @@ class Backward {
       if (a_.sinks && first_part) {
         const double sink = static_cast<const T*>(a_.sinks)[head];
         const double weight = std::exp2(sink * kLog2E - double(row.highest)) * double(row.inverse_sum);
-        t.grad_sinks[head - u.kv_head * group_heads_] -= weight * double(row.delta);
+        if (weight != 0) t.grad_sinks[head - u.kv_head * group_heads_] -= weight * double(row.delta);
       }
       row.grad_weights = nullptr, row.grad_mask = nullptr;
     }
@@ -380,7 +380,11 @@ class Backward {
       }
       transpose(grad);
       transpose(output);
-      for (int64_t k = 0; k < std::min(n, kWidth); ++k) chain = fma(grad[k], output[k], chain);
+      for (int64_t k = 0; k < std::min(n, kWidth); ++k) {
+        // Of a row that sees nothing, whose output is zero, the gradient may be anything.
+        const V one = select<T>(output[k].v == V(0).v, V(0), grad[k]);
+        chain = fma(one, output[k], chain);
+      }
       if ((i + kWidth) % kScoreDepth == 0 || n <= kWidth) sum = sum + chain, chain = V(0);
     }
     T deltas[kWidth];

@@ -50,11 +50,15 @@ AttentionPlan attention_plan(const AttentionArgs& a, int threads, bool backward)
   const int64_t units = plan.split ? heads * plan.key_parts : heads;
   plan.row_parts = 1;
   if (backward) {
-    // Whole heads, or parts of them where that keeps more threads at work.
-    const double whole = double(ceil_div(heads, threads));
-    const double parts = 1.05 * double(ceil_div(heads * plan.key_parts, threads)) / double(plan.key_parts);
+    // Whole heads, or parts of them where that keeps more threads at work. Units that add to the same elements of a
+    // mask's gradient follow each other on one thread.
+    const int64_t* const mask = a.grad_mask_stride;
+    const int64_t lanes =
+        (a.grad_mask && mask[0] == 0 ? 1 : a.batch) * (a.grad_mask && mask[1] == 0 ? 1 : a.kv_heads);
+    const double whole = double(ceil_div(lanes, threads));
+    const double parts = 1.05 * double(ceil_div(lanes * plan.key_parts, threads)) / double(plan.key_parts);
     plan.split = plan.key_parts > 1 && parts < whole;
-    plan.head_parts = int(std::min<int64_t>(threads, plan.split ? heads * plan.key_parts : heads));
+    plan.head_parts = int(std::min<int64_t>(threads, plan.split ? lanes * plan.key_parts : lanes));
   } else {
     const int64_t tiles = std::max<int64_t>(ceil_div(most_rows, kQueryTile), 1);
     double best = 0;
@@ -78,6 +82,8 @@ AttentionPlan attention_plan(const AttentionArgs& a, int threads, bool backward)
       plan.row_parts = 1;
     }
   }
+  // A mask's gradient that is summed over keys has one order of its terms whatever the number of threads.
+  if (backward && a.grad_mask && a.grad_mask_stride[3] == 0) plan.split = false;
   return plan;
 }
 
