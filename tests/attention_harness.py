@@ -248,22 +248,43 @@ def bias_for_torch(case: Case, data: dict[str, Tensor]) -> Tensor | None:
     return visible if bias.dim() == 0 else torch.where(visible, bias, -math.inf).to(case.dtype)
 
 
+def with_sinks_as_a_key(case: Case, data: dict[str, Tensor], bias: Tensor | None):
+    """key, value and mask with which torch has sinks: one more key of zeros, whose value is 0."""
+    zeros = {name: data[name].new_zeros(data[name][:, :, :1].shape) for name in ("key", "value")}
+    shape = (case.batch, case.heads, case.queries, case.keys)
+    if bias is None:
+        bias = torch.zeros((), dtype=case.dtype)
+    elif bias.dtype is torch.bool:
+        bias = torch.where(bias, 0.0, -math.inf).to(case.dtype)
+    column = data["sinks"].detach().to(bias.dtype).view(1, -1, 1, 1).expand(*shape[:3], 1)
+    tensors = [torch.cat([data[name], zero], 2) for name, zero in zeros.items()]
+    return *tensors, torch.cat([bias.expand(shape), column], 3)
+
+
 def run_torchs_kernel(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """F.scaled_dot_product_attention's output and gradients, None if it cannot do the case."""
-    if case.softcap or case.sinks or case.dropout or case.packed:
+    if case.softcap or case.dropout or case.packed:
         return None
     leaves = as_leaves(data)
-    causal = case.causal == "top_left" and not (case.mask or case.window or case.lengths or case.alibi)
+    wanted = {name: x for name, x in leaves.items() if name != "sinks"}
+    masked = case.mask or case.window or case.lengths or case.alibi or case.sinks
+    causal = case.causal == "top_left" and not masked
+    bias = None if causal else bias_for_torch(case, leaves)
+    key, value = leaves["key"], leaves["value"]
+    if case.sinks:
+        key, value, bias = with_sinks_as_a_key(case, leaves, bias)
     try:
         with threads(1):
             output = F.scaled_dot_product_attention(
-                *(leaves[name] for name in ("query", "key", "value")),
-                attn_mask=None if causal else bias_for_torch(case, leaves),
+                leaves["query"],
+                key,
+                value,
+                attn_mask=bias,
                 is_causal=causal,
                 scale=case.scale,
                 enable_gqa=bool(case.kv_heads),
             )
-            results = with_gradients({"output": output}, leaves, case.dtype)
+            results = with_gradients({"output": output}, wanted, case.dtype)
     except RuntimeError as error:  # a mask in float32 that wants a gradient, beside 16 bits
         if "dtype" not in str(error):
             raise
@@ -278,11 +299,13 @@ def run_torch(case: Case, data: dict[str, Tensor], keep=None) -> dict[str, Tenso
     Gradients are sums over the results: that by way of the output is the kernel's, if it can do the case.
     """
     kernels = run_torchs_kernel(case, data)
-    if kernels and not case.returns:
+    if kernels and not (case.returns or case.sinks):
         return kernels
     results, _ = run_reference(case, data, keep, case.dtype, of_output=kernels is None)
     for name, x in (kernels or {}).items():
         results[name] = results[name] + x if name.startswith("grad of ") else x
+    if case.sinks and kernels:
+        results["grad of sinks"] = run_reference(case, data, keep, case.dtype)[0]["grad of sinks"]
     if "lse" in results:  # has the accumulation dtype
         results["lse"] = run_reference(case, data, keep, case.accumulation)[0]["lse"]
     return results

@@ -93,5 +93,11 @@ def fresh_state():
 
 
 @pytest.fixture
+def one_thread():
+    """For small calls in large numbers, which take less time so; other tests look at threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def two_threads():
     torch.set_num_threads(2)

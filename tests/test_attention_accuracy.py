@@ -22,6 +22,8 @@ from attention_harness import (
 )
 from tolerances import ROOT_MEAN_SQUARE_ERROR
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DRAWS = 8
 CASES = {
     "plain": Case(queries=60, keys=70, head_size=24),

@@ -39,7 +39,7 @@ CASES = {
         batch=1, heads=2, queries=20, keys=2100, head_size=24, mask="float", mask_dims="K"
     ),
 }
-PLANS = ["1x1", "1x2", "1x3", "1x7", "2x1", "2x2", "3x2", "4x1", "5x5"]  # heads x rows, in parts
+PLANS = ["1x1", "1x3", "1x4", "2x2", "3x1", "4x1", "5x5"]  # heads x rows, in parts
 
 every_case = pytest.mark.parametrize("name", CASES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,7 +60,7 @@ def test_same_bits_from_run_to_run(dtype, name, two_threads):
     case = replace(CASES[name], dtype=dtype)
     data = make_data(case)
     first = run_fastseq(case, data)
-    for _ in range(3):
+    for _ in range(2):
         assert_same_bits(run_fastseq(case, data), first)
 
 
@@ -71,7 +71,7 @@ def test_same_forward_bits_whatever_the_thread_count(dtype, name):
     data = make_data(case)
     with threads(1):
         first = forward(case, data)
-    for count in (2, 3, 5, 16):
+    for count in (2, 3, 6):
         with threads(count):
             assert_same_bits(forward(case, data), first, f" with {count} threads")
 
@@ -83,7 +83,7 @@ def test_gradients_are_as_exact_whatever_the_thread_count(dtype, name):
     data = make_data(case)
     keep = kept_weights(case, data)
     (exact, scores), torchs = run_reference(case, data, keep), run_torch(case, data, keep)
-    for count in (1, 3, 5):
+    for count in (1, 3):
         with threads(count):
             ours = run_fastseq(case, data)
         assert_right(case, data, ours, torchs, exact, scores, f" with {count} threads")
@@ -106,7 +106,6 @@ def test_every_plan_gives_the_same_results(monkeypatch, dtype, name):
         assert_same_bits(forward(case, data), first, what)
         ours = run_fastseq(case, data)
         assert_right(case, data, ours, torchs, exact, scores, what)
-        assert_same_bits(run_fastseq(case, data), ours, what)
 
 
 def attention_plan(dtype="float32", threads=4, backward=False, **sizes):

@@ -11,6 +11,8 @@ from attention_harness import ALL, Case, call_fastseq, check, kept_weights, make
 from harness import DTYPES, assert_same_bits, threads
 from tolerances import SAME_FLOAT64
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDE = Case(torch.float32, 3, 4, 0, 130, 140, 8, dropout=0.3)
 SIGMAS = 5  # of a count, further from its expectation than that once in a million times
 

@@ -9,6 +9,8 @@ from torch.autograd import gradcheck
 from attention_harness import ALL, Case, call_fastseq, make_data
 from tolerances import GRADCHECK
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = Case(torch.float64, 2, 2, 0, 3, 4, 2, 3)
 OPTIONS = {
     "plain": {},
@@ -48,12 +50,6 @@ OPTIONS = {
         "dropout": 0.3,
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """There is nothing to share in calls of this size, and many thousands of them."""
-    torch.set_num_threads(1)
 
 
 def gradcheck_case(case: Case):

@@ -10,6 +10,8 @@ from attention_harness import ALL, Case, call_fastseq, check, make_data, run_fas
 from attention_reference import attention
 from harness import DTYPES, assert_same_bits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_poison = pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
 BASE = Case(torch.float32, 2, 3, 0, 70, 75, returns=ALL)

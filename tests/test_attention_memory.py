@@ -80,8 +80,6 @@ WINDOW = "causal='top_left', window=(200, 0)"
 @pytest.mark.parametrize(
     ("dtype", "options", "mask"),
     [
-        ("float32", WINDOW, False),
-        ("bfloat16", WINDOW, False),
         ("float32", WINDOW + ", dropout_p=0.1", False),
         ("bfloat16", WINDOW + ", alibi_slopes=torch.ones(1)", True),
     ],

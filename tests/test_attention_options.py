@@ -12,6 +12,8 @@ from attention_harness import ALL, Case, call_fastseq, check, make_data, run_fas
 from harness import DTYPES, assert_same_bits
 from tolerances import SAME_FLOAT32, SAME_FLOAT64
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 two_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SHAPES = [(1, 1), (1, 90), (90, 1), (64, 130), (130, 64), (65, 66), (9, 8)]  # queries, keys

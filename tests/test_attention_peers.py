@@ -11,6 +11,8 @@ from attention_reference import attention
 from harness import DTYPES
 from tolerances import assert_as_accurate_as_torch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

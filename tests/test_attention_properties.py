@@ -12,6 +12,8 @@ from attention_harness import LAYOUTS, Case, call_fastseq, check, make_data
 from harness import DTYPES
 from tolerances import SAME_FLOAT64
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = st.sampled_from(
     [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65, 80, 96, 127, 128, 129]
 )
