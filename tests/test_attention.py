@@ -24,12 +24,12 @@ from harness import DTYPES, assert_same_bits
 # Of keys, of values: smaller and larger than a vector, multiples of one and not, equal and not, beyond 256.
 HEAD_SIZES = [(d, d) for d in (1, 3, 8, 16, 31, 64, 96, 128, 256, 300)]
 HEAD_SIZES += [(64, 1), (1, 64), (3, 128), (96, 64), (64, 96), (128, 31), (300, 8), (8, 300), (257, 65)]
-SMOKE_HEAD_SIZES = {(3, 3), (31, 31), (64, 64), (64, 96), (257, 65)}
+SMOKE_HEAD_SIZES = {(3, 3), (64, 64), (64, 96), (257, 65)}
 
 LENGTHS = [(n, n) for n in (1, 2, 7, 63, 64, 65, 128, 197, 255, 256, 257, 600)]
 LENGTHS += [(1, n) for n in (2, 7, 64, 65, 257, 600, 2050)] + [(n, 1) for n in (2, 65, 600)]
 LENGTHS += [(2, 600), (5, 1030), (63, 65), (65, 63), (257, 128), (128, 257), (600, 7), (7, 600), (40, 1100)]
-SMOKE_LENGTHS = {(1, 1), (65, 65), (197, 197), (1, 257), (5, 1030), (65, 1), (257, 128)}
+SMOKE_LENGTHS = {(65, 65), (1, 257), (5, 1030), (257, 128)}
 
 SHAPES = [(130, 130), (1, 131), (70, 133), (133, 70), (20, 1100), (60, 530)]  # queries, keys
 
@@ -131,7 +131,6 @@ def test_without_queries_or_keys_the_output_is_zero_and_lse_that_of_the_sinks(dt
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.smoke
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("queries", [1, 70])
 @every_dtype

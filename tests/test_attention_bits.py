@@ -52,7 +52,6 @@ def forward(case, data):
         return call_fastseq(replace(case, returns=returns), data)
 
 
-@pytest.mark.smoke
 @every_case
 @every_dtype
 def test_same_bits_from_run_to_run(dtype, name, two_threads):

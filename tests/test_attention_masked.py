@@ -156,7 +156,6 @@ def test_keys_and_values_that_nobody_sees_reach_nothing(dtype, poison, how, quer
         assert not results[f"grad of {name}"][place].any()
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("which", ["key", "value"])
 @pytest.mark.parametrize("causal", ["top_left", "bottom_right"])
 @every_poison

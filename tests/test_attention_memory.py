@@ -219,7 +219,6 @@ SHAPES = [
 ]
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("option", GUARDED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
