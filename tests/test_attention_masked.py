@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import fastseq
 from attention_harness import ALL, Case, call_fastseq, check, make_data, run_fastseq
 from attention_reference import attention
 from harness import DTYPES, assert_same_bits
@@ -255,3 +256,36 @@ def test_reference_itself_keeps_nan_out():
     gradients = torch.autograd.grad(result.output.sum(), [data["query"], data["key"], data["value"]])
     assert result.output.isfinite().all()
     assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.smoke
+@every_dtype
+def test_hidden_products_reach_nothing_under_a_soft_cap(dtype):
+    """Products that nobody sees are not computed; what lies there instead comes of an earlier call."""
+    poison = torch.full((1, 2, 530, 64), math.nan, dtype=dtype, requires_grad=True)
+    torch.autograd.grad(fastseq.scaled_dot_product_attention(poison, poison, poison).sum(), poison)
+    query, key, value = (torch.randn(1, 2, 530, 64, dtype=dtype, requires_grad=True) for _ in range(3))
+    for options in ({"is_causal": True}, {"attn_mask": torch.ones(530, 530, dtype=torch.bool).tril()}):
+        output = fastseq.scaled_dot_product_attention(query, key, value, softcap=20.0, **options)
+        for grad in torch.autograd.grad(output.sum(), (query, key, value)):
+            assert grad.isfinite().all()
+
+
+def test_gradient_of_sinks_does_not_see_rows_without_keys_or_sinks_without_weight():
+    query, key, value = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    sinks = torch.tensor([-math.inf, 0.5], requires_grad=True)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[3] = False
+    grad_output = torch.randn(1, 2, 5, 8)
+    grad_output[:, :, 3] = math.nan
+    output = fastseq.scaled_dot_product_attention(query, key, value, mask, sinks=sinks)
+    for grad in torch.autograd.grad(output, (query, key, value, sinks), grad_output):
+        assert grad.isfinite().all()
+
+
+def test_keys_that_no_query_head_reads_get_zero_gradients():
+    query = torch.randn(2, 0, 3, 4, requires_grad=True)
+    key, value = (torch.randn(2, 1, 5, 4, requires_grad=True) for _ in range(2))
+    output = fastseq.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    for grad in torch.autograd.grad(output.sum(), (key, value)):
+        assert torch.equal(grad, torch.zeros(2, 1, 5, 4))

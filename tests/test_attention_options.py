@@ -1,5 +1,6 @@
 """Every option of attention and every pair of them, forward and backward, against the float64 reference."""
 
+import sys
 from dataclasses import replace
 from itertools import chain, combinations
 
@@ -352,3 +353,29 @@ def test_large_scores_overflow_nothing(dtype, size):
     results = run_fastseq(case, data)
     assert all(x.isfinite().all() for x in results.values())
     check(case, data)
+
+
+@pytest.mark.parametrize("far", [10**6, sys.maxsize, 2**63, 10**30])
+def test_window_farther_than_any_key_is_no_limit(far):
+    query, key, value = (torch.randn(1, 1, 5, 8) for _ in range(3))
+    plain = fastseq.scaled_dot_product_attention(query, key, value)
+    for window in ((far, None), (None, far)):
+        assert torch.equal(fastseq.scaled_dot_product_attention(query, key, value, window=window), plain)
+
+
+def test_soft_cap_above_any_score_is_none():
+    query, key, value = (torch.randn(1, 1, 5, 8) for _ in range(3))
+    plain = fastseq.scaled_dot_product_attention(query, key, value)
+    assert torch.equal(fastseq.scaled_dot_product_attention(query, key, value, softcap=1e300), plain)
+
+
+def test_autocast_casts_as_torchs_function_does():
+    query, key, value = (torch.randn(1, 1, 5, 8) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        for tensors in ((query, key, value), (query.bfloat16(), key, value)):
+            ours = fastseq.scaled_dot_product_attention(*tensors)
+            assert ours.dtype is F.scaled_dot_product_attention(*tensors).dtype is torch.bfloat16
+            cast = fastseq.scaled_dot_product_attention(*(tensor.bfloat16() for tensor in tensors))
+            assert torch.equal(ours, cast)
+        doubles = fastseq.scaled_dot_product_attention(query.double(), key.double(), value.double())
+        assert doubles.dtype is torch.float64
