@@ -177,6 +177,15 @@ def _read_backward(arguments: Sequence[Any]) -> tuple[Arguments, Attention]:
                     f"check the sizes of {name}",
                 )
             )
+    wanted = arguments[23]
+    if len(wanted) != 5 or (wanted[3] and a.attn_mask is None) or (wanted[4] and a.sinks is None):
+        raise RuntimeError(
+            problem(
+                f"wanted={list(wanted)}",
+                "a bool for each of query, key, value, attn_mask and sinks, true where there is one",
+                "False for a mask and sinks that are None",
+            )
+        )
     if arguments[2] is not None and weights is None:
         raise RuntimeError(
             problem("grad_weights without weights", "the weights of the forward pass", "pass both, or none")
@@ -218,7 +227,9 @@ def _incoming(arguments: Sequence[Any]) -> Incoming:
     output, normalizer, weights, remainder = arguments[13:17]
     grad_output = torch.zeros_like(output) if grad_output is None else _rows_of(grad_output)
     if grad_weights is not None:
-        row_sums = (weights.to(normalizer.dtype) * grad_weights).sum(-1)
+        # Of a hidden weight the gradient may be anything.
+        shares = weights.to(normalizer.dtype) * grad_weights
+        row_sums = shares.masked_fill(weights == 0, 0).sum(-1)
         grad_lse = -row_sums if grad_lse is None else grad_lse - row_sums
         grad_weights = _rows_of(grad_weights)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()

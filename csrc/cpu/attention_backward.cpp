@@ -364,7 +364,7 @@ class Backward {
   // in which those with values are, so that what is rounded cancels where a row's output is nearly one value.
   void find_deltas(const Unit& u, const RowTile<O>& rows, int64_t first, GradRow<S, T>* row) const {
     const int64_t count = std::min(rows.rows - first, kWidth);
-    V sum(0), chain(0);
+    V sum(0), chain(0), largest(0);
     for (int64_t i = 0; i < a_.value_size; i += kWidth) {
       const int64_t n = a_.value_size - i;
       V grad[kWidth], output[kWidth];
@@ -381,15 +381,16 @@ class Backward {
       transpose(grad);
       transpose(output);
       for (int64_t k = 0; k < std::min(n, kWidth); ++k) {
-        // Of a row that sees nothing, whose output is zero, the gradient may be anything.
-        const V one = select<T>(output[k].v == V(0).v, V(0), grad[k]);
-        chain = fma(one, output[k], chain);
+        chain = fma(grad[k], output[k], chain);
+        largest = max(largest, magnitude(output[k]));
       }
       if ((i + kWidth) % kScoreDepth == 0 || n <= kWidth) sum = sum + chain, chain = V(0);
     }
-    T deltas[kWidth];
+    T deltas[kWidth], most[kWidth];
     store(deltas, sum);
-    for (int64_t r = 0; r < count; ++r) row[first + r].delta = deltas[r];
+    store(most, largest);
+    // Of a row whose output is zero, as where it sees nothing, the gradient may be anything.
+    for (int64_t r = 0; r < count; ++r) row[first + r].delta = most[r] == 0 ? T(0) : deltas[r];
   }
 
   static void pack_tile(const O* left, int64_t stride, int64_t rows, int64_t features, O* right,
@@ -447,14 +448,14 @@ class Backward {
     if (a_.grad_value.data) {
       add_columns(rows, columns, all, t.products, t.grad_right, value_columns_,
                   t.grad_value + at * value_columns_);
-      add_special_columns(rows, t.special_grad, all, t.products, t.grad_left, value_stride_, a_.value_size,
+      add_special_columns(t.special_grad, all, t.products, t.grad_left, value_stride_, a_.value_size,
                           t.grad_value + at * value_columns_, value_columns_);
     }
     if (a_.grad_key.data) {
       add_columns(rows, columns, all, t.grad_products, t.query_right, head_columns_,
                   t.grad_key + at * head_columns_);
-      add_special_columns(rows, t.special_query, all, t.grad_products, t.query_left, head_stride_,
-                          a_.head_size, t.grad_key + at * head_columns_, head_columns_);
+      add_special_columns(t.special_query, all, t.grad_products, t.query_left, head_stride_, a_.head_size,
+                          t.grad_key + at * head_columns_, head_columns_);
     }
     if (a_.grad_query.data) add_rows(u, rows, columns, first_key, count, grad_query, t);
   }
@@ -509,14 +510,9 @@ class Backward {
                     columns.end - columns.begin, t.keep + i * kKeyTile + columns.begin);
     }
     const auto zero = [&](int64_t c) {
-      if constexpr (kPair == 1) {
-        store(x + c, V(0));
-        store(dx + c, V(0));
-      } else {
-        store(x + c, V(0));
-        store(dx + c, V(0));
-        for (int i = 0; i < 2; ++i) store_operand(grad_rows + i * kKeyTile + c, V(0));
-      }
+      store(x + c, V(0));
+      store(dx + c, V(0));
+      for (int i = 0; i < kPair && kPair == 2; ++i) store_operand(grad_rows + i * kKeyTile + c, V(0));
     };
     for (int64_t c = all.begin; c < std::min(columns.begin, all.end); c += kWidth) zero(c);
     for (int64_t c = std::max(columns.end, all.begin); c < all.end; c += kWidth) zero(c);
@@ -584,10 +580,8 @@ class Backward {
   }
 
   // The share of rows that hold a NaN or an infinity.
-  void add_special_columns(const RowTile<O>& rows, const SpecialRows& special, Range all, const T* tile,
-                           const O* left, int64_t stride, int64_t features, T* sums,
-                           int64_t sums_stride) const {
-    (void)rows;
+  void add_special_columns(const SpecialRows& special, Range all, const T* tile, const O* left,
+                           int64_t stride, int64_t features, T* sums, int64_t sums_stride) const {
     add_special_rows(special, all.end - all.begin, left, stride, features, sums + all.begin * sums_stride,
                      sums_stride,
                      [&](int64_t key, int64_t row) { return element(tile, row, all.begin + key); });

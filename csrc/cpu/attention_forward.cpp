@@ -692,13 +692,16 @@ class Forward {
         const V x = load<V>(output + i) * V(inverse[r] * kept_scale);
         const int64_t n = a_.value_size - i;
         store_upto(to + i, x, n);
-        if (remainder) store_upto(remainder + i, x - load_upto<V>(to + i, n), n);
+        if (!remainder) continue;
+        const V rest =
+            x - load_upto<V>(to + i, n);  // NaN or infinite where output is; then the rest says nothing
+        store_upto(remainder + i, select<T>((rest - rest).v == V(0).v, rest, V(0)), n);
       }
       if (a_.lse.data)
         *s.template of_query<T>(a_.lse, head[r], query[r]) =
             T((double(most[r]) + double(whole[r]) + double(fraction[r])) * kLn2);
       if (!a_.highest.data) continue;
-      *s.template of_query<T>(a_.highest, head[r], query[r]) = most[r] == -INFINITY ? T(0) : most[r];
+      *s.template of_query<T>(a_.highest, head[r], query[r]) = std::isfinite(most[r]) ? most[r] : T(0);
       *s.template of_query<T>(a_.inverse_sum, head[r], query[r]) = inverse[r];
     }
   }
@@ -771,7 +774,8 @@ class Forward {
     const T inverse_sum = *u.s.template of_query<const T>(a_.inverse_sum, head, query);
     const V factor(T(inverse_sum / (1 - a_.dropout_p)));
     for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
-      store_upto(to + c, load<V>(weights + c) * load<V>(keep + c) * factor, count - c);
+      const V weight = load<V>(weights + c) * load<V>(keep + c);
+      store_upto(to + c, select<T>(weight.v == V(0).v, V(0), weight * factor), count - c);
     }
   }
 

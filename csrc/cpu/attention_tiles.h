@@ -40,6 +40,8 @@ struct Range {
   bool empty() const { return begin >= end; }
 };
 
+constexpr int64_t kFar = int64_t(1) << 60;  // farther than any key, and no sum with it overflows
+
 // One sequence of the batch, its first rows in the tensors, and what its queries see.
 struct Sequence {
   int64_t index;
@@ -51,8 +53,8 @@ struct Sequence {
         b(a.cu_seqlens_q ? 0 : index),
         first_query(a.cu_seqlens_q ? a.cu_seqlens_q[index] : 0),
         first_key(a.cu_seqlens_k ? a.cu_seqlens_k[index] : 0),
-        left(a.left),
-        right(a.right) {
+        left(std::min(a.left, kFar)),
+        right(std::min(a.right, kFar)) {
     const AttentionLengths lengths(a, index);
     queries = lengths.queries, keys = lengths.keys;
     offset = a.bottom_right ? keys - queries : 0;
@@ -450,7 +452,7 @@ void multiply_keys(const RowTile<O>& tile, const Range* columns, const bool* hid
   using K = Tiles<O>;
   const int64_t panel_size = pairs<O>(features) * K::kPair * K::kPanelKeys;
   for (int64_t first = 0, p = 0; first < K::kKeyTile; first += K::kPanelKeys, ++p, panels += panel_size) {
-    if (hidden && hidden[p]) continue;
+    if (hidden[p]) continue;
     for (int64_t g = 0; g < tile.groups; ++g) {
       const int64_t begin = std::max(columns[g].begin, first),
                     end = std::min(columns[g].end, first + K::kPanelKeys);

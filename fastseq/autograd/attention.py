@@ -29,14 +29,22 @@ def attention(
     *seed_and_numbers: Any,
 ) -> tuple[Tensor, ...]:
     """Output, lse, weights, empty if not asked for, remainder and normalizer: see attention_ops."""
-    run = attention_ops.attention
-    if recording() and needs_gradient(query, key, value, attn_mask, sinks):
-        run = _Attention.apply
-        if is_compiling():  # torch.compile takes no tensor twice among the arguments of a Function
-            value = value.view_as(value) if value is query or value is key else value
-            key = key.view_as(key) if key is query else key
     tensors = (query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
-    return run(*tensors, *seed_and_numbers)
+    if not (recording() and needs_gradient(query, key, value, attn_mask, sinks)):
+        return attention_ops.attention(*tensors, *seed_and_numbers)
+    if is_compiling():
+        tensors = _each_once(tensors)
+    return _Attention.apply(*tensors, *seed_and_numbers)
+
+
+def _each_once(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """With a view in place of what is there already: torch.compile takes no argument of a Function twice."""
+    seen: list[Tensor] = []
+    for tensor in tensors:
+        if tensor is not None and any(tensor is other for other in seen):
+            tensor = tensor.view_as(tensor)
+        seen.append(tensor)
+    return tuple(seen)
 
 
 def _backward_op(

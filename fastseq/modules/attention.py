@@ -85,8 +85,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     module is called in inference too; torch.nn's own is bypassed there.
 
     Saved for the backward pass, when any gradient is needed: the inputs, the projections q, k and v, the
-    mask, the output of the heads and the logarithm of each softmax's sum, B * H * L elements; the weights
-    only if need_weights.
+    mask, the output of the heads, in 16-bit dtypes what rounding took from it, and two numbers for each row
+    of each softmax, 2 * B * H * L elements; the weights only if need_weights.
 
     Example:
         >>> attention = fastseq.MultiheadAttention(embed_dim=16, num_heads=4, batch_first=True)
@@ -154,6 +154,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         zeros = self.add_zero_attn and need_weights
         sinks = q.new_zeros(self.num_heads) if self.add_zero_attn and not need_weights else None
         extra_keys = (self.bias_k is not None) + zeros
+        if attn_mask is not None:  # also where it is not read
+            _check_attn_mask_shape(attn_mask, q, k)
         if is_causal and not extra_keys and (attn_mask is None or not attn_mask.requires_grad):
             attn_mask = None
         elif is_causal:  # as a mask, for the kernel's diagonal would hide the extra keys
@@ -324,6 +326,15 @@ def _check_mask_shape(
         )
 
 
+def _check_attn_mask_shape(mask: Tensor, q: Tensor, k: Tensor) -> None:
+    (batch, heads, queries), keys = q.shape[:3], k.shape[2]
+    if mask.dim() == 2:
+        _check_mask_shape("attn_mask", mask, (queries, keys), "(L, S)", RuntimeError)
+    else:
+        shape = (batch * heads, queries, keys)
+        _check_mask_shape("attn_mask", mask, shape, "(B * num_heads, L, S)", RuntimeError)
+
+
 def _merge(
     key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, k: Tensor, extra_keys: int
 ) -> Tensor | None:
@@ -331,17 +342,10 @@ def _merge(
 
     Two of bool stay bool, with True for what is allowed, as the kernels have it. The extra keys are seen.
     """
-    (batch, heads, queries), keys = q.shape[:3], k.shape[2]
+    batch, heads, keys = q.shape[0], q.shape[1], k.shape[2]
     masks = []
     if attn_mask is not None:
-        if attn_mask.dim() == 2:
-            shape, meaning = (queries, keys), "(L, S)"
-            _check_mask_shape("attn_mask", attn_mask, shape, meaning, RuntimeError)
-            masks.append(attn_mask)
-        else:
-            shape, meaning = (batch * heads, queries, keys), "(B * num_heads, L, S)"
-            _check_mask_shape("attn_mask", attn_mask, shape, meaning, RuntimeError)
-            masks.append(attn_mask.unflatten(0, (batch, heads)))
+        masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads)))
     if key_padding_mask is not None:
         padding = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask.unsqueeze(0)
         _check_mask_shape("key_padding_mask", padding, (batch, keys), "(B, S)", AssertionError)
