@@ -37,6 +37,7 @@ template <class S, class T>
 struct Weigher {
   using V = Vec<T>;
   Scores<S, T> scores;
+  T factor;  // of scores
   bool dropped;
   T kept_scale;
   int64_t grad_mask_stride;  // of keys: 1, or 0
@@ -48,11 +49,7 @@ struct Weigher {
              V& weight, V& grad) const {
     const V product = load<V>(x);
     V kept_slope(1), p;
-    if constexpr (kKind == ScoreKind::kPlain) {
-      p = fma(product, V(scores.scale()), V(-row.highest));
-    } else {
-      p = scores.template of<kKind>(row.score, product, c, kept_slope) - row.highest;
-    }
+    p = fma(scores.template of<kKind>(row.score, product, c, kept_slope), V(factor), V(-row.highest));
     if (!Scores<S, T>::all_visible(row.score, c)) p = Scores<S, T>::within(row.score, p, c);
     p = exp2(p);
     const auto visible = p.v != V(0).v;
@@ -501,7 +498,8 @@ class Backward {
     T* const x = t.products + r * kKeyTile;
     T* const dx = t.grad_products + r * kKeyTile;
     const bool odd = kPair == 2 && r + 1 < rows.rows;
-    const Weigher<S, T> weigher{scores_, dropout_.active, kept_scale_, a_.grad_mask_stride[3]};
+    const Weigher<S, T> weigher{scores_, scores_.factor(), dropout_.active, kept_scale_,
+                                a_.grad_mask_stride[3]};
     const GradRow<S, T> row = t.row[r], next_row = t.row[r + odd];
     T* const keep = t.keep;
     O* const grad_rows = t.grad_rows + r * kKeyTile;

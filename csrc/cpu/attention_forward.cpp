@@ -44,7 +44,7 @@ Vec<T> score_row(const Scores<S, T>& of_call, const ScoreRow<T>& of_row, Range c
   const ScoreRow<T> row = of_row;
   constexpr int64_t kWidth = V::kWidth;
   V best(-INFINITY);
-  if (scores.plain()) {
+  if (scores.kind() == ScoreKind::kPlain) {
     const auto edge = [&](int64_t c) {
       const V masked = Scores<S, T>::within(row, load<V>(x + c), c);
       store(x + c, masked);
@@ -55,7 +55,7 @@ Vec<T> score_row(const Scores<S, T>& of_call, const ScoreRow<T>& of_row, Range c
     for (; c + kWidth <= std::min(columns.end, row.visible.end); c += kWidth)
       best = max(best, load<V>(x + c));
     for (; c < columns.end; c += kWidth) edge(c);
-    return best * scores.scale();
+    return best * scores.factor();
   }
   with_kind(scores.kind(), [&](auto kind) {
     V unused(0);
@@ -66,7 +66,7 @@ Vec<T> score_row(const Scores<S, T>& of_call, const ScoreRow<T>& of_row, Range c
       best = max(best, score);
     }
   });
-  return best;
+  return best * scores.factor();
 }
 
 // Scores of a row -> weights relative to 2^highest, in the operand's type from the row's beginning on, zero where not
@@ -94,7 +94,7 @@ void softmax_tile(const Scores<S, T>& scores, const Dropout& dropout, int64_t fi
                   const RowTile<O>& tile, const Range* columns, int64_t first_key, TileState<T>& state) {
   using V = Vec<T>;
   constexpr int64_t kWidth = V::kWidth, kKeyTile = Tiles<O>::kKeyTile;
-  const T scale = scores.plain() ? scores.scale() : T(1);
+  const T scale = scores.factor();
   Range of_row[kQueryTile];
   for (int64_t g = 0; g < tile.groups; ++g) {
     for (int64_t r = tile.first_row[g]; r < tile.first_row[g + 1]; ++r) of_row[r] = columns[g];
@@ -744,7 +744,7 @@ class Forward {
   }
 
   void show_tiles(const Unit& u, const Group<O>& group, const RowTile<O>& rows, Thread& t) const {
-    const T scale = scores_.plain() ? scores_.scale() : T(1);
+    const T scale = scores_.factor();
     for (int64_t first_key = u.keys.begin; first_key < u.keys.end; first_key += kKeyTile) {
       Range columns[K::kMostGroups];
       bool hidden[kKeyTile / K::kPanelKeys] = {};

@@ -234,7 +234,7 @@ auto with_kind(ScoreKind kind, const Body& body) {
   }
 }
 
-// Scores in units of log2: base-2 exponentials of them are the weights.
+// Scores, of which factor() makes units of log2: base-2 exponentials of these are the weights.
 template <class S, class T>
 class Scores {
  public:
@@ -243,16 +243,14 @@ class Scores {
 
   explicit Scores(const AttentionArgs& a)
       : scale_(T(a.scale * kLog2E)),
+        mask_scale_(T(1 / a.scale)),
         cap_(T(a.softcap * kLog2E)),
         cap_scale_(a.softcap > 0 ? T(a.scale / a.softcap) : T(0)),
         mask_(a.mask),
         alibi_(a.alibi.data != nullptr) {}
 
-  // Scores are products times scale(), and positive ones keep the order of the products.
-  bool plain() const { return cap_ == 0 && !alibi_ && mask_.kind == MaskKind::kNone && scale_ > 0; }
   bool masked() const { return mask_.kind != MaskKind::kNone; }
   bool capped() const { return cap_ != 0; }
-  T scale() const { return scale_; }
 
   ScoreRow<T> row(const AttentionArgs& a, const Sequence& s, int64_t head, int64_t query, int64_t first_key,
                   Range visible) const {
@@ -289,14 +287,19 @@ class Scores {
     return true;
   }
 
-  // What makes scores of products: a scale, that and a mask with a key's element next to the other, or anything.
+  // What makes scores of products: nothing, or a mask with a key's element next to the other, in which cases they stay
+  // in the units of products; or anything.
   ScoreKind kind() const {
-    if (cap_ != 0 || alibi_ || (masked() && mask_.stride[3] != 1)) return ScoreKind::kAny;
-    if (!masked()) return plain() ? ScoreKind::kPlain : ScoreKind::kAny;
+    const T least = T(1) / (1 << 20);  // below, masks in those units might overflow
+    if (cap_ != 0 || alibi_ || !(scale_ > least)) return ScoreKind::kAny;
+    if (!masked()) return ScoreKind::kPlain;
+    if (mask_.stride[3] != 1) return ScoreKind::kAny;
     return mask_.kind == MaskKind::kBool   ? ScoreKind::kBool
            : mask_.kind == MaskKind::kSame ? ScoreKind::kSame
                                            : ScoreKind::kFloat32;
   }
+
+  T factor() const { return kind() == ScoreKind::kAny ? T(1) : scale_; }
 
   // The score of a vector of products from this column on; -inf where the key is not visible. If the products are
   // capped, `kept` becomes the derivative of the cap.
@@ -305,14 +308,14 @@ class Scores {
     const V hidden(-INFINITY);
     const int64_t n = row.visible.end - column;
     if constexpr (kKind == ScoreKind::kPlain) {
-      return product * scale_;
+      return product;
     } else if constexpr (kKind == ScoreKind::kBool) {
-      return select_by_bytes<T>(static_cast<const uint8_t*>(row.mask) + column, n, product * scale_, hidden);
+      return select_by_bytes<T>(static_cast<const uint8_t*>(row.mask) + column, n, product, hidden);
     } else if constexpr (kKind == ScoreKind::kSame) {
-      return masked_by(load_next<S>(row.mask, column, n), product * scale_);
+      return fma_or_lowest(load_next<S>(row.mask, column, n), V(mask_scale_), product);
     } else if constexpr (kKind == ScoreKind::kFloat32) {
       if constexpr (sizeof(T) == sizeof(float))
-        return masked_by(load_next<float>(row.mask, column, n), product * scale_);
+        return fma_or_lowest(load_next<float>(row.mask, column, n), V(mask_scale_), product);
       return hidden;  // no float masks beside float64
     } else {
       V x;
@@ -325,7 +328,7 @@ class Scores {
       }
       if (alibi_) x = fma(V(-row.slope), magnitude(V(row.distance - T(column)) - lane_numbers<T>()), x);
       if (mask_.kind == MaskKind::kBool) return select_bool(row.mask, column, n, x, hidden);
-      return masked() ? masked_by(load_mask(row.mask, column, n), x) : x;
+      return masked() ? fma_or_lowest(load_mask(row.mask, column, n), V(T(kLog2E)), x) : x;
     }
   }
 
@@ -365,10 +368,6 @@ class Scores {
     }
   }
 
-  static V masked_by(V added, V x) {
-    const V hidden(-INFINITY);
-    return select<T>(added.v == hidden.v, hidden, fma(added, V(T(kLog2E)), x));
-  }
   template <class M>
   static V load_next(const void* mask, int64_t column, int64_t n) {
     const M* const p = static_cast<const M*>(mask) + column;
@@ -392,7 +391,7 @@ class Scores {
     return load_strided<V>(p + column * mask_.stride[3], mask_.stride[3], n);
   }
 
-  const T scale_, cap_, cap_scale_;
+  const T scale_, mask_scale_, cap_, cap_scale_;
   const AttentionMask mask_;
   const bool alibi_;
 };
