@@ -287,19 +287,19 @@ class Scores {
     return true;
   }
 
-  // What makes scores of products: nothing, or a mask with a key's element next to the other, in which cases they stay
-  // in the units of products; or anything.
+  // Whether nothing but a mask makes scores of products, which then stay in their units. Under a very small scale a mask
+  // in those might overflow.
+  bool in_units_of_products() const { return cap_ == 0 && !alibi_ && scale_ > T(1) / (1 << 20); }
+  // What makes scores of products: nothing, or a mask with a key's element next to the other, or anything.
   ScoreKind kind() const {
-    const T least = T(1) / (1 << 20);  // below, masks in those units might overflow
-    if (cap_ != 0 || alibi_ || !(scale_ > least)) return ScoreKind::kAny;
+    if (!in_units_of_products() || (masked() && mask_.stride[3] != 1)) return ScoreKind::kAny;
     if (!masked()) return ScoreKind::kPlain;
-    if (mask_.stride[3] != 1) return ScoreKind::kAny;
     return mask_.kind == MaskKind::kBool   ? ScoreKind::kBool
            : mask_.kind == MaskKind::kSame ? ScoreKind::kSame
                                            : ScoreKind::kFloat32;
   }
 
-  T factor() const { return kind() == ScoreKind::kAny ? T(1) : scale_; }
+  T factor() const { return in_units_of_products() ? scale_ : T(1); }
 
   // The score of a vector of products from this column on; -inf where the key is not visible. If the products are
   // capped, `kept` becomes the derivative of the cap.
@@ -319,7 +319,9 @@ class Scores {
       return hidden;  // no float masks beside float64
     } else {
       V x;
-      if (capped()) {
+      if (in_units_of_products()) {
+        x = product;
+      } else if (capped()) {
         const V t = tanh(product * cap_scale_);
         kept = fma(-t, t, V(1));
         x = t * cap_;
@@ -328,7 +330,9 @@ class Scores {
       }
       if (alibi_) x = fma(V(-row.slope), magnitude(V(row.distance - T(column)) - lane_numbers<T>()), x);
       if (mask_.kind == MaskKind::kBool) return select_bool(row.mask, column, n, x, hidden);
-      return masked() ? fma_or_lowest(load_mask(row.mask, column, n), V(T(kLog2E)), x) : x;
+      if (!masked()) return x;
+      return fma_or_lowest(load_mask(row.mask, column, n),
+                           V(in_units_of_products() ? mask_scale_ : T(kLog2E)), x);
     }
   }
 
