@@ -123,16 +123,16 @@ class Device:
         if forced.startswith("cluster") and facts[0] < 9:
             pytest.skip("clusters need compute capability 9.0")
         engine = loops.Engine(self.module, lambda index: facts, self.stream)
-        kernels, reads_tensors = ops.KERNELS.get(self.where), ops._READS_TENSORS
+        kernels, reads_tensors = ops.KERNELS.get(self.where), ops.READS_TENSORS
         plan, allow_tf32 = os.environ.get("FASTSEQ_CUDA_PLAN"), torch.backends.cudnn.allow_tf32
-        ops.KERNELS[self.where], ops._READS_TENSORS = ops.loop_kernels(engine), False
+        ops.KERNELS[self.where], ops.READS_TENSORS = ops.loop_kernels(engine), False
         os.environ["FASTSEQ_CUDA_PLAN"] = forced
         torch.backends.cudnn.allow_tf32 = tf32
         self.module.ran.clear()
         try:
             yield self.module.ran
         finally:
-            ops.KERNELS[self.where], ops._READS_TENSORS = kernels, reads_tensors
+            ops.KERNELS[self.where], ops.READS_TENSORS = kernels, reads_tensors
             torch.backends.cudnn.allow_tf32 = allow_tf32
             os.environ.pop("FASTSEQ_CUDA_PLAN", None)
             if plan is not None:
