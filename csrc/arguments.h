@@ -13,8 +13,8 @@ namespace fastseq {
 
 namespace py = pybind11;
 
-// Reads integers, and a few real numbers, off a tuple, in order. pybind11's own conversion of forty arguments takes longer than a
-// small step of a network does.
+// Reads integers, and a few real numbers, off a tuple, in order. pybind11's own conversion of forty arguments takes
+// longer than a small step of a network does.
 class Integers {
  public:
   explicit Integers(py::handle tuple) : tuple_(tuple.ptr()), size_(PyTuple_GET_SIZE(tuple_)) {}
