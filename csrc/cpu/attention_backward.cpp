@@ -195,24 +195,10 @@ class Backward {
 
   // ---- units ----
 
-  // Units that add to the same elements of the mask's gradient form a lane, which one thread runs in order.
-  struct Lanes {
-    int64_t batch, heads, parts;  // lanes; units of a lane are those of the other indices
-  };
-  Lanes lanes() const {
-    Lanes l{a_.batch, a_.kv_heads, plan_.split ? plan_.key_parts : 1};
-    if (!a_.grad_mask) return l;
-    const int64_t* const stride = a_.grad_mask_stride;
-    if (stride[0] == 0) l.batch = 1;
-    if (stride[1] == 0) l.heads = 1;
-    if (stride[3] == 0) l.parts = 1;
-    return l;
-  }
-
   void run_units(int thread) {
-    const Lanes l = lanes();
     const int64_t parts = plan_.split ? plan_.key_parts : 1;
-    for (int64_t lane; (lane = next_.fetch_add(1)) < l.batch * l.heads * l.parts;) {
+    const AttentionLanes l(a_, parts);
+    for (int64_t lane; (lane = next_.fetch_add(1)) < l.count();) {
       const int64_t b0 = lane / (l.heads * l.parts), head0 = lane / l.parts % l.heads, part0 = lane % l.parts;
       for (int64_t b = b0; b < a_.batch; b += l.batch) {
         for (int64_t head = head0; head < a_.kv_heads; head += l.heads) {
@@ -230,16 +216,8 @@ class Backward {
     if (plan_.split) u.keys = {std::min(part * size, s.keys), std::min((part + 1) * size, s.keys)};
     pack(u, t);
     std::fill_n(t.grad_sinks, group_heads_, 0.0);
-    const int64_t tile_heads = s.queries ? std::clamp<int64_t>(kQueryTile / s.queries, 1, group_heads_) : 1;
-    const int64_t head_tiles = group_count(s.queries, kQueryTile);
-    for (int64_t head = 0; head < group_heads_; head += tile_heads) {
-      const int64_t first = head * s.queries, heads = std::min(tile_heads, group_heads_ - head);
-      for (int64_t i = 0; i < head_tiles; ++i) {
-        const bool whole = head_tiles == 1;
-        run_tile(u, first + (whole ? 0 : group_begin(s.queries, head_tiles, i)),
-                 first + (whole ? heads * s.queries : group_begin(s.queries, head_tiles, i + 1)), t);
-      }
-    }
+    const RowTiles tiles(s, group_heads_);
+    for (int64_t i = 0; i < tiles.count(); ++i) run_tile(u, tiles.rows(i), t);
     write_unit(u, t);
   }
 
@@ -309,13 +287,13 @@ class Backward {
 
   // ---- one tile of rows ----
 
-  void run_tile(const Unit& u, int64_t begin, int64_t end, Thread& t) {
-    const RowTile<O> rows(u.s, u.kv_head * group_heads_, begin, end);
+  void run_tile(const Unit& u, Range of_unit, Thread& t) {
+    const RowTile<O> rows(u.s, u.kv_head * group_heads_, of_unit);
     start(u, rows, t);
     std::fill_n(t.grad_query, rows.rows * head_columns_, T(0));
     const int64_t size = part_size(u.s.keys);
     for (int64_t part = u.part; part < (plan_.split ? u.part + 1 : u.parts); ++part) {
-      T* const sum = plan_.split ? part_row(u.b, u.kv_head, part, begin) : t.part_grad_query;
+      T* const sum = plan_.split ? part_row(u.b, u.kv_head, part, of_unit.begin) : t.part_grad_query;
       std::fill_n(sum, rows.rows * head_columns_, T(0));
       const Range keys{std::max(part * size, rows.all.begin), std::min((part + 1) * size, rows.all.end)};
       for (int64_t first = round_down(keys.begin, kKeyTile); first < keys.end; first += kKeyTile) {
@@ -353,8 +331,10 @@ class Backward {
       }
       row.grad_weights = nullptr, row.grad_mask = nullptr;
     }
-    pack_tile(t.query_left, head_stride_, rows.rows, a_.head_size, t.query_right, t.special_query);
-    pack_tile(t.grad_left, value_stride_, rows.rows, a_.value_size, t.grad_right, t.special_grad);
+    const int64_t padded = round_up(rows.rows, kPair);
+    pack_right<O>(t.query_left, head_stride_, rows.rows, padded, a_.head_size, t.query_right,
+                  t.special_query);
+    pack_right<O>(t.grad_left, value_stride_, rows.rows, padded, a_.value_size, t.grad_right, t.special_grad);
   }
 
   // Of up to kWidth rows from `first` on, in lanes: the products of output gradients and output. Added up in the order
@@ -390,18 +370,12 @@ class Backward {
     for (int64_t r = 0; r < count; ++r) row[first + r].delta = most[r] == 0 ? T(0) : deltas[r];
   }
 
-  static void pack_tile(const O* left, int64_t stride, int64_t rows, int64_t features, O* right,
-                        SpecialRows& special) {
-    pack_right<O>(left, stride, rows, round_up(rows, kPair), features, right, special);
-  }
-
   void run_keys(const Unit& u, const RowTile<O>& rows, int64_t first_key, T* grad_query, Thread& t) {
     const int64_t at = first_key - u.keys.begin, count = std::min(kKeyTile, u.keys.end - first_key);
-    Range columns[K::kMostGroups], all{kKeyTile, 0};
+    Range columns[K::kMostGroups], all{0, 0};
     for (int64_t g = 0; g < rows.groups; ++g) {
       columns[g] = rows.columns(g, first_key, count);
-      if (!columns[g].empty())
-        all = {std::min(all.begin, columns[g].begin), std::max(all.end, columns[g].end)};
+      all = join(all, columns[g]);
     }
     if (all.empty()) return;
     for (int64_t r = 0; r < rows.rows; ++r) look(u, rows, r, first_key, count, t.row[r]);
@@ -414,11 +388,12 @@ class Backward {
       for (int64_t r = 0; r < rows.rows; ++r) t.row[r].grad_mask = t.mask_sums;
     }
     bool hidden[kKeyTile / K::kPanelKeys] = {};
-    if (scores_.masked() && !look_at_mask(rows, hidden, t)) return;
+    const auto score_row = [&](int64_t r) -> const ScoreRow<T>& { return t.row[r].score; };
+    if (scores_.masked() && find_hidden<O>(scores_, rows.rows, score_row, hidden).empty()) return;
 
     const auto mask_ahead = [&](int64_t g, Range c) {
       if (!scores_.masked()) return;
-      for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r) scores_.prefetch(t.row[r].score, c);
+      for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r) scores_.prefetch(score_row(r), c);
     };
     multiply_keys<O>(rows, columns, hidden, t.query_left, head_stride_, a_.head_size,
                      t.keys + at * head_stride_, t.products, mask_ahead);
@@ -454,12 +429,13 @@ class Backward {
       add_special_columns(t.special_query, all, t.grad_products, t.query_left, head_stride_, a_.head_size,
                           t.grad_key + at * head_columns_, head_columns_);
     }
-    if (a_.grad_query.data) add_rows(u, rows, columns, first_key, count, grad_query, t);
-  }
-
-  static Range join(Range a, Range b) {
-    if (a.empty() || b.empty()) return a.empty() ? b : a;
-    return {std::min(a.begin, b.begin), std::max(a.end, b.end)};
+    if (!a_.grad_query.data) return;
+    const O* const by_rows = kPair == 1 ? reinterpret_cast<const O*>(t.grad_products) : t.grad_rows;
+    add_weighted<S, O>(
+        rows, columns, count, by_rows, kKeyTile,
+        {t.key_rows + at * head_columns_, head_columns_, t.special_keys[at / kKeyTile],
+         u.s.template key_row<const S>(a_.key, u.kv_head, first_key), a_.key.stride[2], a_.head_size},
+        grad_query, nullptr);
   }
 
   void look(const Unit& u, const RowTile<O>& rows, int64_t r, int64_t first_key, int64_t count,
@@ -475,17 +451,6 @@ class Backward {
       row.grad_mask =
           static_cast<T*>(a_.grad_mask) + u.s.b * s[0] + head * s[1] + query * s[2] + first_key * s[3];
     }
-  }
-
-  bool look_at_mask(const RowTile<O>& rows, bool* hidden, const Thread& t) const {
-    bool any = false;
-    for (int64_t p = 0; p < kKeyTile / K::kPanelKeys; ++p) {
-      const Range panel{p * K::kPanelKeys, (p + 1) * K::kPanelKeys};
-      hidden[p] = true;
-      for (int64_t r = 0; r < rows.rows && hidden[p]; ++r) hidden[p] = scores_.hides(t.row[r].score, panel);
-      any |= !hidden[p];
-    }
-    return any;
   }
 
   // ---- between the products ----
@@ -583,44 +548,6 @@ class Backward {
     add_special_rows(special, all.end - all.begin, left, stride, features, sums + all.begin * sums_stride,
                      sums_stride,
                      [&](int64_t key, int64_t row) { return element(tile, row, all.begin + key); });
-  }
-
-  // grad_query += dS K.
-  void add_rows(const Unit& u, const RowTile<O>& rows, const Range* columns, int64_t first_key, int64_t count,
-                T* grad_query, const Thread& t) const {
-    const int64_t at = first_key - u.keys.begin, padded_keys = round_up(count, kWidth);
-    const O* const dense = kPair == 1 ? reinterpret_cast<const O*>(t.grad_products) : t.grad_rows;
-    const PanelCut cut{int(head_columns_ / kWidth), kPanelVectors};
-    const O* right = t.key_rows + at * head_columns_;
-    for (int p = 0; p < cut.count(); ++p) {
-      const int64_t width = cut.size(p) * kWidth;
-      for (int64_t g = 0; g < rows.groups; ++g) {
-        if (columns[g].empty()) continue;
-        const int64_t row = rows.first_row[g];
-        TileArgs<O> m = {};
-        m.k = (columns[g].end - columns[g].begin) / kPair;
-        m.a = reinterpret_cast<const Element*>(dense + row * kKeyTile + columns[g].begin);
-        m.row_stride = kKeyTile / kPair, m.k_stride = 1;
-        m.panel = right + columns[g].begin * width;
-        m.panel_stride = width * kPair;
-        m.c = grad_query + row * head_columns_ + cut.begin(p) * kWidth;
-        m.c_stride = head_columns_;
-        m.init = m.c, m.init_stride = m.c_stride;
-        multiply_rows(rows.first_row[g + 1] - row, cut.size(p), m);
-      }
-      right += padded_keys * width;
-    }
-    const SpecialRows& special = t.special_keys[at / kKeyTile];
-    for (int64_t g = 0; g < rows.groups && special.count > 0; ++g) {
-      const int64_t row = rows.first_row[g];
-      add_special_rows(special, rows.first_row[g + 1] - row,
-                       u.s.template key_row<const S>(a_.key, u.kv_head, first_key), a_.key.stride[2],
-                       a_.head_size, grad_query + row * head_columns_, head_columns_,
-                       [&](int64_t r, int64_t key) {
-                         if (key < columns[g].begin || key >= columns[g].end) return T(0);
-                         return T(widen(dense[(row + r) * kKeyTile + key]));
-                       });
-    }
   }
 
   const AttentionArgs& a_;

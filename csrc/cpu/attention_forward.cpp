@@ -245,8 +245,7 @@ struct Unit {
   const Sequence s;
   const int64_t b, kv_head, part, parts;
   const bool direct;
-  Range keys;                      // of the part, as far as any query sees them
-  int64_t tile_heads, head_tiles;  // a tile has rows of so many heads; a head is divided into so many tiles
+  Range keys;  // of the part, as far as any query sees them
 };
 
 template <class S, class O>
@@ -328,15 +327,13 @@ class Forward {
     const int64_t head = index / most_parts, b = head / a_.kv_heads;
     const AttentionLengths lengths(a_, b);
     const int64_t parts = parts_of(lengths, split), part = index % most_parts;
-    Unit u{Sequence(a_, b), b, head % a_.kv_heads, part, parts, is_direct(lengths), {0, 0}, 1, 1};
+    Unit u{Sequence(a_, b), b, head % a_.kv_heads, part, parts, is_direct(lengths), {0, 0}};
     const int64_t size = part_size(u.s.keys, parts);
     if (u.s.queries > 0) {
       const int64_t begin = round_down(u.s.visible(0).begin, kKeyTile),
                     end = u.s.visible(u.s.queries - 1).end;
       u.keys = {std::max(begin, part * size), std::min({end, (part + 1) * size, u.s.keys})};
       u.keys.end = std::max(u.keys.begin, u.keys.end);
-      u.tile_heads = std::clamp<int64_t>(kQueryTile / u.s.queries, 1, group_heads_);
-      u.head_tiles = group_count(u.s.queries, kQueryTile);
     }
     return u;
   }
@@ -381,22 +378,21 @@ class Forward {
   // ---- passes ----
 
   void attend_units(int thread) {
-    run_units(thread, plan_.split, [&](const Unit& u, const Group<O>& group, int64_t tile) {
+    run_units(thread, plan_.split, [&](const Unit& u, const Group<O>& group, Range of_unit) {
       Thread& t = thread_[thread];
-      const auto [begin, end] = rows_of(u, tile);
       if (u.direct) {
-        const RowTile<T> rows(u.s, u.kv_head * group_heads_, begin, end);
+        const RowTile<T> rows(u.s, u.kv_head * group_heads_, of_unit);
         attend_directly(u, rows, t);
-        finish(u, rows, begin, t.tile);
+        finish(u, rows, of_unit.begin, t.tile);
       } else {
-        const RowTile<O> rows(u.s, u.kv_head * group_heads_, begin, end);
+        const RowTile<O> rows(u.s, u.kv_head * group_heads_, of_unit);
         attend(u, group, rows, t);
-        finish(u, rows, begin, t.tile);
+        finish(u, rows, of_unit.begin, t.tile);
       }
     });
   }
 
-  // Calls body(unit, group, tile) for all tiles of all units that this thread's group gets, keys and values packed.
+  // Calls body(unit, group, rows) for all tiles of all units that this thread's group gets, keys and values packed.
   template <class Body>
   void run_units(int thread, bool split, const Body& body) {
     Group<O>& group = groups_[thread / plan_.row_parts];
@@ -411,22 +407,15 @@ class Forward {
       const Unit u = unit_at(group.unit, split);
       if (u.part < u.parts) {
         if (!u.direct) pack(u, group, member);
-        const int64_t tiles = u.s.queries ? group_count(group_heads_, u.tile_heads) * u.head_tiles : 0;
+        const RowTiles tiles(u.s, group_heads_);
+        const int64_t count = tiles.count();
         group.barrier.wait(member);
         // Under causality the last tiles take longest.
-        for (int64_t i; (i = group.next_tile.fetch_add(1)) < tiles;) body(u, group, tiles - 1 - i);
+        for (int64_t i; (i = group.next_tile.fetch_add(1)) < count;)
+          body(u, group, tiles.rows(count - 1 - i));
       }
       group.barrier.wait(member);
     }
-  }
-
-  // Rows of a tile among those of the unit.
-  std::pair<int64_t, int64_t> rows_of(const Unit& u, int64_t tile) const {
-    const int64_t head = tile / u.head_tiles * u.tile_heads, i = tile % u.head_tiles;
-    const int64_t heads = std::min(u.tile_heads, group_heads_ - head);
-    if (u.head_tiles == 1) return {head * u.s.queries, (head + heads) * u.s.queries};
-    return {head * u.s.queries + group_begin(u.s.queries, u.head_tiles, i),
-            head * u.s.queries + group_begin(u.s.queries, u.head_tiles, i + 1)};
   }
 
   void pack(const Unit& u, const Group<O>& group, int member) {
@@ -486,14 +475,8 @@ class Forward {
   // Panels that the mask hides from all rows; those at the edges are taken off the columns.
   template <class P>
   bool look_at_mask(const RowTile<P>& rows, Range* columns, bool* hidden, TileState<T>& state) const {
-    constexpr int64_t kPanels = kKeyTile / K::kPanelKeys;
-    Range shown{kKeyTile, 0};
-    for (int64_t p = 0; p < kPanels; ++p) {
-      const Range panel{p * K::kPanelKeys, (p + 1) * K::kPanelKeys};
-      hidden[p] = true;
-      for (int64_t r = 0; r < rows.rows && hidden[p]; ++r) hidden[p] = scores_.hides(state.row[r], panel);
-      if (!hidden[p]) shown = {std::min(shown.begin, panel.begin), panel.end};
-    }
+    const Range shown = find_hidden<O>(
+        scores_, rows.rows, [&](int64_t r) -> const ScoreRow<T>& { return state.row[r]; }, hidden);
     for (int64_t g = 0; g < rows.groups; ++g) {
       columns[g] = {std::max(columns[g].begin, shown.begin), std::min(columns[g].end, shown.end)};
       if (columns[g].empty()) columns[g] = {0, 0};
@@ -503,7 +486,7 @@ class Forward {
 
   void attend(const Unit& u, const Group<O>& group, const RowTile<O>& rows, Thread& t) {
     start(u, rows, t.tile);
-    copy_queries(u, rows, t.left);
+    copy_queries(u, rows, t.left, left_stride_);
     const Range keys{std::max(rows.all.begin, u.keys.begin), std::min(rows.all.end, u.keys.end)};
     if (keys.empty()) return;
     for (int64_t tile = (keys.begin - u.keys.begin) / kKeyTile; u.keys.begin + tile * kKeyTile < keys.end;
@@ -516,12 +499,13 @@ class Forward {
       multiply_packed_keys(group, rows, columns, hidden, tile * kKeyTile, t);
       softmax_tile<O>(scores_, dropout_, u.b * a_.heads, rows, columns, first_key, t.tile);
       rescale_output(rows, t.tile);
-      add_packed_values(rows, columns, group.values + tile * kKeyTile * value_columns_,
-                        round_up(count, kWidth), t.tile);
-      if (group.special[tile].count > 0) {
-        const S* const values = u.s.template key_row<const S>(a_.value, u.kv_head, first_key);
-        add_special_values(rows, columns, group.special[tile], values, t.tile);
-      }
+      add_weighted<S, O>(
+          rows, columns, count, reinterpret_cast<const O*>(t.tile.products),
+          kKeyTile * int64_t(sizeof(T) / sizeof(O)),
+          {group.values + tile * kKeyTile * value_columns_, value_columns_, group.special[tile],
+           u.s.template key_row<const S>(a_.value, u.kv_head, first_key), a_.value.stride[2], a_.value_size},
+          t.tile.output, t.tile.touched);
+      for (int64_t g = 0; g < rows.groups; ++g) t.tile.touched[g] |= !columns[g].empty();
     }
   }
 
@@ -535,49 +519,11 @@ class Forward {
                      group.keys + key * left_stride_, t.tile.products, ahead);
   }
 
-  void copy_queries(const Unit& u, const RowTile<O>& rows, O* left) const {
+  template <class P>
+  void copy_queries(const Unit& u, const RowTile<P>& rows, P* left, int64_t stride) const {
     for (int64_t r = 0; r < rows.rows; ++r) {
       copy_row(u.s.template query_row<const S>(a_.query, rows.head[r], rows.query[r]), a_.head_size,
-               left + r * left_stride_);
-    }
-  }
-
-  // output += weights * values, of a tile of keys.
-  void add_packed_values(const RowTile<O>& rows, const Range* columns, const O* values, int64_t count,
-                         TileState<T>& state) const {
-    const PanelCut cut{int(value_columns_ / kWidth), kPanelVectors};
-    for (int p = 0; p < cut.count(); ++p) {
-      const int64_t width = cut.size(p) * kWidth;
-      for (int64_t g = 0; g < rows.groups; ++g) {
-        if (columns[g].empty()) continue;
-        const int64_t row = rows.first_row[g];
-        TileArgs<O> t = {};
-        t.k = pairs<O>(std::min(columns[g].end, count) - columns[g].begin);
-        t.a = reinterpret_cast<const typename Operand<O>::Element*>(state.products + row * kKeyTile) +
-              columns[g].begin / K::kPair;
-        t.row_stride = kKeyTile * int64_t(sizeof(T)) / int64_t(sizeof *t.a), t.k_stride = 1;
-        t.panel = values + columns[g].begin * width;
-        t.panel_stride = width * K::kPair;
-        t.c = state.output + row * state.output_stride + cut.begin(p) * kWidth;
-        t.c_stride = state.output_stride;
-        if (state.touched[g]) t.init = t.c, t.init_stride = t.c_stride;
-        multiply_rows(rows.first_row[g + 1] - row, cut.size(p), t);
-      }
-      values += round_up(count, kWidth) * width;
-    }
-    for (int64_t g = 0; g < rows.groups; ++g) state.touched[g] |= !columns[g].empty();
-  }
-
-  void add_special_values(const RowTile<O>& rows, const Range* columns, const SpecialRows& special,
-                          const S* values, TileState<T>& state) const {
-    for (int64_t g = 0; g < rows.groups; ++g) {
-      const int64_t row = rows.first_row[g];
-      add_special_rows(
-          special, rows.first_row[g + 1] - row, values, a_.value.stride[2], a_.value_size,
-          state.output + row * state.output_stride, state.output_stride, [&](int64_t r, int64_t key) {
-            if (key < columns[g].begin || key >= columns[g].end) return T(0);
-            return T(widen(reinterpret_cast<const O*>(state.products + (row + r) * kKeyTile)[key]));
-          });
+               left + r * stride);
     }
   }
 
@@ -585,21 +531,15 @@ class Forward {
   void attend_directly(const Unit& u, const RowTile<T>& rows, Thread& t) {
     start(u, rows, t.tile);
     clear_untouched(rows, t.tile);
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      copy_row(u.s.template query_row<const S>(a_.query, rows.head[r], rows.query[r]), a_.head_size,
-               t.direct_left + r * a_.head_size);
-    }
+    copy_queries(u, rows, t.direct_left, a_.head_size);
     const Range keys{std::max(rows.all.begin, u.keys.begin), std::min(rows.all.end, u.keys.end)};
     for (int64_t first_key = round_down(keys.begin, kKeyTile); first_key < keys.end; first_key += kKeyTile) {
       Range columns[Tiles<T>::kMostGroups];
       bool hidden[kKeyTile / K::kPanelKeys] = {};
       const int64_t count = std::min(kKeyTile, u.keys.end - first_key);
       if (!look(u, rows, first_key, count, columns, hidden, t.tile)) continue;
-      Range all{kKeyTile, 0};
-      for (int64_t g = 0; g < rows.groups; ++g) {
-        if (!columns[g].empty())
-          all = {std::min(all.begin, columns[g].begin), std::max(all.end, columns[g].end)};
-      }
+      Range all{0, 0};
+      for (int64_t g = 0; g < rows.groups; ++g) all = join(all, columns[g]);
       for (int64_t g = 0; g < rows.groups; ++g) columns[g] = all;
       multiply_directly(u, rows.rows, first_key, all, count, t);
       softmax_tile<T>(scores_, dropout_, u.b * a_.heads, rows, columns, first_key, t.tile);
@@ -734,11 +674,10 @@ class Forward {
 
   // Weights of all rows and keys, for those who want to look at them: once more, now that the sums are known.
   void write_weights(int thread) {
-    run_units(thread, false, [&](const Unit& u, const Group<O>& group, int64_t tile) {
+    run_units(thread, false, [&](const Unit& u, const Group<O>& group, Range of_unit) {
       Thread& t = thread_[thread];
-      const auto [begin, end] = rows_of(u, tile);
-      const RowTile<O> rows(u.s, u.kv_head * group_heads_, begin, end);
-      copy_queries(u, rows, t.left);
+      const RowTile<O> rows(u.s, u.kv_head * group_heads_, of_unit);
+      copy_queries(u, rows, t.left, left_stride_);
       show_tiles(u, group, rows, t);
     });
   }

@@ -50,11 +50,8 @@ AttentionPlan attention_plan(const AttentionArgs& a, int threads, bool backward)
   const int64_t units = plan.split ? heads * plan.key_parts : heads;
   plan.row_parts = 1;
   if (backward) {
-    // Whole heads, or parts of them where that keeps more threads at work. Units that add to the same elements of a
-    // mask's gradient follow each other on one thread.
-    const int64_t* const mask = a.grad_mask_stride;
-    const int64_t batch = a.grad_mask && mask[0] == 0 ? 1 : a.batch;
-    const int64_t lanes = std::max<int64_t>(batch * (a.grad_mask && mask[1] == 0 ? 1 : a.kv_heads), 1);
+    // Whole heads, or parts of them where that keeps more threads at work.
+    const int64_t lanes = std::max<int64_t>(AttentionLanes(a, 1).count(), 1);
     const double whole = double(ceil_div(lanes, threads));
     const double parts = 1.05 * double(ceil_div(lanes * plan.key_parts, threads)) / double(plan.key_parts);
     plan.split = plan.key_parts > 1 && parts < whole;

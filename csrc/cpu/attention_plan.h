@@ -33,6 +33,21 @@ struct AttentionLengths {
   }
 };
 
+// Units of the backward pass that add to the same elements of the mask's gradient form a lane, which one thread runs in
+// order: all units of the indices that these do not count.
+struct AttentionLanes {
+  int64_t batch, heads, parts;
+
+  AttentionLanes(const AttentionArgs& a, int64_t key_parts)
+      : batch(a.batch), heads(a.kv_heads), parts(key_parts) {
+    if (!a.grad_mask) return;
+    if (a.grad_mask_stride[0] == 0) batch = 1;
+    if (a.grad_mask_stride[1] == 0) heads = 1;
+    if (a.grad_mask_stride[3] == 0) parts = 1;
+  }
+  int64_t count() const { return batch * heads * parts; }
+};
+
 // How many parts the keys of a sequence are cut into. Depends on its own sizes alone: its bits must not depend
 // on the others.
 int64_t forward_key_parts(int64_t rows, int64_t keys);

@@ -39,6 +39,10 @@ struct Range {
   int64_t begin, end;
   bool empty() const { return begin >= end; }
 };
+inline Range join(Range a, Range b) {
+  if (a.empty() || b.empty()) return a.empty() ? b : a;
+  return {std::min(a.begin, b.begin), std::max(a.end, b.end)};
+}
 
 constexpr int64_t kFar = int64_t(1) << 60;  // farther than any key, and no sum with it overflows
 
@@ -276,7 +280,7 @@ class Scores {
     for (int64_t at = columns.begin * size; at < end; at += kLineBytes) __builtin_prefetch(p + at, 0, 2);
   }
 
-  // Whether the mask hides all keys [first, first + count) from this row.
+  // Whether the mask hides all of these columns from this row, as far as it could see them.
   bool hides(const ScoreRow<T>& row, Range columns) const {
     const int64_t begin = std::max(columns.begin, row.visible.begin);
     const int64_t end = std::min(columns.end, row.visible.end);
@@ -402,7 +406,26 @@ class Scores {
 
 // ---- tiles of rows ----
 
-// Rows [begin, end) of a unit, and their register tiles. Row r is query r % queries of the unit's query head
+// How the rows of a unit are cut into tiles: the rows of several short heads, or a part of those of a long one.
+struct RowTiles {
+  int64_t queries, group_heads, tile_heads, head_tiles;
+
+  RowTiles(const Sequence& s, int64_t group_heads)
+      : queries(s.queries),
+        group_heads(group_heads),
+        tile_heads(std::clamp<int64_t>(kQueryTile / std::max<int64_t>(queries, 1), 1, group_heads)),
+        head_tiles(group_count(queries, kQueryTile)) {}
+
+  int64_t count() const { return group_count(group_heads, tile_heads) * head_tiles; }
+  Range rows(int64_t tile) const {
+    const int64_t head = tile / head_tiles * tile_heads, i = tile % head_tiles;
+    if (head_tiles == 1) return {head * queries, std::min(head + tile_heads, group_heads) * queries};
+    return {head * queries + group_begin(queries, head_tiles, i),
+            head * queries + group_begin(queries, head_tiles, i + 1)};
+  }
+};
+
+// Some rows of a unit, and their register tiles. Row r is query r % queries of the unit's query head
 // r / queries.
 template <class O>
 struct RowTile {
@@ -416,10 +439,11 @@ struct RowTile {
   int64_t first_row[Tiles<O>::kMostGroups + 1];
   Range seen[Tiles<O>::kMostGroups];  // keys that any row of the group sees
 
-  RowTile(const Sequence& s, int64_t first_head, int64_t begin, int64_t end) {
-    rows = end - begin;
+  RowTile(const Sequence& s, int64_t first_head, Range of_unit) {
+    const int64_t begin = of_unit.begin;
+    rows = of_unit.end - begin;
     groups = group_count(rows, kRowGroup);
-    all = {s.keys, 0};
+    all = {0, 0};
     int64_t h = first_head + begin / s.queries, i = begin % s.queries;
     for (int64_t r = 0; r < rows; ++r) {
       head[r] = h, query[r] = i;
@@ -428,12 +452,9 @@ struct RowTile {
     }
     for (int64_t g = 0; g <= groups; ++g) first_row[g] = group_begin(rows, groups, g);
     for (int64_t g = 0; g < groups; ++g) {
-      seen[g] = {s.keys, 0};
-      for (int64_t r = first_row[g]; r < first_row[g + 1]; ++r) {
-        if (visible[r].empty()) continue;
-        seen[g] = {std::min(seen[g].begin, visible[r].begin), std::max(seen[g].end, visible[r].end)};
-      }
-      all = {std::min(all.begin, seen[g].begin), std::max(all.end, seen[g].end)};
+      seen[g] = {0, 0};
+      for (int64_t r = first_row[g]; r < first_row[g + 1]; ++r) seen[g] = join(seen[g], visible[r]);
+      all = join(all, seen[g]);
     }
   }
 
@@ -471,6 +492,70 @@ void multiply_keys(const RowTile<O>& tile, const Range* columns, const bool* hid
       t.c_stride = K::kKeyTile;
       multiply_rows<O, kScoreDepth>(tile.first_row[g + 1] - tile.first_row[g], (end - begin) / K::kWidth, t);
     }
+  }
+}
+
+// Finds the panels of a tile of keys that the mask hides from all rows, of which score_row(r) is what row r knows.
+// Returns the columns from the first panel to the last that somebody sees.
+template <class O, class S, class T, class RowOf>
+Range find_hidden(const Scores<S, T>& scores, int64_t rows, const RowOf& score_row, bool* hidden) {
+  constexpr int64_t kPanelKeys = Tiles<O>::kPanelKeys;
+  Range shown{0, 0};
+  for (int64_t p = 0; p < Tiles<O>::kKeyTile / kPanelKeys; ++p) {
+    const Range panel{p * kPanelKeys, (p + 1) * kPanelKeys};
+    hidden[p] = true;
+    for (int64_t r = 0; r < rows && hidden[p]; ++r) hidden[p] = scores.hides(score_row(r), panel);
+    if (!hidden[p]) shown = join(shown, panel);
+  }
+  return shown;
+}
+
+// A matrix of keys or values as the right side of a product, from one tile of keys on.
+template <class S, class O>
+struct RightSide {
+  const O* packed;  // by pack_right
+  int64_t columns;  // of it
+  const SpecialRows& special;
+  const S* matrix;
+  int64_t row_stride, features;  // of the matrix
+};
+
+// sums[row] += left[row] * right, over the columns of each group of rows, of `count` keys in all. left is a tile of
+// operands, its rows left_stride elements apart. A group that is not yet `touched` begins with zero; null: all are.
+template <class S, class O>
+void add_weighted(const RowTile<O>& tile, const Range* columns, int64_t count, const O* left,
+                  int64_t left_stride, const RightSide<S, O>& right, typename Tiles<O>::T* sums,
+                  const bool* touched) {
+  using K = Tiles<O>;
+  using T = typename K::T;
+  const PanelCut cut{int(right.columns / K::kWidth), kPanelVectors};
+  const O* panel = right.packed;
+  for (int p = 0; p < cut.count(); ++p) {
+    const int64_t width = cut.size(p) * K::kWidth;
+    for (int64_t g = 0; g < tile.groups; ++g) {
+      if (columns[g].empty()) continue;
+      const int64_t row = tile.first_row[g];
+      TileArgs<O> t = {};
+      t.k = pairs<O>(std::min(columns[g].end, count) - columns[g].begin);
+      t.a =
+          reinterpret_cast<const typename Operand<O>::Element*>(left + row * left_stride + columns[g].begin);
+      t.row_stride = left_stride / K::kPair, t.k_stride = 1;
+      t.panel = panel + columns[g].begin * width;
+      t.panel_stride = width * K::kPair;
+      t.c = sums + row * right.columns + cut.begin(p) * K::kWidth;
+      t.c_stride = right.columns;
+      if (!touched || touched[g]) t.init = t.c, t.init_stride = t.c_stride;
+      multiply_rows(tile.first_row[g + 1] - row, cut.size(p), t);
+    }
+    panel += round_up(count, K::kWidth) * width;
+  }
+  for (int64_t g = 0; g < tile.groups && right.special.count > 0; ++g) {
+    const int64_t row = tile.first_row[g];
+    add_special_rows(right.special, tile.first_row[g + 1] - row, right.matrix, right.row_stride,
+                     right.features, sums + row * right.columns, right.columns, [&](int64_t r, int64_t key) {
+                       if (key < columns[g].begin || key >= columns[g].end) return T(0);
+                       return T(widen(left[(row + r) * left_stride + key]));
+                     });
   }
 }
 
