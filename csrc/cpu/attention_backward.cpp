@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "attention_tiles.h"
+#include "philox.h"
 #include "team.h"
 
 namespace fastseq::FASTSEQ_ISA {
@@ -78,13 +79,6 @@ struct Weigher {
       store_upto(grad_mask + c, load_upto<V>(grad_mask + c, count - c) + grad, count - c);
     }
   }
-};
-
-// A sequence's key and value head, or a part of its keys.
-struct Unit {
-  const Sequence s;
-  const int64_t b, kv_head, part, parts;
-  Range keys;  // of the part
 };
 
 template <class S, class O>

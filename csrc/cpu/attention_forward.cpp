@@ -13,217 +13,13 @@
 #include <atomic>
 #include <new>
 
+#include "attention_direct.h"
+#include "attention_softmax.h"
 #include "attention_tiles.h"
 #include "team.h"
 
 namespace fastseq::FASTSEQ_ISA {
 namespace {
-
-// A tile of rows on its way.
-template <class T>
-struct TileState {
-  using V = Vec<T>;
-  T* products;  // [kQueryTile][kKeyTile]  products, then weights
-  T* output;    // [kQueryTile][output_stride]  not yet divided by the sum
-  int64_t output_stride;
-  T* keep;            // [kKeyTile] of a row: 0 where dropped
-  V sum[kQueryTile];  // of weights, lane by lane
-  T highest[kQueryTile];
-  T rescale[kQueryTile];
-  bool touched[kQueryTile];  // of each register tile: whether there is any output yet
-  ScoreRow<T> row[kQueryTile];
-};
-
-// ---- softmax of a tile ----
-
-// Masks the products of a row, or makes scores of them; returns their maxima lane by lane.
-template <class S, class T>
-Vec<T> score_row(const Scores<S, T>& of_call, const ScoreRow<T>& of_row, Range columns, T* x) {
-  using V = Vec<T>;
-  const Scores<S, T> scores = of_call;  // copies that no store can change
-  const ScoreRow<T> row = of_row;
-  constexpr int64_t kWidth = V::kWidth;
-  V best(-INFINITY);
-  if (scores.kind() == ScoreKind::kPlain) {
-    const auto edge = [&](int64_t c) {
-      const V masked = Scores<S, T>::within(row, load<V>(x + c), c);
-      store(x + c, masked);
-      best = max(best, masked);
-    };
-    int64_t c = columns.begin;
-    for (; c < columns.end && c < row.visible.begin; c += kWidth) edge(c);
-    for (; c + kWidth <= std::min(columns.end, row.visible.end); c += kWidth)
-      best = max(best, load<V>(x + c));
-    for (; c < columns.end; c += kWidth) edge(c);
-    return best * scores.factor();
-  }
-  with_kind(scores.kind(), [&](auto kind) {
-    V unused(0);
-    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
-      V score = scores.template of<decltype(kind)::value>(row, load<V>(x + c), c, unused);
-      if (!Scores<S, T>::all_visible(row, c)) score = Scores<S, T>::within(row, score, c);
-      store(x + c, score);
-      best = max(best, score);
-    }
-  });
-  return best * scores.factor();
-}
-
-// Scores of a row -> weights relative to 2^highest, in the operand's type from the row's beginning on, zero where not
-// kept. Returns their sum, before any is dropped, lane by lane.
-template <class O, bool kDrop, class T>
-Vec<T> weigh_row(T scale, T highest, Range columns, const T* keep, T* x) {
-  using V = Vec<T>;
-  O* const weights = reinterpret_cast<O*>(x);
-  V sum(0);
-  for (int64_t c = columns.begin; c < columns.end; c += V::kWidth) {
-    const V weight = exp2(fma(load<V>(x + c), V(scale), V(-highest)));
-    sum = sum + weight;
-    if constexpr (kDrop) {
-      store_operand(weights + c, weight * load<V>(keep + c));
-    } else {
-      store_operand(weights + c, weight);
-    }
-  }
-  return sum;
-}
-
-// Products of all rows of a tile -> weights, with the rows' maxima, sums and what their output has to be multiplied by.
-template <class O, class S, class T>
-void softmax_tile(const Scores<S, T>& scores, const Dropout& dropout, int64_t first_head,
-                  const RowTile<O>& tile, const Range* columns, int64_t first_key, TileState<T>& state) {
-  using V = Vec<T>;
-  constexpr int64_t kWidth = V::kWidth, kKeyTile = Tiles<O>::kKeyTile;
-  const T scale = scores.factor();
-  Range of_row[kQueryTile];
-  for (int64_t g = 0; g < tile.groups; ++g) {
-    for (int64_t r = tile.first_row[g]; r < tile.first_row[g + 1]; ++r) of_row[r] = columns[g];
-  }
-  for (int64_t first = 0; first < tile.rows; first += kWidth) {
-    const int64_t count = std::min(tile.rows - first, kWidth);
-    V best[kWidth];
-    for (int64_t i = 0; i < kWidth; ++i) {
-      best[i] = V(-INFINITY);
-      if (i < count) {
-        T* const x = state.products + (first + i) * kKeyTile;
-        best[i] = score_row(scores, state.row[first + i], of_row[first + i], x);
-      }
-    }
-    const V before = load_upto<V>(state.highest + first, count), highest = max(before, maxima_of_rows(best));
-    // Without any visible key so far, all weights are exp2(-inf - 0).
-    const V shift = select<T>(highest.v == V(-INFINITY).v, V(0), highest);
-    T shifts[kWidth];
-    store(shifts, shift);
-    store_upto(state.highest + first, highest, count);
-    store_upto(state.rescale + first, exp2(before - shift), count);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t r = first + i;
-      T* const x = state.products + r * kKeyTile;
-      const Range c = of_row[r];
-      V sum;
-      if (dropout.active) {
-        dropout.keep(first_head + tile.head[r], tile.query[r], first_key + c.begin, c.end - c.begin,
-                     state.keep + c.begin);
-        sum = weigh_row<O, true>(scale, shifts[i], c, state.keep, x);
-      } else {
-        sum = weigh_row<O, false>(scale, shifts[i], c, state.keep, x);
-      }
-      state.sum[r] = fma(state.sum[r], V(state.rescale[r]), sum);
-    }
-  }
-}
-
-template <class O, class T>
-void rescale_output(const RowTile<O>& rows, TileState<T>& state) {
-  using V = Vec<T>;
-  for (int64_t g = 0; g < rows.groups; ++g) {
-    for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1] && state.touched[g]; ++r) {
-      if (state.rescale[r] == 1) continue;
-      T* const output = state.output + r * state.output_stride;
-      for (int64_t i = 0; i < state.output_stride; i += V::kWidth) {
-        store(output + i, load<V>(output + i) * V(state.rescale[r]));
-      }
-    }
-  }
-}
-
-// ---- few rows: keys and values as they lie ----
-
-constexpr int kDirectGroup = 4;  // rows that share a reading of keys and values
-
-// products[row][key] of kRows rows with kWidth keys from `keys` on, the first `count` of which exist.
-template <int kRows, class S, class T>
-void dot_keys(const T* const* rows, const S* keys, int64_t stride, int64_t count, int64_t features,
-              T* products, int64_t products_stride) {
-  using V = Vec<T>;
-  constexpr int64_t kWidth = V::kWidth;
-  V sums[kRows][kWidth];
-  for (int64_t j = 0; j < kWidth; ++j) {
-    const S* const key = keys + std::min(j, count - 1) * stride;
-    V sum[kRows];
-    for (int r = 0; r < kRows; ++r) sum[r] = V(0);
-    int64_t i = 0;
-    for (; i + kWidth <= features; i += kWidth) {
-      const V k = load<V>(key + i);
-      for (int r = 0; r < kRows; ++r) sum[r] = fma(load<V>(rows[r] + i), k, sum[r]);
-    }
-    if (i < features) {
-      const V k = load_upto<V>(key + i, features - i);
-      for (int r = 0; r < kRows; ++r) sum[r] = fma(load_upto<V>(rows[r] + i, features - i), k, sum[r]);
-    }
-    for (int r = 0; r < kRows; ++r) sums[r][j] = sum[r];
-  }
-  for (int r = 0; r < kRows; ++r) {
-    store(products + r * products_stride, sums_of_rows(sums[r]));
-  }
-}
-
-// output[row] += sum over keys of weights[row][key] * values[key], for kVectors vectors of features.
-template <int kRows, int kVectors, class S, class T>
-void add_values(const T* weights, int64_t weights_stride, Range columns, const S* values, int64_t stride,
-                int64_t features, T* output, int64_t output_stride) {
-  using V = Vec<T>;
-  constexpr int64_t kWidth = V::kWidth;
-  V sum[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kVectors; ++i) sum[r][i] = V(0);
-  }
-  for (int64_t j = columns.begin; j < columns.end; ++j) {
-    T weight[kRows];
-    bool any_zero = false, any = false;
-    for (int r = 0; r < kRows; ++r) {
-      weight[r] = weights[r * weights_stride + j];
-      any_zero |= weight[r] == 0, any |= weight[r] != 0;
-    }
-    if (!any) continue;  // hidden: may hold anything
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t left = features - i * kWidth;
-      if (left <= 0) continue;
-      const V value = load_upto<V>(values + j * stride + i * kWidth, left);
-      for (int r = 0; r < kRows; ++r) {
-        const V next = fma(V(weight[r]), value, sum[r][i]);
-        sum[r][i] = any_zero && weight[r] == 0 ? sum[r][i] : next;
-      }
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kVectors; ++i) {
-      T* const to = output + r * output_stride + i * kWidth;
-      store(to, load<V>(to) + sum[r][i]);
-    }
-  }
-}
-
-template <int kRows = kDirectGroup, class F>
-void with_rows(int64_t rows, const F& call) {
-  if (rows == kRows) {
-    call(std::integral_constant<int, kRows>());
-  } else if constexpr (kRows > 1) {
-    with_rows<kRows - 1>(rows, call);
-  }
-}
-
-// ---- units of work ----
 
 // What a group of threads shares. Packed are the keys and values of its unit: of each tile of keys its panels of keys,
 // its values, and its special rows of values.
@@ -238,14 +34,6 @@ struct Group {
   O* values = nullptr;
   SpecialRows* special = nullptr;
   int32_t* special_rows = nullptr;
-};
-
-// A sequence's key and value head, or a part of its keys.
-struct Unit {
-  const Sequence s;
-  const int64_t b, kv_head, part, parts;
-  const bool direct;
-  Range keys;  // of the part, as far as any query sees them
 };
 
 template <class S, class O>
@@ -314,11 +102,9 @@ class Forward {
     return round_up(group_count(keys, parts), kKeyTile);
   }
   // Where a backward pass follows, or weights are shown, their scores have to be made in the same way.
-  bool is_direct(const AttentionLengths& s) const {
-    return !a_.highest.data && group_heads_ * s.queries <= kDirectRows;
-  }
+  bool is_direct(int64_t queries) const { return !a_.highest.data && group_heads_ * queries <= kDirectRows; }
   int64_t most_keys_of_unit(const AttentionLengths& s) const {
-    if (is_direct(s)) return 0;
+    if (is_direct(s.queries)) return 0;
     return a_.weights.data ? s.keys : part_size(s.keys, parts_of(s, true));
   }
 
@@ -327,7 +113,7 @@ class Forward {
     const int64_t head = index / most_parts, b = head / a_.kv_heads;
     const AttentionLengths lengths(a_, b);
     const int64_t parts = parts_of(lengths, split), part = index % most_parts;
-    Unit u{Sequence(a_, b), b, head % a_.kv_heads, part, parts, is_direct(lengths), {0, 0}};
+    Unit u{Sequence(a_, b), b, head % a_.kv_heads, part, parts, {0, 0}};
     const int64_t size = part_size(u.s.keys, parts);
     if (u.s.queries > 0) {
       const int64_t begin = round_down(u.s.visible(0).begin, kKeyTile),
@@ -380,7 +166,7 @@ class Forward {
   void attend_units(int thread) {
     run_units(thread, plan_.split, [&](const Unit& u, const Group<O>& group, Range of_unit) {
       Thread& t = thread_[thread];
-      if (u.direct) {
+      if (is_direct(u.s.queries)) {
         const RowTile<T> rows(u.s, u.kv_head * group_heads_, of_unit);
         attend_directly(u, rows, t);
         finish(u, rows, of_unit.begin, t.tile);
@@ -406,7 +192,7 @@ class Forward {
       if (group.unit >= units(split)) return;
       const Unit u = unit_at(group.unit, split);
       if (u.part < u.parts) {
-        if (!u.direct) pack(u, group, member);
+        if (!is_direct(u.s.queries)) pack(u, group, member);
         const RowTiles tiles(u.s, group_heads_);
         const int64_t count = tiles.count();
         group.barrier.wait(member);
@@ -541,49 +327,13 @@ class Forward {
       Range all{0, 0};
       for (int64_t g = 0; g < rows.groups; ++g) all = join(all, columns[g]);
       for (int64_t g = 0; g < rows.groups; ++g) columns[g] = all;
-      multiply_directly(u, rows.rows, first_key, all, count, t);
+      multiply_directly(t.direct_left, rows.rows, u.s.template key_row<const S>(a_.key, u.kv_head, first_key),
+                        a_.key.stride[2], a_.head_size, all, count, t.tile.products, kKeyTile);
       softmax_tile<T>(scores_, dropout_, u.b * a_.heads, rows, columns, first_key, t.tile);
       rescale_output(rows, t.tile);
-      add_directly(u, rows.rows, first_key, {all.begin, std::min(all.end, count)}, t);
-    }
-  }
-
-  void multiply_directly(const Unit& u, int64_t rows, int64_t first_key, Range columns, int64_t count,
-                         Thread& t) {
-    const S* const keys = u.s.template key_row<const S>(a_.key, u.kv_head, first_key);
-    for (int64_t first = 0; first < rows; first += kDirectGroup) {
-      with_rows(std::min<int64_t>(rows - first, kDirectGroup), [&](auto group) {
-        constexpr int kRows = decltype(group)::value;
-        const T* left[kRows];
-        for (int r = 0; r < kRows; ++r) left[r] = t.direct_left + (first + r) * a_.head_size;
-        for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
-          dot_keys<kRows>(left, keys + c * a_.key.stride[2], a_.key.stride[2], std::min(kWidth, count - c),
-                          a_.head_size, t.tile.products + first * kKeyTile + c, kKeyTile);
-        }
-      });
-    }
-  }
-
-  void add_directly(const Unit& u, int64_t rows, int64_t first_key, Range columns, Thread& t) {
-    const S* const values = u.s.template key_row<const S>(a_.value, u.kv_head, first_key);
-    for (int64_t first = 0; first < rows; first += kDirectGroup) {
-      with_rows(std::min<int64_t>(rows - first, kDirectGroup), [&](auto group) {
-        constexpr int kRows = decltype(group)::value;
-        for (int64_t i = 0; i < value_columns_; i += 4 * kWidth) {
-          const T* const weights = t.tile.products + first * kKeyTile;
-          T* const output = t.tile.output + first * value_columns_ + i;
-          const int64_t features = a_.value_size - i, stride = a_.value.stride[2];
-          if (features > 3 * kWidth) {
-            add_values<kRows, 4>(weights, kKeyTile, columns, values + i, stride, features, output,
-                                 value_columns_);
-          } else {
-            for (int64_t n = 0; n < features; n += kWidth) {
-              add_values<kRows, 1>(weights, kKeyTile, columns, values + i + n, stride, features - n,
-                                   output + n, value_columns_);
-            }
-          }
-        }
-      });
+      add_directly(t.tile.products, kKeyTile, rows.rows, {all.begin, std::min(all.end, count)},
+                   u.s.template key_row<const S>(a_.value, u.kv_head, first_key), a_.value.stride[2],
+                   a_.value_size, t.tile.output, value_columns_);
     }
   }
 
