@@ -13,28 +13,22 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import attention_ops
+from ..attention_checks import Arguments
 from .function import Backward, Function, gradients, needs_gradient, recording, refuse
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_lengths: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    *seed_and_numbers: Any,
-) -> tuple[Tensor, ...]:
-    """Output, lse, weights, empty if not asked for, remainder and normalizer: see attention_ops."""
-    tensors = (query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
+def attention(*arguments: Any) -> tuple[Tensor, ...]:
+    """Output, lse, weights, empty if not asked for, remainder and normalizer: see attention_ops.
+
+    The arguments are those of attention_checks.Arguments, without the last, `save`.
+    """
+    tensors, rest = arguments[:9], arguments[9:]
+    query, key, value, attn_mask, *_, sinks = tensors
     if not (recording() and needs_gradient(query, key, value, attn_mask, sinks)):
-        return attention_ops.attention(*tensors, *seed_and_numbers)
+        return attention_ops.attention(*arguments)
     if is_compiling():
         tensors = _each_once(tensors)
-    return _Attention.apply(*tensors, *seed_and_numbers)
+    return _Attention.apply(*tensors, *rest)
 
 
 def _each_once(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -65,38 +59,19 @@ def _backward_op(
 
 class _Attention(Function):
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        key_lengths: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        alibi_slopes: Tensor | None,
-        sinks: Tensor | None,
-        seed: Tensor | None,
-        scale: float,
-        softcap: float,
-        dropout_p: float,
-        left: int,
-        right: int,
-        bottom_right: bool,
-        return_weights: bool,
-    ) -> tuple[Tensor, ...]:
-        tensors = (query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
-        numbers = (scale, softcap, dropout_p, left, right, bottom_right, return_weights)
-        return attention_ops.attention(*tensors, seed, *numbers, True)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return attention_ops.attention(*arguments, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         output, _, weights, remainder, normalizer = outputs
-        kept = weights if inputs[16] else None
+        return_weights = Arguments(*inputs).return_weights
+        kept = weights if return_weights else None
         remainder_kept = remainder if remainder.dim() > 1 else None
         ctx.save_for_backward(*inputs[:10], output, normalizer, kept, remainder_kept)
         ctx.constants = inputs[10:16]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(remainder, normalizer, *([] if inputs[16] else [weights]))
+        ctx.mark_non_differentiable(remainder, normalizer, *([] if return_weights else [weights]))
 
     @staticmethod
     def backward(
