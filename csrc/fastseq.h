@@ -156,7 +156,7 @@ struct AttentionArgs {
   AttentionMask mask;
   HeadRows alibi;      // [B, Hq] slopes or null; strides of batch and head
   const void* sinks;   // [Hq] or null
-  HeadTensor weights;  // [B, Hq, Sq, Sk] or null: not wanted; zero where nothing is written
+  HeadTensor weights;  // [B, Hq, Sq, Sk] or null: not wanted; stride of heads 0: their mean over the heads
   // [B, Hq, Sq, Dv] or null: what rounding to 16 bits took from output. Written by the forward pass; with it the
   // backward pass has output as it was.
   HeadTensor remainder;

@@ -40,6 +40,7 @@ def scaled_dot_product_attention(
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
+    average_weights: bool = False,
 ) -> Any:
     """softmax(scale Q K^T + mask) V, in one kernel that never stores the scores.
 
@@ -92,12 +93,14 @@ def scaled_dot_product_attention(
             cu_seqlens[b + 1]. Not with attn_mask, key_lengths or return_weights.
         return_lse: whether to return lse too, the log-sum-exp of each query's scores, to the base e.
         return_weights: whether to return the weights too, after dropout. They take Sq * Sk numbers a head.
+        average_weights: whether these are the mean over the heads. Without gradients, nothing larger than the
+            mean is stored.
 
     Returns:
         output (..., Hq, Sq, Dv), packed (total_q, Hq, Dv), in memory as query is: of a transposed (B, S, H,
         D) the output is one too. With `return_lse` or `return_weights` a tuple, in this order: output, lse
         (..., Hq, Sq), packed (Hq, total_q), in float32, or float64 beside float64, and weights (..., Hq, Sq,
-        Sk) in the query's dtype. All are differentiable.
+        Sk), or (..., Sq, Sk) if averaged, in the query's dtype. All are differentiable.
 
     Raises:
         TypeError: what is no tensor, number or bool where one is expected.
@@ -197,6 +200,7 @@ def scaled_dot_product_attention(
         right,
         bottom_right,
         bool(return_weights),
+        bool(return_weights and average_weights),
     )
     if drop_all:
         nothing = torch.ones((), dtype=torch.bool, device=output.device)
@@ -209,7 +213,8 @@ def scaled_dot_product_attention(
     if return_lse:
         results.append(lse if lead is None else _as_it_was(lse, lead, rank))
     if return_weights:
-        results.append(weights if lead is None else _as_it_was(weights, lead, rank))
+        weights = weights if lead is None else _as_it_was(weights, lead, rank)
+        results.append(weights.squeeze(-3) if average_weights and weights.dim() > 2 else weights)
     return tuple(results)
 
 

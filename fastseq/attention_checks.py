@@ -38,6 +38,7 @@ class Arguments(NamedTuple):
     right: int
     bottom_right: bool
     return_weights: bool
+    average_weights: bool = False  # over the heads, if weights are returned
     save: bool = False  # whether arguments and results are kept for the backward pass; fastseq.explain asks
 
 

@@ -34,13 +34,15 @@ _TENSORS = (
 )
 _NUMBERS = "float scale, float softcap, float dropout_p, int left, int right, bool bottom_right"
 # output is (B, Hq, Sq, Dv), in memory like query; lse (B, Hq, Sq) in the dtype of sums; weights (B, Hq, Sq,
-# Sk), empty if not asked for. Packed: (total_q, Hq, Dv) and (Hq, total_q). remainder is like output, if
-# `save` and the dtype has 16 bits, else empty: what rounding took from output. Without it a backward pass
-# would be as wrong as output is rounded where the gradients of a row's weights nearly cancel. normalizer,
-# with 2 before the shape of lse, is what makes weights of scores, 2^(score / ln 2 - normalizer[0])
-# normalizer[1], as exact as they were; empty where neither `save` nor weights need it.
+# Sk), or (B, 1, Sq, Sk) if averaged over the heads, empty if not asked for. Packed: (total_q, Hq, Dv) and
+# (Hq, total_q). remainder is like output, if `save` and the dtype has 16 bits, else empty: what rounding
+# took from output. Without it a backward pass would be as wrong as output is rounded where the gradients of
+# a row's weights nearly cancel. normalizer, with 2 before the shape of lse, is what makes weights of scores,
+# 2^(score / ln 2 - normalizer[0]) normalizer[1], as exact as they were; empty where neither `save` nor
+# weights need it.
 library.define(
-    f"attention({_TENSORS}, {_NUMBERS}, bool return_weights, bool save=False) "
+    f"attention({_TENSORS}, {_NUMBERS}, bool return_weights, bool average_weights=False, "
+    "bool save=False) "
     "-> (Tensor output, Tensor lse, Tensor weights, Tensor remainder, Tensor normalizer)"
 )
 # `wanted` says for which of [query, key, value, attn_mask, sinks] to return a gradient. weights are needed
@@ -83,11 +85,14 @@ def _allocate(a: Arguments, sizes: Attention) -> tuple[Tensor, ...]:
         lse = query.new_empty_strided(rows, strides)  # faster than new_empty
     else:
         lse = query.new_empty_strided(rows, strides, dtype=sums)
-    # Of keys that a query does not see nothing is written.
-    weights = query.new_zeros((*rows, sizes.keys)) if a.return_weights else query.new_empty(0)
+    weights = query.new_empty(_shape_of_weights(a, sizes) if a.return_weights else 0)
     remainder = torch.empty_like(output) if a.save and query.itemsize == 2 else query.new_empty(0)
     normalizer = query.new_empty((2, *rows), dtype=sums) if a.save or a.return_weights else query.new_empty(0)
     return output, lse, weights, remainder, normalizer
+
+
+def _shape_of_weights(a: Arguments, sizes: Attention) -> tuple[int, ...]:
+    return sizes.batch, 1 if a.average_weights else sizes.heads, sizes.queries, sizes.keys
 
 
 def _attention_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -118,6 +123,8 @@ def _run(run: Callable[..., None], *arguments: Any) -> tuple[Tensor, ...]:
     results = _allocate(a, sizes)
     a = _dense(a, sizes)
     run(sizes, a, *results)
+    if a.average_weights and not sizes.heads:
+        results[2].fill_(torch.nan)
     return results
 
 

@@ -102,6 +102,11 @@ def _problem(sizes: Attention, a: Arguments, output: Tensor) -> tuple[Any, ...]:
     )
 
 
+def _for_every_head(weights: Tensor, sizes: Attention) -> Tensor:
+    """The mean over the heads as each head's weights: a stride of 0."""
+    return weights if weights.shape[1] == sizes.heads else weights.expand(-1, sizes.heads, -1, -1)
+
+
 def forward(
     sizes: Attention,
     a: Arguments,
@@ -118,7 +123,7 @@ def forward(
         _mask(a),
         _alibi(a),
         address(a.sinks),
-        _head(weights) if a.return_weights else _NO_HEAD,
+        _head(_for_every_head(weights, sizes)) if a.return_weights else _NO_HEAD,
         _head(remainder) if remainder.dim() > 1 else _NO_HEAD,
     )
 

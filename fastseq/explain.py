@@ -331,7 +331,8 @@ def _call_of_attention(operator: str, a: Arguments, kept: dict[str, Tensor] | No
         if getattr(a, name).stride(-1) != 1 and getattr(a, name).shape[-1] > 1
     ]
     if a.return_weights and operator == "attention":
-        size = query.element_size() * sizes.batch * sizes.heads * sizes.queries * sizes.keys
+        heads = 1 if a.average_weights else sizes.heads
+        size = query.element_size() * sizes.batch * heads * sizes.queries * sizes.keys
         more.append(f"return_weights writes {amount(size)} of weights, which are never stored without it")
 
     def plan(backward: bool) -> Plan:

@@ -41,6 +41,7 @@ class Case:
     packed: bool = False
     dropout: float = 0.0
     returns: tuple = ()  # of "lse", "weights"
+    average: bool = False  # whether the weights are the mean over the heads
 
     def __str__(self):
         def word(field):
@@ -168,6 +169,8 @@ def call_fastseq(case: Case, data: dict[str, Tensor], seed=3) -> dict[str, Tenso
     """Outputs by name. The seed decides what dropout leaves."""
     arguments = {**data, **options_of(case)}
     arguments |= {f"return_{name}": True for name in case.returns}
+    if case.average:
+        arguments["average_weights"] = True
     if case.kv_heads:
         arguments["enable_gqa"] = True
     if case.dropout:
@@ -203,7 +206,11 @@ def call_reference(case: Case, data: dict[str, Tensor], keep: Tensor | None):
         output, lse, parts = attention_reference.packed_attention(**arguments)
         return {"output": output, "lse": lse}, scores_of(parts)
     result = attention_reference.attention(**arguments)
-    results = {"output": result.output, "lse": result.lse, "weights": result.weights}
+    results = {
+        "output": result.output,
+        "lse": result.lse,
+        "weights": result.weights.mean(1) if case.average else result.weights,
+    }
     return results, scores_of([result])
 
 
@@ -304,7 +311,7 @@ def run_torch(case: Case, data: dict[str, Tensor], keep=None) -> dict[str, Tenso
     results, _ = run_reference(case, data, keep, case.dtype, of_output=kernels is None)
     for name, x in (kernels or {}).items():
         results[name] = results[name] + x if name.startswith("grad of ") else x
-    if case.sinks and kernels:
+    if case.sinks and kernels and data["sinks"].requires_grad:
         results["grad of sinks"] = run_reference(case, data, keep, case.dtype)[0]["grad of sinks"]
     if "lse" in results:  # has the accumulation dtype
         results["lse"] = run_reference(case, data, keep, case.accumulation)[0]["lse"]
@@ -321,7 +328,7 @@ def kept_weights(case: Case, data: dict[str, Tensor], seed=3) -> Tensor | None:
         data["query"] = torch.zeros_like(data["query"])
         return kept_weights(rows, data, seed)
     with torch.no_grad():
-        return call_fastseq(replace(case, returns=("weights",)), data, seed)["weights"] != 0
+        return call_fastseq(replace(case, returns=("weights",), average=False), data, seed)["weights"] != 0
 
 
 def size_of_terms(case: Case, data: dict[str, Tensor], exact, name: str, scores: Scores) -> float:

@@ -205,7 +205,8 @@ def with_gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor], dtype,
         for x in outputs.values()
     ]
     leaves = {name: x for name, x in leaves.items() if x.requires_grad}
-    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), incoming)
+    outgoing, wanted = list(outputs.values()), list(leaves.values())
+    gradients = torch.autograd.grad(outgoing, wanted, incoming) if wanted else []
     results = {name: x.detach().cpu() for name, x in outputs.items()}
     results.update({f"grad of {name}": x.cpu() for name, x in zip(leaves, gradients, strict=True)})
     return results

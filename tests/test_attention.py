@@ -36,6 +36,7 @@ SHAPES = [(130, 130), (1, 131), (70, 133), (133, 70), (20, 1100), (60, 530)]  # 
 OPTIONS = {
     "plain": {},
     "lse and weights": {"returns": ALL},
+    "weights averaged over the heads": {"returns": ALL, "average": True},
     "bool mask": {"mask": "bool"},
     "float mask": {"mask": "float"},
     "causal": {"causal": "top_left"},

@@ -297,13 +297,13 @@ BAD_SEQLENS = [[1, 4, 4, 10], [0, 5, 4, 10], [0, 4, 4, 11], [0, 2**40, 4, 10], [
 def operator_arguments(tensors, **changed):
     """Those of the operator, of a good call but for what is changed."""
     numbers = {"scale": 0.5, "softcap": 0.0, "dropout_p": 0.0, "left": -1, "right": -1, "bottom_right": False}
-    arguments = {**tensors, **numbers, "return_weights": False, **changed}
+    weights = {"return_weights": False, "average_weights": False}
+    arguments = {**tensors, **numbers, **weights, **changed}
     return [arguments.get(name) for name in attention_ops.Arguments._fields[:-1]]
 
 
 def backward_arguments(arguments, output, normalizer):
-    *tensors, scale, softcap, dropout_p, left, right, bottom_right, _ = arguments
-    numbers = (scale, softcap, dropout_p, left, right, bottom_right)
+    tensors, numbers = arguments[:10], arguments[10:16]
     wanted = [True, True, True, False, False]
     return [output, None, None, *tensors, output, normalizer, None, None, *numbers, wanted]
 

@@ -30,6 +30,7 @@ CASES = {
     "grouped queries": Case(batch=1, heads=8, kv_heads=2, queries=90, keys=90, causal="bottom_right"),
     "key lengths": Case(batch=3, queries=100, keys=140, lengths=True, dropout=0.2),
     "weights": Case(queries=66, keys=70, returns=ALL),
+    "averaged weights": Case(queries=140, keys=290, returns=ALL, average=True, causal="top_left"),
     "packed": Case(batch=4, queries=130, keys=140, packed=True, causal="bottom_right"),
     "decoding": Case(batch=3, queries=1, keys=700, head_size=64),
     "decoding, one head": Case(batch=1, heads=1, queries=1, keys=3000, head_size=64),

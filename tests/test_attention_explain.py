@@ -201,6 +201,13 @@ def test_weights_that_are_returned_have_their_price():
     assert "return_weights" not in reasons_of()
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_averaged_weights_have_the_price_of_one_head_without_gradients(requires_grad):
+    options = {"return_weights": True, "average_weights": True}
+    price = "3.2 KB" if requires_grad else f"{4 * B * SQ * SK} bytes"
+    assert f"return_weights writes {price}" in reasons_of(options, *tensors({}, requires_grad=requires_grad))
+
+
 # ---- what it can replace ----
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"

@@ -86,6 +86,12 @@ def test_gradients_of_the_weights(option):
     assert gradcheck_case(replace(case, returns=ALL))
 
 
+@pytest.mark.parametrize("option", ["plain", "everything"])
+def test_gradients_of_the_average_of_the_weights(option):
+    case = replace(SMALL, **OPTIONS[option])
+    assert gradcheck_case(replace(case, returns=("weights",), average=True))
+
+
 @pytest.mark.parametrize("option", ["plain", "causal", "float mask", "everything"])
 @pytest.mark.parametrize("shape", [(17, 19, 5), (2, 70, 3), (66, 3, 2)])
 def test_gradients_over_more_than_one_tile(shape, option):

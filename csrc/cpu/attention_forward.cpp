@@ -16,6 +16,7 @@
 #include "attention_direct.h"
 #include "attention_softmax.h"
 #include "attention_tiles.h"
+#include "attention_weights.h"
 #include "team.h"
 
 namespace fastseq::FASTSEQ_ISA {
@@ -65,7 +66,7 @@ class Forward {
   bool run() {
     if (!run_pass(&Forward::attend_units)) return false;
     if (plan_.split) run_pass(&Forward::join_parts);
-    if (a_.weights.data) run_pass(&Forward::write_weights);
+    if (a_.weights.data) Weights<S, O>(a_).run(threads_);
     return true;
   }
 
@@ -94,9 +95,8 @@ class Forward {
 
   // ---- units ----
 
-  // Without a split of keys to show weights, which need what all keys add up to.
-  int64_t parts_of(const AttentionLengths& s, bool split) const {
-    return split ? forward_key_parts(group_heads_ * s.queries, s.keys) : 1;
+  int64_t parts_of(const AttentionLengths& s) const {
+    return plan_.split ? forward_key_parts(group_heads_ * s.queries, s.keys) : 1;
   }
   int64_t part_size(int64_t keys, int64_t parts) const {
     return round_up(group_count(keys, parts), kKeyTile);
@@ -105,14 +105,14 @@ class Forward {
   bool is_direct(int64_t queries) const { return !a_.highest.data && group_heads_ * queries <= kDirectRows; }
   int64_t most_keys_of_unit(const AttentionLengths& s) const {
     if (is_direct(s.queries)) return 0;
-    return a_.weights.data ? s.keys : part_size(s.keys, parts_of(s, true));
+    return part_size(s.keys, parts_of(s));
   }
 
-  Unit unit_at(int64_t index, bool split) const {
-    const int64_t most_parts = split ? plan_.key_parts : 1;
+  Unit unit_at(int64_t index) const {
+    const int64_t most_parts = parts();
     const int64_t head = index / most_parts, b = head / a_.kv_heads;
     const AttentionLengths lengths(a_, b);
-    const int64_t parts = parts_of(lengths, split), part = index % most_parts;
+    const int64_t parts = parts_of(lengths), part = index % most_parts;
     Unit u{Sequence(a_, b), b, head % a_.kv_heads, part, parts, {0, 0}};
     const int64_t size = part_size(u.s.keys, parts);
     if (u.s.queries > 0) {
@@ -123,7 +123,8 @@ class Forward {
     }
     return u;
   }
-  int64_t units(bool split) const { return a_.batch * a_.kv_heads * (split ? plan_.key_parts : 1); }
+  int64_t parts() const { return plan_.split ? plan_.key_parts : 1; }  // at most, of a unit
+  int64_t heads() const { return a_.batch * a_.kv_heads; }
 
   void lay_out() {
     groups_ = arena_.take<Group<O>>(plan_.head_parts);
@@ -163,9 +164,32 @@ class Forward {
 
   // ---- passes ----
 
+  // All units that this thread's group gets.
   void attend_units(int thread) {
-    run_units(thread, plan_.split, [&](const Unit& u, const Group<O>& group, Range of_unit) {
-      Thread& t = thread_[thread];
+    Group<O>& group = groups_[thread / plan_.row_parts];
+    const int member = thread % plan_.row_parts;
+    for (;;) {
+      if (member == 0) {
+        group.unit = next_unit_.fetch_add(1);
+        group.next_tile = 0;
+      }
+      group.barrier.wait(member);
+      if (group.unit >= heads() * parts()) return;
+      const Unit u = unit_at(group.unit);
+      if (u.part < u.parts) {
+        if (!is_direct(u.s.queries)) pack(u, group, member);
+        group.barrier.wait(member);
+        attend_tiles(u, group, thread_[thread]);
+      }
+      group.barrier.wait(member);
+    }
+  }
+
+  void attend_tiles(const Unit& u, Group<O>& group, Thread& t) {
+    const RowTiles tiles(u.s, group_heads_);
+    const int64_t count = tiles.count();
+    for (int64_t i; (i = group.next_tile.fetch_add(1)) < count;) {
+      const Range of_unit = tiles.rows(count - 1 - i);  // under causality the last tiles take longest
       if (is_direct(u.s.queries)) {
         const RowTile<T> rows(u.s, u.kv_head * group_heads_, of_unit);
         attend_directly(u, rows, t);
@@ -175,32 +199,6 @@ class Forward {
         attend(u, group, rows, t);
         finish(u, rows, of_unit.begin, t.tile);
       }
-    });
-  }
-
-  // Calls body(unit, group, rows) for all tiles of all units that this thread's group gets, keys and values packed.
-  template <class Body>
-  void run_units(int thread, bool split, const Body& body) {
-    Group<O>& group = groups_[thread / plan_.row_parts];
-    const int member = thread % plan_.row_parts;
-    for (;;) {
-      if (member == 0) {
-        group.unit = next_unit_.fetch_add(1);
-        group.next_tile = 0;
-      }
-      group.barrier.wait(member);
-      if (group.unit >= units(split)) return;
-      const Unit u = unit_at(group.unit, split);
-      if (u.part < u.parts) {
-        if (!is_direct(u.s.queries)) pack(u, group, member);
-        const RowTiles tiles(u.s, group_heads_);
-        const int64_t count = tiles.count();
-        group.barrier.wait(member);
-        // Under causality the last tiles take longest.
-        for (int64_t i; (i = group.next_tile.fetch_add(1)) < count;)
-          body(u, group, tiles.rows(count - 1 - i));
-      }
-      group.barrier.wait(member);
     }
   }
 
@@ -241,38 +239,9 @@ class Forward {
     }
   }
 
-  // What rows know of a tile of keys, and which columns they compute. False if no row sees any of them.
-  template <class P>
-  bool look(const Unit& u, const RowTile<P>& rows, int64_t first_key, int64_t keys, Range* columns,
-            bool* hidden, TileState<T>& state) const {
-    bool any = false;
-    for (int64_t g = 0; g < rows.groups; ++g) {
-      columns[g] = rows.columns(g, first_key, keys);
-      any |= !columns[g].empty();
-    }
-    if (!any) return false;
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      state.row[r] = scores_.row(a_, u.s, rows.head[r], rows.query[r], first_key, rows.visible[r]);
-      state.row[r].visible.end = std::min(state.row[r].visible.end, keys);
-    }
-    return !scores_.masked() || look_at_mask(rows, columns, hidden, state);
-  }
-
-  // Panels that the mask hides from all rows; those at the edges are taken off the columns.
-  template <class P>
-  bool look_at_mask(const RowTile<P>& rows, Range* columns, bool* hidden, TileState<T>& state) const {
-    const Range shown = find_hidden<O>(
-        scores_, rows.rows, [&](int64_t r) -> const ScoreRow<T>& { return state.row[r]; }, hidden);
-    for (int64_t g = 0; g < rows.groups; ++g) {
-      columns[g] = {std::max(columns[g].begin, shown.begin), std::min(columns[g].end, shown.end)};
-      if (columns[g].empty()) columns[g] = {0, 0};
-    }
-    return !shown.empty();
-  }
-
   void attend(const Unit& u, const Group<O>& group, const RowTile<O>& rows, Thread& t) {
     start(u, rows, t.tile);
-    copy_queries(u, rows, t.left, left_stride_);
+    copy_rows<S>(a_.query, a_.head_size, u.s, rows, t.left, left_stride_);
     const Range keys{std::max(rows.all.begin, u.keys.begin), std::min(rows.all.end, u.keys.end)};
     if (keys.empty()) return;
     for (int64_t tile = (keys.begin - u.keys.begin) / kKeyTile; u.keys.begin + tile * kKeyTile < keys.end;
@@ -281,8 +250,10 @@ class Forward {
       Range columns[K::kMostGroups];
       bool hidden[kKeyTile / K::kPanelKeys] = {};
       const int64_t count = std::min(kKeyTile, u.keys.end - first_key);
-      if (!look(u, rows, first_key, count, columns, hidden, t.tile)) continue;
-      multiply_packed_keys(group, rows, columns, hidden, tile * kKeyTile, t);
+      if (!look<O>(a_, scores_, u.s, rows, first_key, count, columns, hidden, t.tile.row)) continue;
+      multiply_keys<O>(rows, columns, hidden, t.left, left_stride_, a_.head_size,
+                       group.keys + tile * kKeyTile * left_stride_, t.tile.products,
+                       prefetch_masks<O>(scores_, rows, t.tile.row));
       softmax_tile<O>(scores_, dropout_, u.b * a_.heads, rows, columns, first_key, t.tile);
       rescale_output(rows, t.tile);
       add_weighted<S, O>(
@@ -295,35 +266,17 @@ class Forward {
     }
   }
 
-  void multiply_packed_keys(const Group<O>& group, const RowTile<O>& rows, const Range* columns,
-                            const bool* hidden, int64_t key, Thread& t) const {
-    const auto ahead = [&](int64_t g, Range c) {
-      if (!scores_.masked()) return;
-      for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r) scores_.prefetch(t.tile.row[r], c);
-    };
-    multiply_keys<O>(rows, columns, hidden, t.left, left_stride_, a_.head_size,
-                     group.keys + key * left_stride_, t.tile.products, ahead);
-  }
-
-  template <class P>
-  void copy_queries(const Unit& u, const RowTile<P>& rows, P* left, int64_t stride) const {
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      copy_row(u.s.template query_row<const S>(a_.query, rows.head[r], rows.query[r]), a_.head_size,
-               left + r * stride);
-    }
-  }
-
   // The same for few rows, from keys and values as they lie.
   void attend_directly(const Unit& u, const RowTile<T>& rows, Thread& t) {
     start(u, rows, t.tile);
     clear_untouched(rows, t.tile);
-    copy_queries(u, rows, t.direct_left, a_.head_size);
+    copy_rows<S>(a_.query, a_.head_size, u.s, rows, t.direct_left, a_.head_size);
     const Range keys{std::max(rows.all.begin, u.keys.begin), std::min(rows.all.end, u.keys.end)};
     for (int64_t first_key = round_down(keys.begin, kKeyTile); first_key < keys.end; first_key += kKeyTile) {
       Range columns[Tiles<T>::kMostGroups];
       bool hidden[kKeyTile / K::kPanelKeys] = {};
       const int64_t count = std::min(kKeyTile, u.keys.end - first_key);
-      if (!look(u, rows, first_key, count, columns, hidden, t.tile)) continue;
+      if (!look<O>(a_, scores_, u.s, rows, first_key, count, columns, hidden, t.tile.row)) continue;
       Range all{0, 0};
       for (int64_t g = 0; g < rows.groups; ++g) all = join(all, columns[g]);
       for (int64_t g = 0; g < rows.groups; ++g) columns[g] = all;
@@ -399,8 +352,8 @@ class Forward {
   // The rows of sequences whose keys were in parts.
   void join_parts(int thread) {
     T* const output = thread_[thread].tile.output;
-    for (int64_t i; (i = next_unit_.fetch_add(1)) < units(false);) {
-      const Unit u = unit_at(i * plan_.key_parts, true);
+    for (int64_t i; (i = next_unit_.fetch_add(1)) < heads();) {
+      const Unit u = unit_at(i * parts());
       if (u.parts == 1) continue;
       for (int64_t row = 0; row < group_heads_ * u.s.queries; ++row) {
         T highest = -INFINITY, sum = 0;
@@ -419,52 +372,6 @@ class Forward {
         const int64_t head = u.kv_head * group_heads_ + row / u.s.queries, query = row % u.s.queries;
         write_rows(u.s, &head, &query, 1, output, V(highest), V(sum));
       }
-    }
-  }
-
-  // Weights of all rows and keys, for those who want to look at them: once more, now that the sums are known.
-  void write_weights(int thread) {
-    run_units(thread, false, [&](const Unit& u, const Group<O>& group, Range of_unit) {
-      Thread& t = thread_[thread];
-      const RowTile<O> rows(u.s, u.kv_head * group_heads_, of_unit);
-      copy_queries(u, rows, t.left, left_stride_);
-      show_tiles(u, group, rows, t);
-    });
-  }
-
-  void show_tiles(const Unit& u, const Group<O>& group, const RowTile<O>& rows, Thread& t) const {
-    const T scale = scores_.factor();
-    for (int64_t first_key = u.keys.begin; first_key < u.keys.end; first_key += kKeyTile) {
-      Range columns[K::kMostGroups];
-      bool hidden[kKeyTile / K::kPanelKeys] = {};
-      const int64_t count = std::min(kKeyTile, u.keys.end - first_key);
-      if (!look(u, rows, first_key, count, columns, hidden, t.tile)) continue;
-      multiply_packed_keys(group, rows, columns, hidden, first_key - u.keys.begin, t);
-      for (int64_t g = 0; g < rows.groups; ++g) {
-        for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r) {
-          const T highest = *u.s.template of_query<const T>(a_.highest, rows.head[r], rows.query[r]);
-          T* const x = t.tile.products + r * kKeyTile;
-          score_row(scores_, t.tile.row[r], columns[g], x);
-          weigh_row<T, false>(scale, highest, columns[g], t.tile.keep, x);
-          show_row(u, rows.head[r], rows.query[r], first_key, columns[g], count, x, t.tile.keep);
-        }
-      }
-    }
-  }
-
-  void show_row(const Unit& u, int64_t head, int64_t query, int64_t first_key, Range columns, int64_t count,
-                const T* weights, T* keep) const {
-    S* const to = u.s.template query_row<S>(a_.weights, head, query) + first_key;
-    std::fill(keep + columns.begin, keep + columns.end, T(1));
-    if (dropout_.active) {
-      dropout_.keep(u.b * a_.heads + head, query, first_key + columns.begin, columns.end - columns.begin,
-                    keep + columns.begin);
-    }
-    const T inverse_sum = *u.s.template of_query<const T>(a_.inverse_sum, head, query);
-    const V factor(T(inverse_sum / (1 - a_.dropout_p)));
-    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
-      const V weight = load<V>(weights + c) * load<V>(keep + c);
-      store_upto(to + c, select<T>(weight.v == V(0).v, V(0), weight * factor), count - c);
     }
   }
 

@@ -253,6 +253,48 @@ Range find_hidden(const Scores<S, T>& scores, int64_t rows, const RowOf& score_r
   return shown;
 }
 
+// What rows know of a tile of `keys` keys from first_key on, and which columns they compute. False if no row sees any of
+// them. hidden[panel] is set for panels that the mask hides from all rows; those at the edges are taken off the columns.
+template <class O, class P, class S, class T>
+bool look(const AttentionArgs& a, const Scores<S, T>& scores, const Sequence& s, const RowTile<P>& rows,
+          int64_t first_key, int64_t keys, Range* columns, bool* hidden, ScoreRow<T>* row) {
+  bool any = false;
+  for (int64_t g = 0; g < rows.groups; ++g) {
+    columns[g] = rows.columns(g, first_key, keys);
+    any |= !columns[g].empty();
+  }
+  if (!any) return false;
+  for (int64_t r = 0; r < rows.rows; ++r) {
+    row[r] = scores.row(a, s, rows.head[r], rows.query[r], first_key, rows.visible[r]);
+    row[r].visible.end = std::min(row[r].visible.end, keys);
+  }
+  if (!scores.masked()) return true;
+  const Range shown =
+      find_hidden<O>(scores, rows.rows, [&](int64_t r) -> const ScoreRow<T>& { return row[r]; }, hidden);
+  for (int64_t g = 0; g < rows.groups; ++g) {
+    columns[g] = {std::max(columns[g].begin, shown.begin), std::min(columns[g].end, shown.end)};
+    if (columns[g].empty()) columns[g] = {0, 0};
+  }
+  return !shown.empty();
+}
+
+// Of a register tile's rows the masks, asked for ahead of its products.
+template <class O, class S, class T>
+auto prefetch_masks(const Scores<S, T>& scores, const RowTile<O>& rows, const ScoreRow<T>* row) {
+  return [&scores, &rows, row](int64_t g, Range columns) {
+    if (!scores.masked()) return;
+    for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r) scores.prefetch(row[r], columns);
+  };
+}
+
+// The rows of a tile as the left side of a product.
+template <class S, class P>
+void copy_rows(const HeadTensor& from, int64_t features, const Sequence& s, const RowTile<P>& rows, P* left,
+               int64_t stride) {
+  for (int64_t r = 0; r < rows.rows; ++r)
+    copy_row(s.template query_row<const S>(from, rows.head[r], rows.query[r]), features, left + r * stride);
+}
+
 // A matrix of keys or values as the right side of a product, from one tile of keys on.
 template <class S, class O>
 struct RightSide {

@@ -22,13 +22,16 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
 
     The arguments are those of attention_checks.Arguments, without the last, `save`.
     """
-    tensors, rest = arguments[:9], arguments[9:]
+    tensors, (*rest, average_weights) = arguments[:9], arguments[9:]
     query, key, value, attn_mask, *_, sinks = tensors
     if not (recording() and needs_gradient(query, key, value, attn_mask, sinks)):
         return attention_ops.attention(*arguments)
     if is_compiling():
         tensors = _each_once(tensors)
-    return _Attention.apply(*tensors, *rest)
+    output, lse, weights, *saved = _Attention.apply(*tensors, *rest)
+    if average_weights:  # a gradient of the mean needs each head's
+        weights = weights.mean(dim=1, keepdim=True)
+    return output, lse, weights, *saved
 
 
 def _each_once(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -60,7 +63,7 @@ def _backward_op(
 class _Attention(Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return attention_ops.attention(*arguments, True)
+        return attention_ops.attention(*arguments, False, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:

@@ -168,11 +168,18 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         dropout = self.dropout if self.training else 0.0
         result = scaled_dot_product_attention(
-            q, k, v, mask, dropout, is_causal, sinks=sinks, return_weights=need_weights
+            q,
+            k,
+            v,
+            mask,
+            dropout,
+            is_causal,
+            sinks=sinks,
+            return_weights=need_weights,
+            average_weights=average_attn_weights,
         )
         output, weights = result if need_weights else (result, None)
         if weights is not None:
-            weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         sequence_first = batched and not self.batch_first
         output = output.permute(2, 0, 1, 3) if sequence_first else output.transpose(1, 2)

@@ -1,0 +1,167 @@
+// The weights of attention, for those who want to look at them, or the mean of them over the heads: made once more
+// from what the forward pass divided each row by.
+//
+// A unit of work is a tile of queries by a tile of keys of one sequence, through all heads, so that a mean stays in the
+// second-level cache until it is whole. Units share nothing: each packs its keys, which costs some 6 % of its products.
+//
+// Cost of a vector of weights: D multiply-adds, some 14 operations of the softmax, and one store.
+#pragma once
+
+#include <atomic>
+
+#include "attention_softmax.h"
+#include "attention_tiles.h"
+#include "philox.h"
+#include "team.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+template <class S, class O>
+class Weights {
+ public:
+  using K = Tiles<O>;
+  using T = typename K::T;
+  using V = Vec<T>;
+  static constexpr int64_t kWidth = K::kWidth, kKeyTile = K::kKeyTile;
+
+  explicit Weights(const AttentionArgs& a)
+      : a_(a),
+        scores_(a),
+        dropout_(a.dropout_p, a.seed),
+        group_heads_(a.heads / a.kv_heads),
+        left_stride_(pairs<O>(a.head_size) * K::kPair),
+        mean_(a.weights.stride[1] == 0 && a.heads > 1),
+        query_tiles_(group_count(a.queries, kQueryTile)),
+        key_tiles_(group_count(a.keys, kKeyTile)) {}
+
+  void run(int threads) {
+    threads = int(std::min<int64_t>(threads, std::max<int64_t>(units(), 1)));
+    const int64_t bytes = a_.batch * (mean_ ? 1 : a_.heads) * a_.queries * a_.keys * int64_t(sizeof(S));
+    advise_large_pages(a_.weights.data, size_t(bytes));
+    lay_out(threads);
+    arena_.allocate();
+    lay_out(threads);
+    const auto body = [](void* self, int thread) { static_cast<Weights*>(self)->run_units(thread); };
+    if (!run_team(threads, body, this)) run_team(1, body, this);
+  }
+
+ private:
+  struct Thread {
+    O* left;      // [kQueryTile][left_stride]  queries
+    O* keys;      // transposed panels of a tile
+    T* products;  // [kQueryTile][kKeyTile]
+    T* keep;      // [kKeyTile] of a row: 0 where dropped
+    T* sums;      // [kQueryTile][kKeyTile] over the heads
+    ScoreRow<T>* row;
+  };
+
+  int64_t units() const { return a_.batch * query_tiles_ * key_tiles_; }
+
+  void lay_out(int threads) {
+    thread_ = arena_.take<Thread>(threads);
+    for (int i = 0; i < threads; ++i) {
+      Thread t = {};
+      t.left = arena_.take<O>(kQueryTile * left_stride_);
+      t.keys = arena_.take<O>(kKeyTile * left_stride_);
+      t.products = arena_.take<T>(kQueryTile * kKeyTile);
+      t.keep = arena_.take<T>(kKeyTile);
+      t.sums = arena_.take<T>(mean_ ? kQueryTile * kKeyTile : 0);
+      t.row = arena_.take<ScoreRow<T>>(kQueryTile);
+      if (thread_) thread_[i] = t;
+    }
+  }
+
+  void run_units(int thread) {
+    for (int64_t i; (i = next_.fetch_add(1)) < units();) {
+      const int64_t tile = i / key_tiles_ % query_tiles_;
+      const Range queries{group_begin(a_.queries, query_tiles_, tile),
+                          group_begin(a_.queries, query_tiles_, tile + 1)};
+      const int64_t first_key = i % key_tiles_ * kKeyTile;
+      run_unit(i / (key_tiles_ * query_tiles_), queries, {first_key, std::min(first_key + kKeyTile, a_.keys)},
+               thread_[thread]);
+    }
+  }
+
+  // `keys` may lie behind the sequence's last one.
+  void run_unit(int64_t b, Range queries, Range keys, Thread& t) const {
+    const Sequence s(a_, b);
+    const int64_t count = std::min(keys.end, s.keys) - keys.begin;
+    if (mean_) std::fill_n(t.sums, (queries.end - queries.begin) * kKeyTile, T(0));
+    for (int64_t head = 0; head < a_.heads; ++head) {
+      const RowTile<O> rows(s, head, queries);
+      Range columns[K::kMostGroups];
+      bool hidden[kKeyTile / K::kPanelKeys] = {};
+      const int64_t kv_head = head / group_heads_;
+      const bool fresh = head % group_heads_ == 0;
+      if (fresh && count > 0) {
+        pack_keys<O>(s.template key_row<const S>(a_.key, kv_head, keys.begin), a_.key.stride[2], count,
+                     a_.head_size, t.keys);
+      }
+      if (count <= 0 || !look<O>(a_, scores_, s, rows, keys.begin, count, columns, hidden, t.row)) {
+        std::fill_n(columns, rows.groups, Range{0, 0});
+      } else {
+        copy_rows<S>(a_.query, a_.head_size, s, rows, t.left, left_stride_);
+        multiply_keys<O>(rows, columns, hidden, t.left, left_stride_, a_.head_size, t.keys, t.products,
+                         prefetch_masks<O>(scores_, rows, t.row));
+      }
+      for (int64_t g = 0; g < rows.groups; ++g) {
+        for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r)
+          show_row(s, head, rows.query[r], r, columns[g], keys, t);
+      }
+    }
+    for (int64_t r = 0; mean_ && r < queries.end - queries.begin; ++r) {
+      write(s.template query_row<S>(a_.weights, 0, queries.begin + r) + keys.begin, t.sums + r * kKeyTile,
+            keys.end - keys.begin, T(1) / T(a_.heads));
+    }
+  }
+
+  static void write(S* to, const T* from, int64_t count, T factor) {
+    for (int64_t c = 0; c < count; c += kWidth) store_upto(to + c, load<V>(from + c) * V(factor), count - c);
+  }
+
+  // The weights of row r of the tile from its products, written or added up; zero outside of its columns.
+  void show_row(const Sequence& s, int64_t head, int64_t query, int64_t r, Range columns, Range keys,
+                const Thread& t) const {
+    T* const x = t.products + r * kKeyTile;
+    if (!columns.empty()) weigh(s, head, query, keys.begin, t.row[r], columns, t.keep, x);
+    if (mean_) {
+      T* const sum = t.sums + r * kKeyTile;
+      for (int64_t c = columns.begin; c < columns.end; c += kWidth)
+        store(sum + c, load<V>(sum + c) + load<V>(x + c));
+      return;
+    }
+    std::fill(x, x + columns.begin, T(0));
+    std::fill(x + columns.end, x + kKeyTile, T(0));
+    write(s.template query_row<S>(a_.weights, head, query) + keys.begin, x, keys.end - keys.begin, T(1));
+  }
+
+  void weigh(const Sequence& s, int64_t head, int64_t query, int64_t first_key, const ScoreRow<T>& row,
+             Range columns, T* keep, T* x) const {
+    const T highest = *s.template of_query<const T>(a_.highest, head, query);
+    const T inverse_sum = *s.template of_query<const T>(a_.inverse_sum, head, query);
+    const V scale(scores_.factor()), shift(-highest), factor(T(inverse_sum / (1 - a_.dropout_p)));
+    score_row(scores_, row, columns, x);
+    if (dropout_.active) {
+      dropout_.keep(s.index * a_.heads + head, query, first_key + columns.begin, columns.end - columns.begin,
+                    keep + columns.begin);
+    }
+    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
+      V weight = exp2(fma(load<V>(x + c), scale, shift));
+      if (dropout_.active) weight = weight * load<V>(keep + c);
+      // What is hidden may hold anything, and so may the sum of a row that sees a NaN elsewhere.
+      store(x + c, select<T>(weight.v == V(0).v, V(0), weight * factor));
+    }
+  }
+
+  const AttentionArgs& a_;
+  const Scores<S, T> scores_;
+  const Dropout dropout_;
+  const int64_t group_heads_, left_stride_;
+  const bool mean_;
+  const int64_t query_tiles_, key_tiles_;
+  std::atomic<int64_t> next_{0};
+  Arena arena_;
+  Thread* thread_ = nullptr;
+};
+
+}  // namespace fastseq::FASTSEQ_ISA
