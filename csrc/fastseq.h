@@ -150,8 +150,8 @@ struct AttentionArgs {
   const int64_t* key_lengths;  // [B] or null
   HeadTensor query, key, value, output;
   HeadRows lse;  // natural logarithm; or null: not wanted; -inf of rows without a visible key, or the sink
-  // The weight of a score s is exp2(s log2(e) - highest) inverse_sum. Written by the forward pass, or null if nobody
-  // wants them and no weights are shown; read by the backward pass.
+  // The weight of a score s is exp(s - highest) inverse_sum, with highest in units of the engine's own. Written by the
+  // forward pass, or null if nobody wants them and no weights are shown; read by the backward pass.
   HeadRows highest, inverse_sum;
   AttentionMask mask;
   HeadRows alibi;      // [B, Hq] slopes or null; strides of batch and head

@@ -38,8 +38,8 @@ _NUMBERS = "float scale, float softcap, float dropout_p, int left, int right, bo
 # (Hq, total_q). remainder is like output, if `save` and the dtype has 16 bits, else empty: what rounding
 # took from output. Without it a backward pass would be as wrong as output is rounded where the gradients of
 # a row's weights nearly cancel. normalizer, with 2 before the shape of lse, is what makes weights of scores,
-# 2^(score / ln 2 - normalizer[0]) normalizer[1], as exact as they were; empty where neither `save` nor
-# weights need it.
+# exp(score - normalizer[0]) normalizer[1], the former in the engine's units, as exact as they were; empty
+# where neither `save` nor weights need it.
 library.define(
     f"attention({_TENSORS}, {_NUMBERS}, bool return_weights, bool average_weights=False, "
     "bool save=False) "

@@ -2,7 +2,7 @@
 //
 // For each tile of rows and each tile of keys that one of them sees:
 //
-//   S = Q K^T,  P = exp2(S - highest) / sum     as in the forward pass, both known
+//   S = Q K^T,  P = exp(S - highest) / sum      as in the forward pass, both known
 //   dP = dO V^T,  dS = P (dP - delta)          delta = row sums of dO O, less the gradient of lse
 //   dV = dV + P^T dO,  dK = dK + dS^T Q,  dQ = dQ + dS K
 //
@@ -50,7 +50,7 @@ struct Weigher {
              V& weight, V& grad) const {
     const V product = load<V>(x);
     V kept_slope(1), p;
-    p = fma(scores.template of<kKind>(row.score, product, c, kept_slope), V(factor), V(-row.highest));
+    p = (scores.template of<kKind>(row.score, product, c, kept_slope) - row.highest) * factor;
     if (!Scores<S, T>::all_visible(row.score, c)) p = Scores<S, T>::within(row.score, p, c);
     p = exp2(p);
     const auto visible = p.v != V(0).v;
@@ -320,7 +320,7 @@ class Backward {
       if (a_.grad_lse.data) row.delta -= *u.s.template of_query<const T>(a_.grad_lse, head, query);
       if (a_.sinks && first_part) {
         const double sink = static_cast<const T*>(a_.sinks)[head];
-        const double weight = std::exp2(sink * kLog2E - double(row.highest)) * double(row.inverse_sum);
+        const double weight = std::exp(sink - scores_.unit() * double(row.highest)) * double(row.inverse_sum);
         if (weight != 0) t.grad_sinks[head - u.kv_head * group_heads_] -= weight * double(row.delta);
       }
       row.grad_weights = nullptr, row.grad_mask = nullptr;

@@ -3,7 +3,7 @@
 // For a tile of rows and each tile of keys that one of them sees:
 //
 //   S = Q K^T      register tiles, into the second-level cache
-//   m' = max(m, row maxima of S),  P = exp2(S - m'),  l = l exp2(m - m') + row sums of P,  O = O exp2(m - m')
+//   m' = max(m, row maxima of S),  P = exp(S - m'),  l = l exp(m - m') + row sums of P,  O = O exp(m - m')
 //   O = O + P V
 //
 // and at the end O / l and lse = m + log l. Keys are packed once for each unit of work (see attention_plan.h). Few rows
@@ -221,7 +221,8 @@ class Forward {
   void start(const Unit& u, const RowTile<P>& rows, TileState<T>& state) const {
     for (int64_t r = 0; r < rows.rows; ++r) {
       const bool sink = a_.sinks && u.part == 0;
-      state.highest[r] = sink ? T(static_cast<const T*>(a_.sinks)[rows.head[r]] * kLog2E) : -INFINITY;
+      state.highest[r] =
+          sink ? T(double(static_cast<const T*>(a_.sinks)[rows.head[r]]) / scores_.unit()) : -INFINITY;
       state.sum[r] = V(0);
       state.sum[r].v[0] = sink && state.highest[r] > -INFINITY ? 1 : 0;
     }
@@ -342,7 +343,7 @@ class Forward {
       }
       if (a_.lse.data)
         *s.template of_query<T>(a_.lse, head[r], query[r]) =
-            T((double(most[r]) + double(whole[r]) + double(fraction[r])) * kLn2);
+            T(double(most[r]) * scores_.unit() + (double(whole[r]) + double(fraction[r])) * kLn2);
       if (!a_.highest.data) continue;
       *s.template of_query<T>(a_.highest, head[r], query[r]) = std::isfinite(most[r]) ? most[r] : T(0);
       *s.template of_query<T>(a_.inverse_sum, head[r], query[r]) = inverse[r];
@@ -362,7 +363,8 @@ class Forward {
         std::fill_n(output, value_columns_, T(0));
         for (int64_t p = 0; p < u.parts; ++p) {
           const int64_t at = part_index(u, p, row);
-          const T factor = highest == -INFINITY ? T(0) : T(std::exp2(part_highest_[at] - highest));
+          const T factor =
+              highest == -INFINITY ? T(0) : T(std::exp2((part_highest_[at] - highest) * scores_.factor()));
           sum += factor * part_sum_[at];
           const T* const part = part_output_ + at * value_columns_;
           for (int64_t j = 0; j < value_columns_; j += kWidth) {

@@ -16,7 +16,7 @@ template <class T>
 struct ScoreRow {
   Range visible;     // columns of the tile
   const void* mask;  // of the row, at the tile's first key
-  T slope;           // of ALiBi, times log2(e)
+  T slope;           // of ALiBi
   T distance;        // of the query's position from the tile's first key
 };
 
@@ -39,7 +39,7 @@ auto with_kind(ScoreKind kind, const Body& body) {
   }
 }
 
-// Scores, of which factor() makes units of log2: base-2 exponentials of these are the weights.
+// Scores, in units of unit().
 template <class S, class T>
 class Scores {
  public:
@@ -47,15 +47,18 @@ class Scores {
   static constexpr int64_t kWidth = V::kWidth;
 
   explicit Scores(const AttentionArgs& a)
-      : scale_(T(a.scale * kLog2E)),
-        mask_scale_(T(1 / a.scale)),
-        cap_(T(a.softcap * kLog2E)),
+      : scale_(T(a.scale)),
+        cap_(T(a.softcap)),
         cap_scale_(a.softcap > 0 ? T(a.scale / a.softcap) : T(0)),
         mask_(a.mask),
-        alibi_(a.alibi.data != nullptr) {}
+        alibi_(a.alibi.data != nullptr),
+        // Under a very small scale a sink in units of products might overflow.
+        stays_product_(!capped() && !alibi_ && !adds_mask() && a.scale > 1e-6),
+        unit_(stays_product_ ? a.scale : 1) {}
 
   bool masked() const { return mask_.kind != MaskKind::kNone; }
   bool capped() const { return cap_ != 0; }
+  bool adds_mask() const { return mask_.kind == MaskKind::kSame || mask_.kind == MaskKind::kFloat32; }
 
   ScoreRow<T> row(const AttentionArgs& a, const Sequence& s, int64_t head, int64_t query, int64_t first_key,
                   Range visible) const {
@@ -64,7 +67,7 @@ class Scores {
     if (masked()) r.mask = mask_at(s.b, head, query, first_key);
     if (alibi_) {
       const T* const slopes = static_cast<const T*>(a.alibi.data);
-      r.slope = T(slopes[s.index * a.alibi.stride[0] + head * a.alibi.stride[1]] * kLog2E);
+      r.slope = T(slopes[s.index * a.alibi.stride[0] + head * a.alibi.stride[1]]);
       r.distance = T(query + s.offset - first_key);
     }
     return r;
@@ -92,19 +95,17 @@ class Scores {
     return true;
   }
 
-  // Whether nothing but a mask makes scores of products, which then stay in their units. Under a very small scale a mask
-  // in those might overflow.
-  bool in_units_of_products() const { return cap_ == 0 && !alibi_ && scale_ > T(1) / (1 << 20); }
   // What makes scores of products: nothing, or a mask with a key's element next to the other, or anything.
   ScoreKind kind() const {
-    if (!in_units_of_products() || (masked() && mask_.stride[3] != 1)) return ScoreKind::kAny;
-    if (!masked()) return ScoreKind::kPlain;
-    return mask_.kind == MaskKind::kBool   ? ScoreKind::kBool
-           : mask_.kind == MaskKind::kSame ? ScoreKind::kSame
-                                           : ScoreKind::kFloat32;
+    if (capped() || alibi_ || (masked() && mask_.stride[3] != 1)) return ScoreKind::kAny;
+    if (adds_mask()) return mask_.kind == MaskKind::kSame ? ScoreKind::kSame : ScoreKind::kFloat32;
+    if (!stays_product_) return ScoreKind::kAny;
+    return masked() ? ScoreKind::kBool : ScoreKind::kPlain;
   }
 
-  T factor() const { return in_units_of_products() ? scale_ : T(1); }
+  // A score is unit() times what of() gives; factor() makes logarithms to base 2 of that.
+  double unit() const { return unit_; }
+  T factor() const { return T(unit_ * kLog2E); }
 
   // The score of a vector of products from this column on; -inf where the key is not visible. If the products are
   // capped, `kept` becomes the derivative of the cap.
@@ -117,27 +118,25 @@ class Scores {
     } else if constexpr (kKind == ScoreKind::kBool) {
       return select_by_bytes<T>(static_cast<const uint8_t*>(row.mask) + column, n, product, hidden);
     } else if constexpr (kKind == ScoreKind::kSame) {
-      return fma_or_lowest(load_next<S>(row.mask, column, n), V(mask_scale_), product);
+      return fma_or_lowest(product, V(scale_), load_next<S>(row.mask, column, n));
     } else if constexpr (kKind == ScoreKind::kFloat32) {
       if constexpr (sizeof(T) == sizeof(float))
-        return fma_or_lowest(load_next<float>(row.mask, column, n), V(mask_scale_), product);
+        return fma_or_lowest(product, V(scale_), load_next<float>(row.mask, column, n));
       return hidden;  // no float masks beside float64
     } else {
-      V x;
-      if (in_units_of_products()) {
-        x = product;
-      } else if (capped()) {
+      V scale(scale_), x = product;
+      if (capped()) {
         const V t = tanh(product * cap_scale_);
         kept = fma(-t, t, V(1));
-        x = t * cap_;
-      } else {
-        x = product * scale_;
+        x = t * cap_, scale = V(1);
       }
-      if (alibi_) x = fma(V(-row.slope), magnitude(V(row.distance - T(column)) - lane_numbers<T>()), x);
-      if (mask_.kind == MaskKind::kBool) return select_bool(row.mask, column, n, x, hidden);
-      if (!masked()) return x;
-      return fma_or_lowest(load_mask(row.mask, column, n),
-                           V(in_units_of_products() ? mask_scale_ : T(kLog2E)), x);
+      if (alibi_) {
+        const V distance = magnitude(V(row.distance - T(column)) - lane_numbers<T>());
+        x = fma(x, scale, V(-row.slope) * distance), scale = V(1);
+      }
+      if (adds_mask()) return fma_or_lowest(x, scale, load_mask(row.mask, column, n));
+      if (!stays_product_) x = x * scale;
+      return masked() ? select_bool(row.mask, column, n, x, hidden) : x;
     }
   }
 
@@ -200,9 +199,11 @@ class Scores {
     return load_strided<V>(p + column * mask_.stride[3], mask_.stride[3], n);
   }
 
-  const T scale_, mask_scale_, cap_, cap_scale_;
+  const T scale_, cap_, cap_scale_;
   const AttentionMask mask_;
   const bool alibi_;
+  const bool stays_product_;  // where it is the score but for the scale
+  const double unit_;
 };
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -41,7 +41,7 @@ Vec<T> score_row(const Scores<S, T>& of_call, const ScoreRow<T>& of_row, Range c
     for (; c + kWidth <= std::min(columns.end, row.visible.end); c += kWidth)
       best = max(best, load<V>(x + c));
     for (; c < columns.end; c += kWidth) edge(c);
-    return best * scores.factor();
+    return best;
   }
   with_kind(scores.kind(), [&](auto kind) {
     V unused(0);
@@ -52,18 +52,18 @@ Vec<T> score_row(const Scores<S, T>& of_call, const ScoreRow<T>& of_row, Range c
       best = max(best, score);
     }
   });
-  return best * scores.factor();
+  return best;
 }
 
-// Scores of a row -> weights relative to 2^highest, in the operand's type from the row's beginning on, zero where not
+// Scores of a row -> weights relative to that of the highest, in the operand's type from the row's beginning on, zero where not
 // kept. Returns their sum, before any is dropped, lane by lane.
 template <class O, bool kDrop, class T>
-Vec<T> weigh_row(T scale, T highest, Range columns, const T* keep, T* x) {
+Vec<T> weigh_row(T factor, T highest, Range columns, const T* keep, T* x) {
   using V = Vec<T>;
   O* const weights = reinterpret_cast<O*>(x);
   V sum(0);
   for (int64_t c = columns.begin; c < columns.end; c += V::kWidth) {
-    const V weight = exp2(fma(load<V>(x + c), V(scale), V(-highest)));
+    const V weight = exp2((load<V>(x + c) - highest) * factor);
     sum = sum + weight;
     if constexpr (kDrop) {
       store_operand(weights + c, weight * load<V>(keep + c));
@@ -80,7 +80,7 @@ void softmax_tile(const Scores<S, T>& scores, const Dropout& dropout, int64_t fi
                   const RowTile<O>& tile, const Range* columns, int64_t first_key, TileState<T>& state) {
   using V = Vec<T>;
   constexpr int64_t kWidth = V::kWidth, kKeyTile = Tiles<O>::kKeyTile;
-  const T scale = scores.factor();
+  const T factor = scores.factor();
   Range of_row[kQueryTile];
   for (int64_t g = 0; g < tile.groups; ++g) {
     for (int64_t r = tile.first_row[g]; r < tile.first_row[g + 1]; ++r) of_row[r] = columns[g];
@@ -96,12 +96,13 @@ void softmax_tile(const Scores<S, T>& scores, const Dropout& dropout, int64_t fi
       }
     }
     const V before = load_upto<V>(state.highest + first, count), highest = max(before, maxima_of_rows(best));
-    // Without any visible key so far, all weights are exp2(-inf - 0).
+    // The difference first: the weight of the highest is 1 then, however large its score. Without any visible key so
+    // far, all weights are exp2(-inf - 0).
     const V shift = select<T>(highest.v == V(-INFINITY).v, V(0), highest);
     T shifts[kWidth];
     store(shifts, shift);
     store_upto(state.highest + first, highest, count);
-    store_upto(state.rescale + first, exp2(before - shift), count);
+    store_upto(state.rescale + first, exp2((before - shift) * factor), count);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = first + i;
       T* const x = state.products + r * kKeyTile;
@@ -110,9 +111,9 @@ void softmax_tile(const Scores<S, T>& scores, const Dropout& dropout, int64_t fi
       if (dropout.active) {
         dropout.keep(first_head + tile.head[r], tile.query[r], first_key + c.begin, c.end - c.begin,
                      state.keep + c.begin);
-        sum = weigh_row<O, true>(scale, shifts[i], c, state.keep, x);
+        sum = weigh_row<O, true>(factor, shifts[i], c, state.keep, x);
       } else {
-        sum = weigh_row<O, false>(scale, shifts[i], c, state.keep, x);
+        sum = weigh_row<O, false>(factor, shifts[i], c, state.keep, x);
       }
       state.sum[r] = fma(state.sum[r], V(state.rescale[r]), sum);
     }

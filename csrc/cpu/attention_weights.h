@@ -139,14 +139,14 @@ class Weights {
              Range columns, T* keep, T* x) const {
     const T highest = *s.template of_query<const T>(a_.highest, head, query);
     const T inverse_sum = *s.template of_query<const T>(a_.inverse_sum, head, query);
-    const V scale(scores_.factor()), shift(-highest), factor(T(inverse_sum / (1 - a_.dropout_p)));
+    const T scale = scores_.factor(), factor = T(inverse_sum / (1 - a_.dropout_p));
     score_row(scores_, row, columns, x);
     if (dropout_.active) {
       dropout_.keep(s.index * a_.heads + head, query, first_key + columns.begin, columns.end - columns.begin,
                     keep + columns.begin);
     }
     for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
-      V weight = exp2(fma(load<V>(x + c), scale, shift));
+      V weight = exp2((load<V>(x + c) - highest) * scale);
       if (dropout_.active) weight = weight * load<V>(keep + c);
       // What is hidden may hold anything, and so may the sum of a row that sees a NaN elsewhere.
       store(x + c, select<T>(weight.v == V(0).v, V(0), weight * factor));

@@ -164,34 +164,18 @@ inline T sum_of_lanes(Vec<T> x) {
   return lanes[0];
 }
 
-// a * b + c, but -inf where a is that, whatever c.
+// a * b + c, but -inf where c is that, whatever the product.
 template <class T>
 inline Vec<T> fma_or_lowest(Vec<T> a, Vec<T> b, Vec<T> c) {
   const Vec<T> lowest(-__builtin_inf());
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    const __mmask16 others = _mm512_cmp_ps_mask((__m512)a.v, (__m512)lowest.v, _CMP_NEQ_UQ);
+    const __mmask16 others = _mm512_cmp_ps_mask((__m512)c.v, (__m512)lowest.v, _CMP_NEQ_UQ);
     return Vec<T>::of(
-        (typename Vec<T>::Native)_mm512_mask_fmadd_ps((__m512)a.v, others, (__m512)b.v, (__m512)c.v));
+        (typename Vec<T>::Native)_mm512_mask3_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v, others));
   }
 #endif
-  return select<T>(a.v == lowest.v, lowest, fma(a, b, c));
-}
-
-// a * b + c, but -inf where a is that, whatever c.
-inline Vec<float> fma_or_lowest(Vec<float> a, Vec<float> b, Vec<float> c) {
-  const Vec<float> lowest(-__builtin_inff());
-#if defined(__AVX512F__)
-  const __mmask16 others = _mm512_cmp_ps_mask((__m512)a.v, (__m512)lowest.v, _CMP_NEQ_UQ);
-  return Vec<float>::of(
-      (Vec<float>::Native)_mm512_mask_fmadd_ps((__m512)a.v, others, (__m512)b.v, (__m512)c.v));
-#else
-  return select<float>(a.v == lowest.v, lowest, fma(a, b, c));
-#endif
-}
-inline Vec<double> fma_or_lowest(Vec<double> a, Vec<double> b, Vec<double> c) {
-  const Vec<double> lowest(-__builtin_inf());
-  return select<double>(a.v == lowest.v, lowest, fma(a, b, c));
+  return select<T>(c.v == lowest.v, lowest, fma(a, b, c));
 }
 
 // ---- memory: load and store of kWidth elements, or of the first n only (the rest reads as zero) ----
