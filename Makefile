@@ -22,10 +22,13 @@ ASAN_LIBS = $$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=li
 ASAN_TESTS = not seventy_thousand and not obeyed and not forked and not other_python_threads and not busy
 ASAN_ENV  = PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
-.PHONY: demo test asan benchmark gpu-report lint format build clean help
+.PHONY: demo attention-map test asan benchmark gpu-report lint format build clean help
 
 demo: $(BUILT)  ## train a character language model with torch.nn and with fastseq
 	$(BIN)/python examples/char_lm.py $(ARGS)
+
+attention-map: $(BUILT)  ## train a small vision transformer with both, draw what it looks at
+	$(BIN)/python examples/attention_map.py $(ARGS)
 
 test: $(BUILT)  ## the whole suite; ARGS goes to pytest
 	$(BIN)/pytest $(ARGS)

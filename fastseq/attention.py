@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import attention_ops, autograd
 from .attention_checks import broadcasts, dtype_of_sums, raise_for_mask
@@ -70,7 +71,7 @@ def scaled_dot_product_attention(
             transposed (B, S, H, D) is read where it lies.
         attn_mask: bool (True: may attend), or of the query's dtype or float32, and added to the scores. Any
             shape that broadcasts to (..., Hq, Sq, Sk). A float mask gets a gradient, summed over what is
-            broadcast.
+            broadcast. `torch.nn.attention.bias.causal_upper_left` and `causal_lower_right` are `causal`.
         dropout_p: probability of zeroing a weight, from 0 to 1; applied whenever it is not 0, as torch does.
             The seed comes from torch's default generator; which weights are dropped is computed from it anew
             in the backward pass, and not stored.
@@ -103,13 +104,14 @@ def scaled_dot_product_attention(
         Sk), or (..., Sq, Sk) if averaged, in the query's dtype. All are differentiable.
 
     Raises:
-        TypeError: what is no tensor, number or bool where one is expected.
+        TypeError: what is no tensor, number or bool where one is expected; a scale or softcap that requires a
+            gradient.
         RuntimeError: shapes that do not fit together, mixed dtypes or devices, lengths out of bounds,
             alibi_slopes that require a gradient, dropout_p out of bounds.
         ValueError: a causal, window or softcap that is none of those above, is_causal beside
             causal="bottom_right".
-        NotImplementedError: packed sequences with attn_mask, key_lengths or return_weights; a dtype, device
-            or layout without a kernel.
+        NotImplementedError: packed sequences with attn_mask, key_lengths or return_weights; nested tensors; a
+            dtype, device or layout without a kernel.
 
     There are first derivatives only: second ones, forward mode and vmap raise errors.
     Saved for the backward pass: the tensors that are given, output, in 16-bit dtypes what rounding took from
@@ -139,6 +141,7 @@ def scaled_dot_product_attention(
         and (scale is None or type(scale) is float)
         and type(is_causal) is type(enable_gqa) is bool
         and (type(query) is type(key) is type(value) is Tensor)
+        and not (query.is_nested or key.is_nested or value.is_nested)
         and not (autograd.recording() and autograd.needs_gradient(query, key, value))
     ):
         output = attention_ops.plain(query, key, value, is_causal, scale, enable_gqa)
@@ -147,6 +150,7 @@ def scaled_dot_product_attention(
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         for name, given in (("query", query), ("key", key), ("value", value)):
             _require_tensor(name, given)
+    _refuse_nested(query, key, value)
     if enable_gqa is not False and enable_gqa is not True:
         raise _no_bool("enable_gqa", enable_gqa)
     lead, rank = None, 4  # as the operator wants it
@@ -158,6 +162,8 @@ def scaled_dot_product_attention(
         if not plain or (q[1] != k[1] and not enable_gqa):
             rank = max(len(q), len(k), len(v))
             query, key, value, lead = _in_four_dimensions(query, key, value, enable_gqa)
+    if isinstance(attn_mask, CausalBias):
+        causal, attn_mask = _alignment(attn_mask, is_causal, causal, query, key), None
     if attn_mask is not None:
         attn_mask = _mask_in_four_dimensions(attn_mask, query, key, lead)
 
@@ -352,9 +358,33 @@ def _mask_in_four_dimensions(
 
 def _require_tensor(name: str, given: object) -> None:
     if not isinstance(given, Tensor):
-        raise TypeError(
-            problem(f"{name} of type {type(given).__name__}", "a torch.Tensor", f"torch.as_tensor({name})")
+        remedy = f"check what {name} is" if given is None else f"torch.as_tensor({name})"
+        raise TypeError(problem(f"{name} of type {type(given).__name__}", "a torch.Tensor", remedy))
+
+
+def _refuse_nested(*tensors: Any) -> None:
+    if any(isinstance(t, Tensor) and t.is_nested for t in tensors):
+        raise NotImplementedError(
+            problem(
+                "a nested tensor",
+                "dense tensors, or packed sequences",
+                "x.values() and cu_seqlens_q=x.offsets(), of a jagged one (B, rows, heads, features)",
+            )
         )
+
+
+def _alignment(bias: CausalBias, is_causal: bool, causal: str | None, query: Tensor, key: Tensor) -> str:
+    """What one of torch.nn.attention.bias says; torch too asks for nothing but that beside it."""
+    if is_causal or causal is not None:
+        raise ValueError(
+            problem(
+                "attn_mask of type CausalBias beside is_causal or causal", "one of them", "attn_mask=None"
+            )
+        )
+    sizes = (bias.seq_len_q, bias.seq_len_kv)
+    if query.dim() != 4 or sizes != (query.shape[2], key.shape[2]):
+        raise_for_mask(sizes, (*query.shape[:-1], key.shape[-2]))
+    return "top_left" if bias.variant is CausalVariant.UPPER_LEFT else "bottom_right"
 
 
 def _shown(name: str, given: object) -> str:
@@ -370,6 +400,16 @@ def _no_bool(name: str, given: object) -> TypeError:
 def _number(name: str, given: Any) -> float:
     if isinstance(given, (float, int)):
         return float(given)
+    if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            problem(
+                f"{name} that requires a gradient",
+                "a constant number",
+                "query * scale, with scale=1.0, for a scale that is trained"
+                if name == "scale"
+                else f"{name}.item()",
+            )
+        )
     if isinstance(given, Real) or (isinstance(given, Tensor) and given.dim() == 0):
         return float(given)
     raise TypeError(problem(f"{name} of type {type(given).__name__}", "a number", f"{name}=float(...)"))

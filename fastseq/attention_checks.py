@@ -240,9 +240,8 @@ def _packed_sizes(a: Arguments) -> Attention:
 
 def _check_integers(name: str, tensor: Tensor, a: Arguments) -> None:
     if tensor.dtype not in (torch.int32, torch.int64):
-        raise RuntimeError(
-            problem(f"{name} of dtype {tensor.dtype}", "torch.int32 or torch.int64", f"{name}.long()")
-        )
+        remedy = "attn_mask, for a mask" if tensor.dtype is torch.bool else f"{name}.long()"
+        raise RuntimeError(problem(f"{name} of dtype {tensor.dtype}", "torch.int32 or torch.int64", remedy))
     if tensor.device != a.query.device:
         _raise_for_device(name, a)
 
@@ -255,7 +254,7 @@ def _check_mask(mask: Tensor, a: Arguments, sizes: Attention) -> None:
             problem(
                 f"attn_mask of dtype {mask.dtype} beside query of dtype {dtype}",
                 "torch.bool (True: may attend), the query's dtype or torch.float32 (added to the scores)",
-                f"attn_mask.bool() or attn_mask.to({dtype})",
+                f"attn_mask.to({dtype})" if mask.is_floating_point() else "attn_mask.bool()",
             )
         )
     if mask.device != a.query.device:
@@ -279,7 +278,7 @@ def raise_for_mask(given: Sequence[int], full: Sequence[int]) -> NoReturn:
         problem(
             f"attn_mask of shape {tuple(given)}",
             f"what broadcasts to (..., Hq, Sq, Sk), here {tuple(full)}",
-            "attn_mask[:, None, None, :] for a mask (B, Sk) of keys",
+            "attn_mask[:, None, None, :]" if tuple(given) == (full[0], full[-1]) else "check its dimensions",
         )
     )
 

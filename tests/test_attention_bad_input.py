@@ -4,10 +4,12 @@ Where torch's own function has the argument it is asked in the same test what it
 exception must be of the same type, or of one derived from it.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as torchs
 
 import fastseq
@@ -280,12 +282,42 @@ def test_bad_call_is_rejected_where_a_gradient_is_wanted(mistake):
     rejection_of(mistake._replace(arguments=arguments))
 
 
-def test_slopes_that_want_a_gradient_are_taken_where_none_is_recorded():
+TRAINED = {
+    "alibi_slopes": torch.ones(H, requires_grad=True),
+    "scale": torch.tensor(0.3, requires_grad=True),
+    "softcap": torch.tensor(2.0, requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_options_that_want_a_gradient_are_taken_where_none_is_recorded(name):
     """The error is there because a gradient would be lost."""
-    slopes = torch.ones(H, requires_grad=True)
+    arguments = {"query": Q, "key": K, "value": V, name: TRAINED[name]}
+    rejection_of(Mistake(name, "trained", arguments))
     with torch.no_grad():
-        error = error_of(lambda: fastseq.scaled_dot_product_attention(Q, K, V, alibi_slopes=slopes))
-    assert error is None
+        assert error_of(lambda: fastseq.scaled_dot_product_attention(**arguments)) is None
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("place", ["query", "key", "value"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused(place, layout):
+    """By name: torch's own message is a list of its dispatcher's kernels."""
+    nested = torch.nested.nested_tensor([torch.randn(n, H, D) for n in (3, 5)], layout=layout)
+    arguments = {"query": Q, "key": K, "value": V, place: nested}
+    error = error_of(lambda: fastseq.scaled_dot_product_attention(**arguments))
+    assert isinstance(error, NotImplementedError)
+    assert_three_lines(error)
+
+
+def test_torchs_causal_biases_are_checked():
+    for bias, changed in (
+        (causal_upper_left(SQ, SK + 1), {}),
+        (causal_upper_left(SQ, SK), {"is_causal": True}),
+        (causal_lower_right(SQ, SK), {"causal": "bottom_right"}),
+    ):
+        call = functools.partial(fastseq.scaled_dot_product_attention, Q, K, V, bias, **changed)
+        rejection_of(Mistake("attn_mask", "CausalBias", changed), lambda call=call, **_: call())
 
 
 # ---- values that would lead out of bounds, however they come ----

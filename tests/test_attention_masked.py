@@ -289,3 +289,63 @@ def test_keys_that_no_query_head_reads_get_zero_gradients():
     output = fastseq.scaled_dot_product_attention(query, key, value, enable_gqa=True)
     for grad in torch.autograd.grad(output.sum(), (key, value)):
         assert torch.equal(grad, torch.zeros(2, 1, 5, 4))
+
+
+LARGE = [-1e20, -1e30, -1e38, 1e20, 1e38, torch.finfo(torch.float32).min]
+LARGE = [(size, dtype) for size in LARGE for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+LARGE += [(size, torch.float32) for size in (-1e9, -3e15)] + [(torch.finfo(torch.float64).min, torch.float64)]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("queries", [1, 70])
+@pytest.mark.parametrize(("size", "dtype"), LARGE, ids=str)
+def test_rows_whose_scores_are_all_as_large_attend_to_all_alike(dtype, size, queries):
+    """Under a mask of large finite numbers a row may have nothing else. What its scores were is lost,
+    as in torch, and the mean of the values is left."""
+    keys, eps = 300, torch.finfo(dtype).eps
+    data = make_data(Case(dtype, 1, 2, 0, queries, keys, 16))
+    mask = torch.full((queries, keys), max(size, torch.finfo(dtype).min), dtype=dtype)
+    output, lse, weights = fastseq.scaled_dot_product_attention(
+        **data, attn_mask=mask, return_lse=True, return_weights=True
+    )
+    incoming = torch.randn_like(output)
+    output.backward(incoming)
+    mean = data["value"].double().mean(2, keepdim=True).expand(output.shape)
+    torch.testing.assert_close(output.double(), mean, atol=4 * eps, rtol=0)
+    torch.testing.assert_close(
+        weights.double(), torch.full_like(weights, 1 / keys).double(), atol=eps, rtol=0
+    )
+    torch.testing.assert_close(lse.double(), mask[:, 0].double().expand(lse.shape), rtol=4 * eps, atol=0)
+    of_values = (incoming.double().sum(2, keepdim=True) / keys).expand(data["value"].shape)
+    torch.testing.assert_close(data["value"].grad.double(), of_values, atol=4 * eps, rtol=4 * eps)
+    assert data["query"].grad.isfinite().all()
+    assert data["key"].grad.isfinite().all()
+    with torch.no_grad():
+        torch.testing.assert_close(call_fastseq(BASE, {**data, "attn_mask": mask})["output"], output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equal_scores_of_any_size_attend_to_all_alike(dtype):
+    """Without a mask."""
+    value = torch.randn(1, 1, 40, 8, dtype=dtype)
+    for exponent in range(0, 18):
+        query = torch.full((1, 1, 3, 8), 1.7 * 10**exponent, dtype=dtype)
+        for sign in (-1, 1):
+            output = fastseq.scaled_dot_product_attention(
+                query, sign * query[:, :, :1].expand(1, 1, 40, 8), value
+            )
+            torch.testing.assert_close(output, value.mean(2, keepdim=True).expand(1, 1, 3, 8))
+
+
+def test_padding_by_large_finite_numbers_reaches_no_other_sequence():
+    """The gradients of the parameters were NaN where one sequence of the batch was padding alone."""
+    module = fastseq.MultiheadAttention(16, 2, batch_first=True)
+    x = torch.randn(2, 7, 16)
+    padding = torch.tensor([[0.0], [-1e30]]).expand(2, 7)
+    output, _ = module(x, x, x, key_padding_mask=padding)
+    output[0].sum().backward()
+    gradients = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    module(x[:1], x[:1], x[:1])[0].sum().backward()
+    for gradient, p in zip(gradients, module.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad)

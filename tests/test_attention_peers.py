@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fastseq
 from attention_harness import ALL, Case, call_fastseq, check, make_data, run_fastseq
@@ -52,6 +53,20 @@ def test_gradients_of_keys_and_values_under_one_query(dtype, heads, keys):
     assert results["grad of value"].any()
     check(case)
     check(replace(case, lengths=True, batch=3))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(3, 7), (7, 3), (40, 40)])
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+def test_torchs_causal_biases_are_alignments(bias, queries, keys):
+    """They are tensors, of memory that nobody has written."""
+    case = Case(torch.float32, 2, 4, 0, queries, keys, 8)
+    data = make_data(case)
+    output = fastseq.scaled_dot_product_attention(**data, attn_mask=bias(queries, keys))
+    alignment = "top_left" if bias is causal_upper_left else "bottom_right"
+    assert torch.equal(output, fastseq.scaled_dot_product_attention(**data, causal=alignment))
+    if queries <= keys:
+        theirs = torch.nn.functional.scaled_dot_product_attention(**data, attn_mask=bias(queries, keys))
+        torch.testing.assert_close(output, theirs)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(3, 7), (7, 3), (1, 8), (8, 1), (100, 228), (228, 100)])

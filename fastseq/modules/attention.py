@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import CausalBias
 
 from ..attention import scaled_dot_product_attention
 from ..checks import problem
@@ -80,7 +81,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         All start as in torch.nn for the same seed; state_dicts go both ways.
 
     Differences from torch.nn: a query that sees no key gets b_o, weights of 0 and gradients of 0, where torch
-    has NaN, in the gradients of all parameters too. NaN in a masked key or value reaches no output. A bool
+    has NaN if need_weights, in the gradients of all parameters too. With is_causal, an attn_mask beside it is
+    not read, as where torch has need_weights=False. NaN in a masked key or value reaches no output. A bool
     mask beside a float one is no cause for a warning. In :class:`torch.nn.TransformerEncoderLayer` this
     module is called in inference too; torch.nn's own is bypassed there.
 
@@ -140,6 +142,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        for name, given in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(given, Tensor):
+                raise TypeError(
+                    problem(f"{name} of type {type(given).__name__}", "a torch.Tensor", "a tensor")
+                )
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
@@ -281,7 +288,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         compared = None if self._qkv_same_embed_dim else -1
         if key.shape[:compared] != value.shape[:compared]:
             raise AssertionError(
-                problem(shapes, "a value for every key: the same lengths and batch", "check both")
+                problem(
+                    shapes,
+                    "key and value of the same " + ("shape" if compared is None else "lengths and batch"),
+                    "check both",
+                )
             )
         for name, x, size in (("key", key, self.kdim), ("value", value, self.vdim)):
             if x.shape[-1] != size:
@@ -310,6 +321,8 @@ def _check_mask(name: str, mask: Tensor | None, ranks: tuple[int, ...]) -> None:
         raise AssertionError(
             problem(f"{name} of dtype {mask.dtype}", "torch.bool or floats", f"{name}.bool()")
         )
+    if isinstance(mask, CausalBias):
+        raise TypeError(problem(f"{name} of type CausalBias", "a mask of its own elements", "is_causal=True"))
     if mask.dim() not in ranks:
         raise AssertionError(
             problem(
