@@ -25,6 +25,7 @@ CASES = {
     "one head": Case(batch=1, heads=1, queries=300, keys=290, head_size=33, causal="bottom_right"),
     "long keys": Case(batch=1, heads=3, queries=140, keys=800, head_size=16, sinks=True),
     "mask": Case(queries=70, keys=75, mask="float", mask_dims="QK", sinks=True),
+    "mask of a batch": Case(batch=11, heads=3, queries=33, keys=40, mask="float", mask_dims="HQK"),
     "bool mask of keys": Case(queries=70, keys=75, mask="bool", mask_dims="BK"),
     "window": Case(queries=200, keys=200, window=(20, 30), alibi="H", softcap=2.0),
     "grouped queries": Case(batch=1, heads=8, kv_heads=2, queries=90, keys=90, causal="bottom_right"),

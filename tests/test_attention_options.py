@@ -31,6 +31,30 @@ def test_mask_broadcast_in_any_dimensions(dtype, mask, queries, dims):
     check(Case(dtype, 3, 2, 0, queries, 70, mask=mask, mask_dims=dims))
 
 
+@pytest.mark.parametrize("batch", [2, 7, 8, 9, 21])
+@pytest.mark.parametrize("dims", ["", "K", "HQ", "HQK"])
+@two_dtypes
+def test_gradient_of_a_mask_over_batches_of_any_size(dtype, dims, batch):
+    """It is added up in a few copies, unless these were large."""
+    check(Case(dtype, batch, 2, 0, 20, 30, mask="float", mask_dims=dims))
+
+
+def test_gradient_of_a_large_mask_takes_no_copies():
+    """8 MB of it: one of them would be as much."""
+    case = Case(torch.float32, 2, 1, 0, 1024, 2048, 8, mask="float", mask_dims="QK")
+    data = make_data(case)
+    results = run_fastseq(case, data)
+    halves = [{name: x if name == "attn_mask" else x[b : b + 1] for name, x in data.items()} for b in (0, 1)]
+    outputs = torch.cat([call_fastseq(replace(case, batch=1), half)["output"] for half in halves])
+    (expected,) = torch.autograd.grad(outputs, [data["attn_mask"]], incoming_of(outputs))
+    torch.testing.assert_close(results["grad of attn_mask"], expected)
+
+
+def incoming_of(outputs, seed=2):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(outputs.shape, generator=g, dtype=torch.float64).to(outputs.dtype)
+
+
 @pytest.mark.parametrize("dims", ["", "K", "QK", "HQK", "BK", "BHQK"])
 @pytest.mark.parametrize("returns", [(), ALL])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -104,6 +104,8 @@ class Backward {
         value_stride_(pairs<O>(a.value_size) * kPair),
         wants_scores_(a.grad_query.data || a.grad_key.data || a.grad_mask),
         kind_(scores_.kind()),
+        copies_(grad_mask_copies(a)),
+        mask_size_(grad_mask_size(a)),
         simple_(!dropout_.active && !a.grad_weights.data && !a.grad_mask && !scores_.capped()) {
     for (int64_t b = 0; b < a.batch; ++b) {
       const AttentionLengths s(a, b);
@@ -113,6 +115,7 @@ class Backward {
     lay_out();
     arena_.allocate();
     lay_out();
+    std::fill_n(mask_copies_, (copies_ - 1) * mask_size_, T(0));
   }
 
   bool run() {
@@ -123,6 +126,10 @@ class Backward {
       next_ = 0;
       const auto join = [](void* self, int thread) { static_cast<Backward*>(self)->join_parts(thread); };
       run_team(plan_.head_parts, join, this);
+    }
+    T* const grad_mask = static_cast<T*>(a_.grad_mask);
+    for (int64_t copy = 1; copy < copies_; ++copy) {
+      for (int64_t i = 0; i < mask_size_; ++i) grad_mask[i] += mask_copies_[(copy - 1) * mask_size_ + i];
     }
     return true;
   }
@@ -181,6 +188,7 @@ class Backward {
       t.grad_sinks = arena_.take<double>(group_heads_);
       if (thread_) thread_[i] = t;
     }
+    mask_copies_ = arena_.take<T>((copies_ - 1) * mask_size_);
     if (plan_.split) {
       part_grad_query_ =
           arena_.take<T>(a_.batch * a_.kv_heads * plan_.key_parts * most_rows_ * head_columns_);
@@ -442,8 +450,9 @@ class Backward {
     }
     if (a_.grad_mask) {
       const int64_t* const s = a_.grad_mask_stride;
-      row.grad_mask =
-          static_cast<T*>(a_.grad_mask) + u.s.b * s[0] + head * s[1] + query * s[2] + first_key * s[3];
+      const int64_t copy = s[0] ? 0 : u.b % copies_;
+      T* const mask = copy ? mask_copies_ + (copy - 1) * mask_size_ : static_cast<T*>(a_.grad_mask);
+      row.grad_mask = mask + u.s.b * s[0] + head * s[1] + query * s[2] + first_key * s[3];
     }
   }
 
@@ -552,12 +561,13 @@ class Backward {
   const int64_t group_heads_, head_columns_, value_columns_, head_stride_, value_stride_;
   const bool wants_scores_;
   const ScoreKind kind_;
+  const int64_t copies_, mask_size_;
   const bool simple_;  // nothing between the weights and the gradients of the scores
   int64_t most_keys_ = 0, most_rows_ = 0;
   std::atomic<int64_t> next_{0};
   Arena arena_;
   Thread* thread_;
-  T* part_grad_query_ = nullptr;
+  T *part_grad_query_ = nullptr, *mask_copies_ = nullptr;
 };
 
 }  // namespace

@@ -15,6 +15,7 @@ constexpr double kThreadProducts = 1 << 18;  // multiply-adds: some 10 us of the
 constexpr int64_t kSplitRows = 64;  // with more rows there is work enough without cutting keys
 constexpr int64_t kSplitKeys = 1024;
 constexpr int64_t kGradKeys = 256, kMostGradParts = 8;  // each part keeps a copy of the queries' gradient
+constexpr int64_t kMostMaskCopies = 8, kMostMaskBytes = 4 << 20;
 
 int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -25,6 +26,20 @@ int64_t forward_key_parts(int64_t rows, int64_t keys) {
 }
 
 int64_t backward_key_parts(int64_t keys) { return std::clamp<int64_t>(keys / kGradKeys, 1, kMostGradParts); }
+
+int64_t grad_mask_size(const AttentionArgs& a) {
+  const int64_t sizes[4] = {a.batch, a.heads, a.queries, a.keys};
+  int64_t size = 1;
+  for (int i = 0; i < 4; ++i) size *= a.grad_mask_stride[i] ? sizes[i] : 1;
+  return size;
+}
+
+int64_t grad_mask_copies(const AttentionArgs& a) {
+  if (!a.grad_mask || a.grad_mask_stride[0] != 0) return 1;
+  const int64_t bytes = grad_mask_size(a) * (a.dtype == DType::kFloat64 ? 8 : 4);
+  const int64_t most = std::min(kMostMaskCopies, kMostMaskBytes / std::max<int64_t>(bytes, 1));
+  return std::clamp<int64_t>(a.batch, 1, std::max<int64_t>(most, 1));
+}
 
 AttentionPlan attention_plan(const AttentionArgs& a, int threads, bool backward) {
   const int64_t group_heads = a.heads / std::max<int64_t>(a.kv_heads, 1);

@@ -33,6 +33,11 @@ struct AttentionLengths {
   }
 };
 
+// Elements of the mask's gradient. Where it is summed over the batch, small ones are summed up in copies, of a number
+// that depends on nothing but sizes, so that the bits do not depend on the threads.
+int64_t grad_mask_size(const AttentionArgs& args);
+int64_t grad_mask_copies(const AttentionArgs& args);
+
 // Units of the backward pass that add to the same elements of the mask's gradient form a lane, which one thread runs in
 // order: all units of the indices that these do not count.
 struct AttentionLanes {
@@ -41,7 +46,7 @@ struct AttentionLanes {
   AttentionLanes(const AttentionArgs& a, int64_t key_parts)
       : batch(a.batch), heads(a.kv_heads), parts(key_parts) {
     if (!a.grad_mask) return;
-    if (a.grad_mask_stride[0] == 0) batch = 1;
+    if (a.grad_mask_stride[0] == 0) batch = grad_mask_copies(a);
     if (a.grad_mask_stride[1] == 0) heads = 1;
     if (a.grad_mask_stride[3] == 0) parts = 1;
   }
