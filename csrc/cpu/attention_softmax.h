@@ -22,37 +22,35 @@ struct TileState {
   ScoreRow<T> row[kQueryTile];
 };
 
-// Masks the products of a row, or makes scores of them; returns their maxima lane by lane.
-template <class S, class T>
+// Products of a row -> scores; returns their maxima lane by lane.
+template <ScoreKind kKind, class S, class T>
 Vec<T> score_row(const Scores<S, T>& of_call, const ScoreRow<T>& of_row, Range columns, T* x) {
   using V = Vec<T>;
   const Scores<S, T> scores = of_call;  // copies that no store can change
   const ScoreRow<T> row = of_row;
   constexpr int64_t kWidth = V::kWidth;
-  V best(-INFINITY);
-  if (scores.kind() == ScoreKind::kPlain) {
-    const auto edge = [&](int64_t c) {
-      const V masked = Scores<S, T>::within(row, load<V>(x + c), c);
-      store(x + c, masked);
-      best = max(best, masked);
-    };
+  V best(-INFINITY), unused(0);
+  const auto score = [&](int64_t c) {
+    V s = scores.template of<kKind>(row, load<V>(x + c), c, unused);
+    if (!Scores<S, T>::all_visible(row, c)) s = Scores<S, T>::within(row, s, c);
+    store(x + c, s);
+    best = max(best, s);
+  };
+  if constexpr (kKind != ScoreKind::kPlain) {
+    for (int64_t c = columns.begin; c < columns.end; c += kWidth) score(c);
+  } else {  // where all is visible, products are scores
     int64_t c = columns.begin;
-    for (; c < columns.end && c < row.visible.begin; c += kWidth) edge(c);
+    for (; c < columns.end && c < row.visible.begin; c += kWidth) score(c);
     for (; c + kWidth <= std::min(columns.end, row.visible.end); c += kWidth)
       best = max(best, load<V>(x + c));
-    for (; c < columns.end; c += kWidth) edge(c);
-    return best;
+    for (; c < columns.end; c += kWidth) score(c);
   }
-  with_kind(scores.kind(), [&](auto kind) {
-    V unused(0);
-    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
-      V score = scores.template of<decltype(kind)::value>(row, load<V>(x + c), c, unused);
-      if (!Scores<S, T>::all_visible(row, c)) score = Scores<S, T>::within(row, score, c);
-      store(x + c, score);
-      best = max(best, score);
-    }
-  });
   return best;
+}
+template <class S, class T>
+Vec<T> score_row(const Scores<S, T>& scores, const ScoreRow<T>& row, Range columns, T* x) {
+  return with_kind(scores.kind(),
+                   [&](auto kind) { return score_row<decltype(kind)::value>(scores, row, columns, x); });
 }
 
 // Scores of a row -> weights relative to that of the highest, in the operand's type from the row's beginning on, zero where not
