@@ -110,46 +110,49 @@ class Weights {
       }
     }
     for (int64_t r = 0; mean_ && r < queries.end - queries.begin; ++r) {
-      write(s.template query_row<S>(a_.weights, 0, queries.begin + r) + keys.begin, t.sums + r * kKeyTile,
-            keys.end - keys.begin, T(1) / T(a_.heads));
+      S* const to = s.template query_row<S>(a_.weights, 0, queries.begin + r) + keys.begin;
+      const V share(T(1) / T(a_.heads));
+      for (int64_t c = 0, n = keys.end - keys.begin; c < n; c += kWidth)
+        store_upto(to + c, load<V>(t.sums + r * kKeyTile + c) * share, n - c);
     }
-  }
-
-  static void write(S* to, const T* from, int64_t count, T factor) {
-    for (int64_t c = 0; c < count; c += kWidth) store_upto(to + c, load<V>(from + c) * V(factor), count - c);
   }
 
   // The weights of row r of the tile from its products, written or added up; zero outside of its columns.
   void show_row(const Sequence& s, int64_t head, int64_t query, int64_t r, Range columns, Range keys,
                 const Thread& t) const {
-    T* const x = t.products + r * kKeyTile;
-    if (!columns.empty()) weigh(s, head, query, keys.begin, t.row[r], columns, t.keep, x);
     if (mean_) {
       T* const sum = t.sums + r * kKeyTile;
-      for (int64_t c = columns.begin; c < columns.end; c += kWidth)
-        store(sum + c, load<V>(sum + c) + load<V>(x + c));
+      const auto add = [=](int64_t c, V weight) { store(sum + c, load<V>(sum + c) + weight); };
+      if (!columns.empty()) weigh(s, head, query, keys.begin, t, r, columns, add);
       return;
     }
-    std::fill(x, x + columns.begin, T(0));
-    std::fill(x + columns.end, x + kKeyTile, T(0));
-    write(s.template query_row<S>(a_.weights, head, query) + keys.begin, x, keys.end - keys.begin, T(1));
+    S* const to = s.template query_row<S>(a_.weights, head, query) + keys.begin;
+    const int64_t count = keys.end - keys.begin;
+    const auto write = [=](int64_t c, V weight) { store_upto(to + c, weight, count - c); };
+    for (int64_t c = 0; c < columns.begin; c += kWidth) write(c, V(0));
+    if (!columns.empty()) weigh(s, head, query, keys.begin, t, r, columns, write);
+    for (int64_t c = columns.end; c < count; c += kWidth) write(c, V(0));
   }
 
-  void weigh(const Sequence& s, int64_t head, int64_t query, int64_t first_key, const ScoreRow<T>& row,
-             Range columns, T* keep, T* x) const {
+  // Calls take(column, vector of weights).
+  template <class Take>
+  void weigh(const Sequence& s, int64_t head, int64_t query, int64_t first_key, const Thread& t, int64_t r,
+             Range columns, const Take& take) const {
     const T highest = *s.template of_query<const T>(a_.highest, head, query);
     const T inverse_sum = *s.template of_query<const T>(a_.inverse_sum, head, query);
     const T scale = scores_.factor(), factor = T(inverse_sum / (1 - a_.dropout_p));
-    score_row(scores_, row, columns, x);
+    T* const x = t.products + r * kKeyTile;
+    const T* const keep = t.keep;
+    score_row(scores_, t.row[r], columns, x);
+    const auto weight = [=](int64_t c) { return exp2((load<V>(x + c) - highest) * scale); };
+    // What is hidden may hold anything, and so may the sum of a row that sees a NaN elsewhere.
+    const auto finish = [=](int64_t c, V w) { take(c, select<T>(w.v == V(0).v, V(0), w * factor)); };
     if (dropout_.active) {
       dropout_.keep(s.index * a_.heads + head, query, first_key + columns.begin, columns.end - columns.begin,
-                    keep + columns.begin);
-    }
-    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
-      V weight = exp2((load<V>(x + c) - highest) * scale);
-      if (dropout_.active) weight = weight * load<V>(keep + c);
-      // What is hidden may hold anything, and so may the sum of a row that sees a NaN elsewhere.
-      store(x + c, select<T>(weight.v == V(0).v, V(0), weight * factor));
+                    t.keep + columns.begin);
+      for (int64_t c = columns.begin; c < columns.end; c += kWidth) finish(c, weight(c) * load<V>(keep + c));
+    } else {
+      for (int64_t c = columns.begin; c < columns.end; c += kWidth) finish(c, weight(c));
     }
   }
 
