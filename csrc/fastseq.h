@@ -166,9 +166,11 @@ struct AttentionArgs {
   HeadRows grad_lse;                            // or null: zeros; less the row sums of weights * grad_weights
   HeadTensor grad_weights;                      // [B, Hq, Sq, Sk] or null: zeros
   HeadTensor grad_query, grad_key, grad_value;  // or null: not wanted
-  void* grad_mask;                              // in the dtype of sums, zero-filled, or null: not wanted
-  int64_t grad_mask_stride[4];                  // 0 where the mask is broadcast
-  void* grad_sinks;                             // [B, Hq] or null: not wanted
+  // In the dtype of sums, zero-filled; or, of a mask that is broadcast nowhere, in the mask's dtype, and not filled:
+  // then every element is written. Or null: not wanted.
+  void* grad_mask;
+  int64_t grad_mask_stride[4];  // 0 where the mask is broadcast
+  void* grad_sinks;             // [B, Hq] or null: not wanted
 };
 
 // ---- the time loop alone, as the CUDA engine runs it ----

@@ -148,7 +148,9 @@ class Gradients(NamedTuple):
     query: Tensor | None  # like those of the forward pass, but dense
     key: Tensor | None
     value: Tensor | None
-    attn_mask: Tensor | None  # the shape of the mask, in the dtype of sums, filled with zeros
+    # The shape of the mask, in the dtype of sums, filled with zeros; of one that is broadcast nowhere in its
+    # own dtype, and not filled.
+    attn_mask: Tensor | None
     sinks: Tensor | None  # (B, Hq) in the dtype of sums
 
 
@@ -208,6 +210,13 @@ def _result(grad: Tensor, name: str, a: Arguments) -> Tensor:
     return grad.sum(0) if name == "sinks" else grad
 
 
+def _empty_for_mask(mask: Tensor, sizes: Attention, sums: torch.dtype) -> Tensor:
+    full = (sizes.batch, sizes.heads, sizes.queries, sizes.keys)
+    if mask.shape == full:
+        return torch.empty_like(mask, memory_format=torch.contiguous_format)
+    return mask.new_zeros(mask.shape, dtype=sums)
+
+
 def _allocate_gradients(a: Arguments, sizes: Attention, wanted: Sequence[bool]) -> Gradients:
     of_query, of_key, of_value, of_mask, of_sinks = wanted
     dtype, query = dtype_of_sums(a.query.dtype), a.query
@@ -216,7 +225,7 @@ def _allocate_gradients(a: Arguments, sizes: Attention, wanted: Sequence[bool]) 
         _empty_like(query, sizes.head_size) if of_query else None,
         _empty_like(a.key, sizes.head_size) if of_key else None,
         _empty_like(a.value, sizes.value_size) if of_value else None,
-        None if mask is None or not of_mask else query.new_zeros(mask.shape, dtype=dtype),
+        None if mask is None or not of_mask else _empty_for_mask(mask, sizes, dtype),
         query.new_empty((sizes.batch, sizes.heads), dtype=dtype) if of_sinks else None,
     )
 

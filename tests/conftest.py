@@ -101,3 +101,11 @@ def one_thread():
 @pytest.fixture
 def two_threads():
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def uninitialized_memory_is_nan():
+    """What torch.empty returns holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -39,6 +39,51 @@ def test_gradient_of_a_mask_over_batches_of_any_size(dtype, dims, batch):
     check(Case(dtype, batch, 2, 0, 20, 30, mask="float", mask_dims=dims))
 
 
+WRITTEN = {
+    "plain": {},
+    "causal": {"causal": "top_left"},
+    "causal from the end": {"causal": "bottom_right"},
+    "window": {"window": (20, 3)},
+    "key lengths": {"lengths": True},
+    "soft cap": {"softcap": 2.0},
+    "grouped queries": {"heads": 4, "kv_heads": 2},
+    "dropout": {"dropout": 0.3},
+}
+
+
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+@pytest.mark.parametrize("option", WRITTEN)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 600), (2, 1), (40, 600), (200, 255), (3, 1100)])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "mask"),
+    [(dtype, "float") for dtype in DTYPES] + [(torch.bfloat16, "float32"), (torch.float16, "float32")],
+    ids=str,
+)
+def test_gradient_of_a_mask_that_is_broadcast_nowhere_is_written_everywhere(
+    dtype, mask, batch, queries, keys, option
+):
+    """Of keys that nobody sees too, tile by tile, in the mask's own dtype."""
+    case = Case(dtype, batch, 2, 0, queries, keys, 8, mask=mask, mask_dims="BHQK")
+    check(replace(case, **WRITTEN[option]))
+
+
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+@pytest.mark.parametrize("hidden", [slice(0, 300), slice(200, 600), slice(None)], ids=str)
+@pytest.mark.parametrize("plan", ["1x1", "1x2", "2x2"])
+def test_gradient_of_a_mask_is_zero_where_it_hides_whole_tiles(plan, hidden, monkeypatch):
+    monkeypatch.setenv("FASTSEQ_ATTENTION_PLAN", plan)
+    case = Case(torch.float32, 1, 1, 0, 140, 600, 8, mask="float", mask_dims="BHQK")
+    data = make_data(case)
+    mask = torch.zeros(1, 1, 140, 600)
+    mask[..., hidden] = -torch.inf
+    data["attn_mask"] = mask.requires_grad_()
+    gradient = run_fastseq(case, data)["grad of attn_mask"]
+    assert gradient.isfinite().all()
+    assert not gradient[..., hidden].any()
+    check(case, data)
+
+
 def test_gradient_of_a_large_mask_takes_no_copies():
     """8 MB of it: one of them would be as much."""
     case = Case(torch.float32, 2, 1, 0, 1024, 2048, 8, mask="float", mask_dims="QK")

@@ -36,14 +36,6 @@ def without_gradients(case):
     return {name: x.detach() for name, x in make_data(case).items()}
 
 
-@pytest.fixture
-def uninitialized_memory_is_nan():
-    """What torch.empty returns holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS)
 @every_average

@@ -30,7 +30,8 @@ struct GradRow {
   T highest, inverse_sum;  // see AttentionArgs
   T delta;
   const S* grad_weights;  // at the tile's first key, or null
-  T* grad_mask;           // at the tile's first key, or null
+  T* grad_mask;           // at the tile's first key, or null: summed up
+  void* written_mask;     // at the tile's first key, or null: written, in the mask's dtype
 };
 
 // What lies between the products of a call. Held by value where it is used, so that no store can change it.
@@ -68,6 +69,9 @@ struct Weigher {
     grad = select<T>(visible, p * (grad - row.delta), V(0));
     if constexpr (!kSimple) {
       if (row.grad_mask) add_mask_gradient(row.grad_mask, c, count, grad);
+      if (row.written_mask) {
+        scores.with_mask(row.written_mask, [&](auto* mask) { store_upto(mask + c, grad, count - c); });
+      }
       if (scores.capped()) grad = select<T>(visible, grad * kept_slope, V(0));
     }
   }
@@ -106,6 +110,7 @@ class Backward {
         kind_(scores_.kind()),
         copies_(grad_mask_copies(a)),
         mask_size_(grad_mask_size(a)),
+        writes_mask_(a.grad_mask && !is_broadcast(a)),
         simple_(!dropout_.active && !a.grad_weights.data && !a.grad_mask && !scores_.capped()) {
     for (int64_t b = 0; b < a.batch; ++b) {
       const AttentionLengths s(a, b);
@@ -305,11 +310,34 @@ class Backward {
         add_row(sum + r * head_columns_, t.grad_query + r * head_columns_);
       }
     }
+    if (writes_mask_) clear_unseen(u, rows);
     if (plan_.split || !a_.grad_query.data) return;
     for (int64_t r = 0; r < rows.rows; ++r) {
       write_row(u.s.template query_row<S>(a_.grad_query, rows.head[r], rows.query[r]),
                 t.grad_query + r * head_columns_, a_.head_size, T(a_.scale));
     }
+  }
+
+  // The mask's gradient of keys whose tiles no row of this one saw, and of those behind the sequence's length.
+  void clear_unseen(const Unit& u, const RowTile<O>& rows) const {
+    Range seen{std::max(round_down(rows.all.begin, kKeyTile), u.keys.begin),
+               std::min(round_up(rows.all.end, kKeyTile), u.keys.end)};
+    if (rows.all.empty() || seen.empty()) seen = {u.keys.begin, u.keys.begin};
+    const bool last = !plan_.split || u.part == u.parts - 1;
+    clear_mask(u, rows, {u.keys.begin, seen.begin});
+    clear_mask(u, rows, {seen.end, last ? a_.keys : u.keys.end});
+  }
+  void clear_mask(const Unit& u, const RowTile<O>& rows, Range keys) const {
+    for (int64_t r = 0; r < rows.rows && !keys.empty(); ++r) {
+      scores_.with_mask(a_.grad_mask, [&](auto* mask) {
+        std::fill_n(mask + of_mask(u, rows.head[r], rows.query[r], keys.begin), keys.end - keys.begin,
+                    std::remove_reference_t<decltype(*mask)>{});
+      });
+    }
+  }
+  int64_t of_mask(const Unit& u, int64_t head, int64_t query, int64_t key) const {
+    const int64_t* const s = a_.grad_mask_stride;
+    return u.s.b * s[0] + head * s[1] + query * s[2] + key * s[3];
   }
 
   // Operands, log-sum-exps and deltas of the rows.
@@ -331,7 +359,7 @@ class Backward {
         const double weight = std::exp(sink - scores_.unit() * double(row.highest)) * double(row.inverse_sum);
         if (weight != 0) t.grad_sinks[head - u.kv_head * group_heads_] -= weight * double(row.delta);
       }
-      row.grad_weights = nullptr, row.grad_mask = nullptr;
+      row.grad_weights = nullptr, row.grad_mask = nullptr, row.written_mask = nullptr;
     }
     const int64_t padded = round_up(rows.rows, kPair);
     pack_right<O>(t.query_left, head_stride_, rows.rows, padded, a_.head_size, t.query_right,
@@ -375,23 +403,30 @@ class Backward {
   void run_keys(const Unit& u, const RowTile<O>& rows, int64_t first_key, T* grad_query, Thread& t) {
     const int64_t at = first_key - u.keys.begin, count = std::min(kKeyTile, u.keys.end - first_key);
     Range columns[K::kMostGroups], all{0, 0};
+    bool whole = true;
     for (int64_t g = 0; g < rows.groups; ++g) {
       columns[g] = rows.columns(g, first_key, count);
       all = join(all, columns[g]);
+      whole &= columns[g].begin == 0 && columns[g].end >= count;
     }
+    // What follows writes the mask's gradient where columns are.
+    if (writes_mask_ && !whole) clear_mask(u, rows, {first_key, first_key + count});
     if (all.empty()) return;
     for (int64_t r = 0; r < rows.rows; ++r) look(u, rows, r, first_key, count, t.row[r]);
     // Rows that share a gradient of the mask are summed up for themselves first: shorter chains are more exact.
     T* const shared_mask = t.row[0].grad_mask;
-    const bool shares =
-        a_.grad_mask && a_.grad_mask_stride[2] == 0 && t.row[rows.rows - 1].grad_mask == shared_mask;
+    const bool shares = a_.grad_mask && !writes_mask_ && a_.grad_mask_stride[2] == 0 &&
+                        t.row[rows.rows - 1].grad_mask == shared_mask;
     if (shares) {
       std::fill_n(t.mask_sums, kKeyTile, T(0));
       for (int64_t r = 0; r < rows.rows; ++r) t.row[r].grad_mask = t.mask_sums;
     }
     bool hidden[kKeyTile / K::kPanelKeys] = {};
     const auto score_row = [&](int64_t r) -> const ScoreRow<T>& { return t.row[r].score; };
-    if (scores_.masked() && find_hidden<O>(scores_, rows.rows, score_row, hidden).empty()) return;
+    if (scores_.masked() && find_hidden<O>(scores_, rows.rows, score_row, hidden).empty()) {
+      if (writes_mask_ && whole) clear_mask(u, rows, {first_key, first_key + count});
+      return;
+    }
 
     const auto mask_ahead = [&](int64_t g, Range c) {
       if (!scores_.masked()) return;
@@ -448,11 +483,13 @@ class Backward {
     if (a_.grad_weights.data) {
       row.grad_weights = u.s.template query_row<const S>(a_.grad_weights, head, query) + first_key;
     }
-    if (a_.grad_mask) {
-      const int64_t* const s = a_.grad_mask_stride;
-      const int64_t copy = s[0] ? 0 : u.b % copies_;
+    if (writes_mask_) {
+      scores_.with_mask(a_.grad_mask,
+                        [&](auto* mask) { row.written_mask = mask + of_mask(u, head, query, first_key); });
+    } else if (a_.grad_mask) {
+      const int64_t copy = a_.grad_mask_stride[0] ? 0 : u.b % copies_;
       T* const mask = copy ? mask_copies_ + (copy - 1) * mask_size_ : static_cast<T*>(a_.grad_mask);
-      row.grad_mask = mask + u.s.b * s[0] + head * s[1] + query * s[2] + first_key * s[3];
+      row.grad_mask = mask + of_mask(u, head, query, first_key);
     }
   }
 
@@ -562,6 +599,7 @@ class Backward {
   const bool wants_scores_;
   const ScoreKind kind_;
   const int64_t copies_, mask_size_;
+  const bool writes_mask_;
   const bool simple_;  // nothing between the weights and the gradients of the scores
   int64_t most_keys_ = 0, most_rows_ = 0;
   std::atomic<int64_t> next_{0};

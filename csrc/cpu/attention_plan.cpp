@@ -34,6 +34,14 @@ int64_t grad_mask_size(const AttentionArgs& a) {
   return size;
 }
 
+bool is_broadcast(const AttentionArgs& a) {
+  const int64_t sizes[4] = {a.batch, a.heads, a.queries, a.keys};
+  for (int i = 0; i < 4; ++i) {
+    if (sizes[i] > 1 && a.grad_mask_stride[i] == 0) return true;
+  }
+  return false;
+}
+
 int64_t grad_mask_copies(const AttentionArgs& a) {
   if (!a.grad_mask || a.grad_mask_stride[0] != 0) return 1;
   const int64_t bytes = grad_mask_size(a) * (a.dtype == DType::kFloat64 ? 8 : 4);

@@ -36,6 +36,7 @@ struct AttentionLengths {
 // Elements of the mask's gradient. Where it is summed over the batch, small ones are summed up in copies, of a number
 // that depends on nothing but sizes, so that the bits do not depend on the threads.
 int64_t grad_mask_size(const AttentionArgs& args);
+bool is_broadcast(const AttentionArgs& args);  // the mask of which a gradient is wanted, in any dimension
 int64_t grad_mask_copies(const AttentionArgs& args);
 
 // Units of the backward pass that add to the same elements of the mask's gradient form a lane, which one thread runs in

@@ -95,6 +95,15 @@ class Scores {
     return true;
   }
 
+  // Calls body with a pointer to elements of a float mask's type.
+  template <class Body>
+  void with_mask(void* p, const Body& body) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (mask_.kind == MaskKind::kFloat32) return body(static_cast<float*>(p));
+    }
+    body(static_cast<S*>(p));
+  }
+
   // What makes scores of products: nothing, or a mask with a key's element next to the other, or anything.
   ScoreKind kind() const {
     if (capped() || alibi_ || (masked() && mask_.stride[3] != 1)) return ScoreKind::kAny;
