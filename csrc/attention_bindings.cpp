@@ -142,8 +142,14 @@ PyMethodDef g_fast_calls[] = {fast_call<run_plain, 8>("attention"), {}};
 
 py::dict plan(py::args numbers) {
   Integers from(numbers);
-  const AttentionArgs a = read_sizes(from);
+  AttentionArgs a = read_sizes(from);
   const bool backward = from.next() != 0;
+  // Only whether they are there counts.
+  if (from.next()) a.highest.data = &a;
+  if (from.left()) {
+    a.grad_mask = &a;
+    for (int64_t& stride : a.grad_mask_stride) stride = from.next();
+  }
   const AttentionPlan plan = attention_plan(a, available_threads(a.threads), backward);
   py::dict result;
   result["kernel"] = plan.direct ? "decode" : "tiles";

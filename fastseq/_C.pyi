@@ -192,7 +192,8 @@ def attention_plan(
     head_size: int,
     value_size: int,
     backward: bool,
-    /,
+    keeps: bool,  # whether the forward pass leaves highest and inverse_sum
+    *has_dimension: bool,  # of the mask that gets a gradient, if one does: batch, head, query, key
 ) -> dict[str, Any]: ...
 def available_threads(requested: int, /) -> int: ...  # of those, how many a call may use here and now
 

@@ -132,7 +132,9 @@ def scaled_dot_product_attention(
         (torch.Size([2, 4, 1, 16]), torch.Size([2, 4, 1]))
     """
     if torch.is_autocast_enabled("cpu"):
-        query, key, value, attn_mask = _as_autocast_does(query, key, value, attn_mask)
+        query, key, value = _as_autocast_does(query, key, value)
+        if not isinstance(attn_mask, CausalBias):
+            (attn_mask,) = _as_autocast_does(attn_mask)
     if (
         attn_mask is None
         and (dropout_p == 0.0 and causal is None and window is None and softcap is None)

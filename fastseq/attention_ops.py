@@ -187,12 +187,13 @@ def _read_backward(arguments: Sequence[Any]) -> tuple[Arguments, Attention]:
                 )
             )
     wanted = arguments[23]
-    if len(wanted) != 5 or (wanted[3] and a.attn_mask is None) or (wanted[4] and a.sinks is None):
+    trained_mask = a.attn_mask is not None and a.attn_mask.dtype is not torch.bool
+    if len(wanted) != 5 or (wanted[3] and not trained_mask) or (wanted[4] and a.sinks is None):
         raise RuntimeError(
             problem(
                 f"wanted={list(wanted)}",
                 "a bool for each of query, key, value, attn_mask and sinks, true where there is one",
-                "False for a mask and sinks that are None",
+                "False for a mask that is None or bool, and for sinks that are None",
             )
         )
     if arguments[2] is not None and weights is None:
@@ -295,7 +296,9 @@ OPERATORS = ("attention", "attention_backward")
 class Kernels(NamedTuple):
     """The two operators on one device.
 
-    plan(sizes, dtype, device, backward), for fastseq.explain: what such a call runs, as in ops.Kernels.
+    plan(sizes, dtype, device, backward, keeps, of_mask), for fastseq.explain: what such a call runs, as in
+    ops.Kernels. keeps: whether the forward pass leaves a normalizer; of_mask: None, or of the mask that gets
+    a gradient, for each dimension, whether it has it.
     """
 
     attention: Callable[..., Any]

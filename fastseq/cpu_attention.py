@@ -149,12 +149,17 @@ def backward(sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradient
 
 
 def plan_in_data(
-    sizes: Attention, dtype: torch.dtype, device: torch.device, backward: bool
+    sizes: Attention,
+    dtype: torch.dtype,
+    device: torch.device,
+    backward: bool,
+    keeps: bool,
+    of_mask: tuple[bool, ...] | None,
 ) -> dict[str, Any]:
     """What the CPU's engine does with a call; see attention_ops.Kernels.plan."""
 
     def cut(threads: int) -> dict[str, Any]:
-        return _C.attention_plan(DTYPES[dtype], threads, *sizes, backward)
+        return _C.attention_plan(DTYPES[dtype], threads, *sizes, backward, keeps, *(of_mask or ()))
 
     threads = _C.available_threads(torch.get_num_threads())
     partition = cut(threads)

@@ -306,7 +306,7 @@ def _plan_of(
     mode: str,
     layer: Layer | Attention,
     input: Tensor,
-    options: tuple[bool, ...],
+    options: tuple[Any, ...],
     more_reasons: list[str],
 ) -> Plan:
     """What the owner of the device's kernels says of a call, and its engine in words."""
@@ -337,7 +337,10 @@ def _call_of_attention(operator: str, a: Arguments, kept: dict[str, Tensor] | No
 
     def plan(backward: bool) -> Plan:
         kernels = attention_ops.KERNELS.get(query.device.type)
-        return _plan_of(kernels, "ATTENTION", longest, query, (backward,), more)
+        mask = a.attn_mask if backward and a.attn_mask is not None and a.attn_mask.requires_grad else None
+        of_mask = None if mask is None else tuple(size > 1 for size in mask.shape)
+        options = (backward, a.save or a.return_weights, of_mask)
+        return _plan_of(kernels, "ATTENTION", longest, query, options, more)
 
     saved = {name: x.nbytes for name, x in (kept or {}).items()}
     return Call(

@@ -343,6 +343,19 @@ def backward_arguments(arguments, output, normalizer):
 OPERATORS = [attention_ops, torch.ops.fastseq]
 
 
+@pytest.mark.parametrize("operators", OPERATORS, ids=["direct", "dispatched"])
+@pytest.mark.parametrize("shape", [(B, H, SQ, SK), (1, 1, 1, 1)])
+def test_backward_operator_has_no_gradient_of_a_bool_mask(shape, operators):
+    """There would be no room for it in a mask's bytes."""
+    mask = torch.ones(shape, dtype=torch.bool)
+    arguments = operator_arguments({"query": Q, "key": K, "value": V, "attn_mask": mask})
+    backward = backward_arguments(arguments, torch.randn(B, H, SQ, DV), torch.randn(2, B, H, SQ))
+    backward[-1] = [False, False, False, True, False]
+    error = error_of(lambda: operators.attention_backward(*backward))
+    assert isinstance(error, RuntimeError)
+    assert "wanted" in str(error)
+
+
 @pytest.mark.parametrize("kind", KINDS_OF_TENSOR)
 @pytest.mark.parametrize("operators", OPERATORS, ids=["direct", "dispatched"])
 @pytest.mark.parametrize("lengths", BAD_LENGTHS, ids=str)

@@ -25,6 +25,8 @@ CASES = {
     "one head": Case(batch=1, heads=1, queries=300, keys=290, head_size=33, causal="bottom_right"),
     "long keys": Case(batch=1, heads=3, queries=140, keys=800, head_size=16, sinks=True),
     "mask": Case(queries=70, keys=75, mask="float", mask_dims="QK", sinks=True),
+    "mask of its own": Case(batch=3, heads=1, queries=140, keys=800, mask="float", causal="bottom_right"),
+    "mask of its own, lengths": Case(batch=3, heads=1, queries=40, keys=800, mask="float", lengths=True),
     "mask of a batch": Case(batch=11, heads=3, queries=33, keys=40, mask="float", mask_dims="HQK"),
     "bool mask of keys": Case(queries=70, keys=75, mask="bool", mask_dims="BK"),
     "window": Case(queries=200, keys=200, window=(20, 30), alibi="H", softcap=2.0),
@@ -109,10 +111,10 @@ def test_every_plan_gives_the_same_results(monkeypatch, dtype, name):
         assert_right(case, data, ours, torchs, exact, scores, what)
 
 
-def attention_plan(dtype="float32", threads=4, backward=False, **sizes):
+def attention_plan(dtype="float32", threads=4, backward=False, keeps=False, **sizes):
     shape = {"batch": 2, "heads": 8, "kv_heads": 8, "queries": 512, "keys": 512}
     shape |= {"head_size": 64, "value_size": 64} | sizes
-    return _C.attention_plan(_C.DTYPES[dtype], threads, *shape.values(), backward)
+    return _C.attention_plan(_C.DTYPES[dtype], threads, *shape.values(), backward, keeps)
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import fastseq
 from fastseq import _C, attention_ops
 from fastseq.attention_checks import Attention
+from harness import threads
 from test_explain import counting
 
 B, HQ, HKV, SQ, SK, D, DV = 2, 4, 2, 9, 11, 8, 6
@@ -53,9 +54,9 @@ def explain(options, *given, **how):
     return one
 
 
-def cut(sizes, dtype, backward):
+def cut(sizes, dtype, backward, keeps=False, *of_mask):
     code = _C.DTYPES[str(dtype).removeprefix("torch.")]
-    return _C.attention_plan(code, torch.get_num_threads(), *sizes, backward)
+    return _C.attention_plan(code, torch.get_num_threads(), *sizes, backward, keeps, *of_mask)
 
 
 # ---- what is reported is what there is ----
@@ -274,3 +275,21 @@ def test_every_operator_can_be_explained():
     from fastseq.explain import _READERS
 
     assert set(attention_ops.OPERATORS) <= _READERS.keys()
+
+
+@pytest.mark.parametrize("options", [{}, {"return_weights": True}], ids=["training", "weights"])
+def test_few_queries_that_keep_their_sums_are_no_decoding_step(options):
+    """Their keys are packed, as the backward pass and the weights need the same scores again."""
+    given = [torch.randn(2, HQ, n, D, requires_grad=not options) for n in (1, 300, 300)]
+    one = explain(options, *given)
+    assert one.plan.kernel == "tiles"
+    with torch.no_grad():
+        assert explain({}, *given).plan.kernel == "decode"
+
+
+def test_a_trained_mask_of_queries_keeps_the_keys_together():
+    given = [torch.randn(1, 1, n, D, requires_grad=True) for n in (64, 2000, 2000)]
+    mask = torch.zeros(1, 1, 64, 1, requires_grad=True)
+    with threads(4):
+        assert explain({}, *given).backward.partition["threads"] == 4
+        assert explain({"attn_mask": mask}, *given).backward.partition["threads"] == 1

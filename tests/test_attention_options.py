@@ -7,10 +7,20 @@ from itertools import chain, combinations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fastseq
-from attention_harness import ALL, Case, call_fastseq, check, make_data, run_fastseq
-from harness import DTYPES, assert_same_bits
+from attention_harness import (
+    ALL,
+    Case,
+    call_fastseq,
+    check,
+    kept_weights,
+    make_data,
+    run_fastseq,
+    run_reference,
+)
+from harness import DTYPES, assert_same_bits, threads
 from tolerances import SAME_FLOAT32, SAME_FLOAT64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,10 +79,41 @@ def test_gradient_of_a_mask_that_is_broadcast_nowhere_is_written_everywhere(
 
 
 @pytest.mark.usefixtures("uninitialized_memory_is_nan")
+@pytest.mark.parametrize("option", ["plain", "key lengths", "window", "causal from the end"])
+@pytest.mark.parametrize("plan", ["1x1", "1x2", "1x4", "2x2"])
+@two_dtypes
+def test_gradient_of_a_mask_is_written_everywhere_by_parts_of_the_keys(dtype, plan, option, monkeypatch):
+    monkeypatch.setenv("FASTSEQ_ATTENTION_PLAN", plan)
+    case = Case(dtype, 2, 1, 0, 40, 1100, 8, mask="float", mask_dims="BHQK")
+    with threads(4):
+        check(replace(case, **WRITTEN[option]))
+
+
+@pytest.mark.parametrize("keys", [2, 3, 5, 8, 16, 17])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"sinks": True, "returns": ("lse",)}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_few_keys_are_as_exact_as_torchs(dtype, options, keys):
+    """Root mean squares over many rows: delta from the rounded output lost to torch."""
+    case = Case(dtype, 8, 2, 0, 100, keys, 64, mask="float", mask_dims="BHQK", **options)
+    data = make_data(case)
+    keep = kept_weights(case, data)
+    exact, _ = run_reference(case, data, keep)
+    ours, torchs = run_fastseq(case, data), run_reference(case, data, keep, case.dtype)[0]
+    for name in ("query", "key", "attn_mask"):
+        name = f"grad of {name}"
+        unit = torch.finfo(dtype).eps * exact[name].square().mean().sqrt()
+        error, theirs = ((x[name].double() - exact[name]).square().mean().sqrt() for x in (ours, torchs))
+        assert error <= 1.6 * theirs + 0.25 * unit, (
+            f"{name}: {error / unit:.2f} units, torch {theirs / unit:.2f}"
+        )
+
+
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
 @pytest.mark.parametrize("hidden", [slice(0, 300), slice(200, 600), slice(None)], ids=str)
 @pytest.mark.parametrize("plan", ["1x1", "1x2", "2x2"])
 def test_gradient_of_a_mask_is_zero_where_it_hides_whole_tiles(plan, hidden, monkeypatch):
     monkeypatch.setenv("FASTSEQ_ATTENTION_PLAN", plan)
+    torch.set_num_threads(4)  # the fixture of this file sets it back
     case = Case(torch.float32, 1, 1, 0, 140, 600, 8, mask="float", mask_dims="BHQK")
     data = make_data(case)
     mask = torch.zeros(1, 1, 140, 600)
@@ -448,3 +489,13 @@ def test_autocast_casts_as_torchs_function_does():
             assert torch.equal(ours, cast)
         doubles = fastseq.scaled_dot_product_attention(query.double(), key.double(), value.double())
         assert doubles.dtype is torch.float64
+
+
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+def test_autocast_takes_torchs_causal_biases(bias):
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (9, 12, 12))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = fastseq.scaled_dot_product_attention(q, k, v, bias(9, 12))
+        theirs = F.scaled_dot_product_attention(q, k, v, bias(9, 12))
+    assert ours.dtype is theirs.dtype is torch.bfloat16
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)

@@ -65,7 +65,7 @@ class Forward {
 
   bool run() {
     if (!run_pass(&Forward::attend_units)) return false;
-    if (plan_.split) run_pass(&Forward::join_parts);
+    if (plan_.split && !run_pass(&Forward::join_parts)) join_parts(0);
     if (a_.weights.data) Weights<S, O>(a_).run(threads_);
     return true;
   }
@@ -252,9 +252,10 @@ class Forward {
       bool hidden[kKeyTile / K::kPanelKeys] = {};
       const int64_t count = std::min(kKeyTile, u.keys.end - first_key);
       if (!look<O>(a_, scores_, u.s, rows, first_key, count, columns, hidden, t.tile.row)) continue;
+      const auto row_of = [&](int64_t r) -> const ScoreRow<T>& { return t.tile.row[r]; };
       multiply_keys<O>(rows, columns, hidden, t.left, left_stride_, a_.head_size,
                        group.keys + tile * kKeyTile * left_stride_, t.tile.products,
-                       prefetch_masks<O>(scores_, rows, t.tile.row));
+                       prefetch_masks<O>(scores_, rows, row_of));
       softmax_tile<O>(scores_, dropout_, u.b * a_.heads, rows, columns, first_key, t.tile);
       rescale_output(rows, t.tile);
       add_weighted<S, O>(

@@ -72,12 +72,15 @@ AttentionPlan attention_plan(const AttentionArgs& a, int threads, bool backward)
   const int64_t heads = std::max<int64_t>(a.batch * a.kv_heads, 1);
   const int64_t units = plan.split ? heads * plan.key_parts : heads;
   plan.row_parts = 1;
+  bool may_split = false;  // of the backward pass
   if (backward) {
+    // A mask's gradient that is summed over keys has one order of its terms whatever the number of threads.
+    may_split = plan.key_parts > 1 && !(a.grad_mask && a.grad_mask_stride[3] == 0);
     // Whole heads, or parts of them where that keeps more threads at work.
     const int64_t lanes = std::max<int64_t>(AttentionLanes(a, 1).count(), 1);
     const double whole = double(ceil_div(lanes, threads));
     const double parts = 1.05 * double(ceil_div(lanes * plan.key_parts, threads)) / double(plan.key_parts);
-    plan.split = plan.key_parts > 1 && parts < whole;
+    plan.split = may_split && parts < whole;
     plan.head_parts = int(std::min<int64_t>(threads, plan.split ? lanes * plan.key_parts : lanes));
   } else {
     const int64_t tiles = std::max<int64_t>(ceil_div(most_rows, kQueryTile), 1);
@@ -97,13 +100,11 @@ AttentionPlan attention_plan(const AttentionArgs& a, int threads, bool backward)
     plan.head_parts = std::min(a.forced_plan[0], threads);
     plan.row_parts = std::min(a.forced_plan[1], threads / plan.head_parts);
     if (backward) {
-      plan.split = plan.key_parts > 1 && plan.row_parts > 1;
+      plan.split = may_split && plan.row_parts > 1;
       plan.head_parts *= plan.row_parts;
       plan.row_parts = 1;
     }
   }
-  // A mask's gradient that is summed over keys has one order of its terms whatever the number of threads.
-  if (backward && a.grad_mask && a.grad_mask_stride[3] == 0) plan.split = false;
   return plan;
 }
 

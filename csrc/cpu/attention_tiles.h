@@ -238,16 +238,16 @@ void multiply_keys(const RowTile<O>& tile, const Range* columns, const bool* hid
   }
 }
 
-// Finds the panels of a tile of keys that the mask hides from all rows, of which score_row(r) is what row r knows.
+// Finds the panels of a tile of keys that the mask hides from all rows, of which row_of(r) is what row r knows.
 // Returns the columns from the first panel to the last that somebody sees.
 template <class O, class S, class T, class RowOf>
-Range find_hidden(const Scores<S, T>& scores, int64_t rows, const RowOf& score_row, bool* hidden) {
+Range find_hidden(const Scores<S, T>& scores, int64_t rows, const RowOf& row_of, bool* hidden) {
   constexpr int64_t kPanelKeys = Tiles<O>::kPanelKeys;
   Range shown{0, 0};
   for (int64_t p = 0; p < Tiles<O>::kKeyTile / kPanelKeys; ++p) {
     const Range panel{p * kPanelKeys, (p + 1) * kPanelKeys};
     hidden[p] = true;
-    for (int64_t r = 0; r < rows && hidden[p]; ++r) hidden[p] = scores.hides(score_row(r), panel);
+    for (int64_t r = 0; r < rows && hidden[p]; ++r) hidden[p] = scores.hides(row_of(r), panel);
     if (!hidden[p]) shown = join(shown, panel);
   }
   return shown;
@@ -278,12 +278,12 @@ bool look(const AttentionArgs& a, const Scores<S, T>& scores, const Sequence& s,
   return !shown.empty();
 }
 
-// Of a register tile's rows the masks, asked for ahead of its products.
-template <class O, class S, class T>
-auto prefetch_masks(const Scores<S, T>& scores, const RowTile<O>& rows, const ScoreRow<T>* row) {
-  return [&scores, &rows, row](int64_t g, Range columns) {
+// Of a register tile's rows the masks, asked for ahead of its products. row_of(r) is what row r knows.
+template <class O, class S, class T, class RowOf>
+auto prefetch_masks(const Scores<S, T>& scores, const RowTile<O>& rows, const RowOf& row_of) {
+  return [&](int64_t g, Range columns) {
     if (!scores.masked()) return;
-    for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r) scores.prefetch(row[r], columns);
+    for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r) scores.prefetch(row_of(r), columns);
   };
 }
 

@@ -101,8 +101,9 @@ class Weights {
         std::fill_n(columns, rows.groups, Range{0, 0});
       } else {
         copy_rows<S>(a_.query, a_.head_size, s, rows, t.left, left_stride_);
+        const auto row_of = [&](int64_t r) -> const ScoreRow<T>& { return t.row[r]; };
         multiply_keys<O>(rows, columns, hidden, t.left, left_stride_, a_.head_size, t.keys, t.products,
-                         prefetch_masks<O>(scores_, rows, t.row));
+                         prefetch_masks<O>(scores_, rows, row_of));
       }
       for (int64_t g = 0; g < rows.groups; ++g) {
         for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1]; ++r)
