@@ -130,7 +130,7 @@ class Backward {
     if (plan_.split && a_.grad_query.data) {
       next_ = 0;
       const auto join = [](void* self, int thread) { static_cast<Backward*>(self)->join_parts(thread); };
-      if (!run_team(plan_.head_parts, join, this)) join(this, 0);
+      share_work(plan_.head_parts, join, this);
     }
     T* const grad_mask = static_cast<T*>(a_.grad_mask);
     for (int64_t copy = 1; copy < copies_; ++copy) {

@@ -64,8 +64,13 @@ class Forward {
   }
 
   bool run() {
-    if (!run_pass(&Forward::attend_units)) return false;
-    if (plan_.split && !run_pass(&Forward::join_parts)) join_parts(0);
+    const auto attend = [](void* self, int thread) { static_cast<Forward*>(self)->attend_units(thread); };
+    if (!run_team(threads_, attend, this)) return false;
+    if (plan_.split) {
+      next_unit_ = 0;
+      const auto join = [](void* self, int thread) { static_cast<Forward*>(self)->join_parts(thread); };
+      share_work(threads_, join, this);
+    }
     if (a_.weights.data) Weights<S, O>(a_).run(threads_);
     return true;
   }
@@ -76,22 +81,6 @@ class Forward {
     O* left;  // [kQueryTile][left_stride]  queries
     T* direct_left;
   };
-  struct Pass {
-    Forward* self;
-    void (Forward::*body)(int);
-  };
-
-  bool run_pass(void (Forward::*body)(int)) {
-    next_unit_ = 0;
-    Pass pass{this, body};
-    return run_team(
-        threads_,
-        [](void* p, int thread) {
-          const Pass& pass = *static_cast<Pass*>(p);
-          (pass.self->*pass.body)(thread);
-        },
-        &pass);
-  }
 
   // ---- units ----
 

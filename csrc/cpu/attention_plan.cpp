@@ -35,11 +35,7 @@ int64_t grad_mask_size(const AttentionArgs& a) {
 }
 
 bool is_broadcast(const AttentionArgs& a) {
-  const int64_t sizes[4] = {a.batch, a.heads, a.queries, a.keys};
-  for (int i = 0; i < 4; ++i) {
-    if (sizes[i] > 1 && a.grad_mask_stride[i] == 0) return true;
-  }
-  return false;
+  return grad_mask_size(a) != a.batch * a.heads * a.queries * a.keys;
 }
 
 int64_t grad_mask_copies(const AttentionArgs& a) {

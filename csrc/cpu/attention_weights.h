@@ -42,7 +42,7 @@ class Weights {
     arena_.allocate();
     lay_out(threads);
     const auto body = [](void* self, int thread) { static_cast<Weights*>(self)->run_units(thread); };
-    if (!run_team(threads, body, this)) run_team(1, body, this);
+    share_work(threads, body, this);
   }
 
  private:

@@ -17,6 +17,12 @@ int available_threads(int requested);
 // OpenMP gave fewer threads: the bodies wait for each other, so some of them are no use.
 bool run_team(int threads, void (*body)(void* context, int thread), void* context);
 
+// The same for bodies that take their share of some work and do not wait for each other: one thread does all of it if
+// OpenMP gave fewer.
+inline void share_work(int threads, void (*body)(void* context, int thread), void* context) {
+  if (!run_team(threads, body, context)) body(context, 0);
+}
+
 // All threads of a group leave wait() after the last has entered. Each has a flag on a cache line of its own,
 // so that meeting costs one transfer of a line between cores. Spins for some microseconds, then sleeps: with
 // another program on the cores a thread that spins on would keep its partner off the core that it waits for.
