@@ -18,7 +18,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import attention_ops, autograd
 from .attention_checks import broadcasts, dtype_of_sums, raise_for_mask
-from .checks import problem
+from .checks import problem, require_tensor
 
 
 def scaled_dot_product_attention(
@@ -151,7 +151,7 @@ def scaled_dot_product_attention(
             return output
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         for name, given in (("query", query), ("key", key), ("value", value)):
-            _require_tensor(name, given)
+            require_tensor(name, given)
     _refuse_nested(query, key, value)
     if enable_gqa is not False and enable_gqa is not True:
         raise _no_bool("enable_gqa", enable_gqa)
@@ -188,7 +188,7 @@ def scaled_dot_product_attention(
     if sinks is not None:
         sinks = _per_head("sinks", sinks, query)
     if key_lengths is not None:
-        _require_tensor("key_lengths", key_lengths)
+        require_tensor("key_lengths", key_lengths)
 
     output, lse, weights, *_ = autograd.attention(
         query,
@@ -323,7 +323,7 @@ def _check_packed(
     """What the operator does not ask; it looks at ranks and sizes."""
     for name, seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if seqlens is not None:
-            _require_tensor(name, seqlens)
+            require_tensor(name, seqlens)
     if query.dim() == 3 and key.dim() == 3:
         _check_gqa(query.shape[1], key.shape[1], enable_gqa)
     elif query.dim() == 0:
@@ -336,7 +336,7 @@ def _mask_in_four_dimensions(
     mask: Tensor, query: Tensor, key: Tensor, lead: tuple[int, ...] | None
 ) -> Tensor:
     """Each dimension that of the scores or 1, if it broadcasts; float64 beside float64."""
-    _require_tensor("attn_mask", mask)
+    require_tensor("attn_mask", mask)
     if mask.dtype is torch.float32 and query.dtype is torch.float64:
         mask = mask.double()
     if query.dim() != 4 or (lead is None and mask.dim() == 4):
@@ -356,12 +356,6 @@ def _mask_in_four_dimensions(
 
 
 # ---------------------------------------------------------------------------------------------------- options
-
-
-def _require_tensor(name: str, given: object) -> None:
-    if not isinstance(given, Tensor):
-        remedy = f"check what {name} is" if given is None else f"torch.as_tensor({name})"
-        raise TypeError(problem(f"{name} of type {type(given).__name__}", "a torch.Tensor", remedy))
 
 
 def _refuse_nested(*tensors: Any) -> None:
@@ -488,7 +482,7 @@ def _window(window: Any) -> tuple[int, int]:
 
 def _per_head(name: str, given: Any, query: Tensor) -> Tensor:
     """In the dtype of sums."""
-    _require_tensor(name, given)
+    require_tensor(name, given)
     if not given.is_floating_point():
         raise RuntimeError(problem(f"{name} of dtype {given.dtype}", "a float dtype", f"{name}.float()"))
     return given.to(dtype_of_sums(query.dtype))

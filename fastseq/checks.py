@@ -57,6 +57,12 @@ def problem(given: str, accepted: str, remedy: str) -> str:
     return f"given: {given}\naccepted: {accepted}\ntry: {remedy}"
 
 
+def require_tensor(name: str, given: object) -> None:
+    if not isinstance(given, Tensor):
+        remedy = f"check what {name} is" if given is None else f"torch.as_tensor({name})"
+        raise TypeError(problem(f"{name} of type {type(given).__name__}", "a torch.Tensor", remedy))
+
+
 def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str, input: Tensor) -> None:
     """Raises RuntimeError unless `tensor` has this shape and the dtype and device of `input`."""
     if tensor.shape == shape and tensor.dtype is input.dtype and tensor.device == input.device:

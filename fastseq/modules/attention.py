@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import CausalBias
 
 from ..attention import scaled_dot_product_attention
-from ..checks import problem
+from ..checks import problem, require_tensor
 
 
 def _must_be_called(module: nn.Module, inputs: Any) -> None:
@@ -143,10 +143,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         for name, given in (("query", query), ("key", key), ("value", value)):
-            if not isinstance(given, Tensor):
-                raise TypeError(
-                    problem(f"{name} of type {type(given).__name__}", "a torch.Tensor", "a tensor")
-                )
+            require_tensor(name, given)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
