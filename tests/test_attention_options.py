@@ -20,7 +20,7 @@ from attention_harness import (
     run_fastseq,
     run_reference,
 )
-from harness import DTYPES, assert_same_bits, threads
+from harness import DTYPES, assert_same_bits, threads, with_gradients
 from tolerances import SAME_FLOAT32, SAME_FLOAT64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,16 +113,16 @@ def test_gradients_of_few_keys_are_as_exact_as_torchs(dtype, options, keys):
 @pytest.mark.parametrize("plan", ["1x1", "1x2", "2x2"])
 def test_gradient_of_a_mask_is_zero_where_it_hides_whole_tiles(plan, hidden, monkeypatch):
     monkeypatch.setenv("FASTSEQ_ATTENTION_PLAN", plan)
-    torch.set_num_threads(4)  # the fixture of this file sets it back
     case = Case(torch.float32, 1, 1, 0, 140, 600, 8, mask="float", mask_dims="BHQK")
     data = make_data(case)
     mask = torch.zeros(1, 1, 140, 600)
     mask[..., hidden] = -torch.inf
     data["attn_mask"] = mask.requires_grad_()
-    gradient = run_fastseq(case, data)["grad of attn_mask"]
+    with threads(4):
+        gradient = run_fastseq(case, data)["grad of attn_mask"]
+        check(case, data)
     assert gradient.isfinite().all()
     assert not gradient[..., hidden].any()
-    check(case, data)
 
 
 def test_gradient_of_a_large_mask_takes_no_copies():
@@ -132,13 +132,8 @@ def test_gradient_of_a_large_mask_takes_no_copies():
     results = run_fastseq(case, data)
     halves = [{name: x if name == "attn_mask" else x[b : b + 1] for name, x in data.items()} for b in (0, 1)]
     outputs = torch.cat([call_fastseq(replace(case, batch=1), half)["output"] for half in halves])
-    (expected,) = torch.autograd.grad(outputs, [data["attn_mask"]], incoming_of(outputs))
-    torch.testing.assert_close(results["grad of attn_mask"], expected)
-
-
-def incoming_of(outputs, seed=2):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(outputs.shape, generator=g, dtype=torch.float64).to(outputs.dtype)
+    expected = with_gradients({"output": outputs}, {"attn_mask": data["attn_mask"]}, case.dtype)
+    torch.testing.assert_close(results["grad of attn_mask"], expected["grad of attn_mask"])
 
 
 @pytest.mark.parametrize("dims", ["", "K", "QK", "HQK", "BK", "BHQK"])

@@ -47,19 +47,21 @@ def test_public_docstring_has_a_runnable_example(thing):
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_help_tells_arguments_results_errors_and_what_is_saved(module):
-    text = pydoc.render_doc(module, renderer=pydoc.plaintext)
-    for word in ("Args:", "Returns:", "Raises:", "hidden_size", "weight_hh", "hx", "tanh"):
-        assert word in text, f"help({module.__name__}) lacks {word}"
-    assert re.search(r"(?i)saved for the backward pass", text)
+    text = check_help(module, "hidden_size", "weight_hh", "hx", "tanh")
     assert "batch_first" in text or "Cell" in module.__name__
 
 
 @pytest.mark.parametrize("thing", ATTENTION, ids=lambda x: x.__name__)
 def test_help_of_attention_tells_arguments_results_errors_equation_and_source(thing):
+    check_help(thing, "attn_mask", "softmax", "Vaswani", "NaN")
+
+
+def check_help(thing, *words):
     text = pydoc.render_doc(thing, renderer=pydoc.plaintext)
-    for word in ("Args:", "Returns:", "Raises:", "attn_mask", "softmax", "Vaswani", "NaN"):
+    for word in ("Args:", "Returns:", "Raises:", *words):
         assert word in text, f"help({thing.__name__}) lacks {word}"
     assert re.search(r"(?i)saved for the backward pass", text)
+    return text
 
 
 def test_readme_python_blocks_run(tmp_path, monkeypatch):
