@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "arguments.h"
+#include "attention_arguments.h"
 #include "cpu/engine.h"
 #include "cpu/team.h"
 #include "fastseq.h"
@@ -15,28 +15,6 @@
 
 namespace fastseq {
 namespace {
-
-HeadTensor read_head(Integers& from) {
-  Integers head = from.nested();
-  HeadTensor t = {head.pointer<void>(), {}};
-  for (int64_t& stride : t.stride) stride = head.next();
-  return t;
-}
-HeadRows read_rows(Integers& from) {
-  Integers rows = from.nested();
-  HeadRows t = {rows.pointer<void>(), {}};
-  for (int64_t& stride : t.stride) stride = rows.next();
-  return t;
-}
-AttentionMask read_mask(Integers& from) {
-  Integers mask = from.nested();
-  AttentionMask m = {mask.pointer<const void>(), MaskKind::kNone, {}};
-  const int64_t kind = mask.next();
-  if (kind < 0 || kind > int(MaskKind::kFloat32)) throw py::value_error("mask: unknown kind");
-  m.kind = MaskKind(kind);
-  for (int64_t& stride : m.stride) stride = mask.next();
-  return m;
-}
 
 // FASTSEQ_ATTENTION_PLAN=HxR forces head parts and row parts. Read here, where the GIL keeps the environment still.
 void read_forced_plan(int (&forced)[2]) {
@@ -51,38 +29,10 @@ void read_forced_plan(int (&forced)[2]) {
   }
 }
 
-AttentionArgs read_sizes(Integers& from) {
-  AttentionArgs a = {};
-  a.dtype = dtype_of(from.next()), a.threads = int(from.next());
-  read_forced_plan(a.forced_plan);
-  a.batch = from.next(), a.heads = from.next(), a.kv_heads = from.next();
-  a.queries = from.next(), a.keys = from.next(), a.head_size = from.next(), a.value_size = from.next();
-  if (a.heads < 0 || a.kv_heads < 1 || a.heads % a.kv_heads != 0)
-    throw py::value_error("heads: not a multiple of kv_heads");
-  return a;
-}
-
-AttentionArgs read_problem(Integers& from, bool backward) {
-  AttentionArgs a = read_sizes(from);
-  a.left = from.next(), a.right = from.next(), a.bottom_right = from.next() != 0;
-  a.seed = uint64_t(from.next());
-  a.scale = from.real(), a.softcap = from.real(), a.dropout_p = from.real();
-  a.cu_seqlens_q = from.pointer<const int64_t>(), a.cu_seqlens_k = from.pointer<const int64_t>();
-  a.key_lengths = from.pointer<const int64_t>();
-  a.query = read_head(from), a.key = read_head(from), a.value = read_head(from), a.output = read_head(from);
-  if (!backward) a.lse = read_rows(from);
-  a.highest = read_rows(from), a.inverse_sum = read_rows(from);
-  a.mask = read_mask(from);
-  a.alibi = read_rows(from);
-  a.sinks = from.pointer<const void>();
-  return a;
-}
-
 void forward(py::args numbers) {
   Integers from(numbers);
-  AttentionArgs a = read_problem(from, false);
-  a.weights = read_head(from);
-  a.remainder = read_head(from);
+  AttentionArgs a = read_forward(from);
+  read_forced_plan(a.forced_plan);
   if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
   py::gil_scoped_release release;
   attention_forward(a);
@@ -90,14 +40,8 @@ void forward(py::args numbers) {
 
 void backward(py::args numbers) {
   Integers from(numbers);
-  AttentionArgs a = read_problem(from, true);
-  a.grad_output = read_head(from), a.grad_lse = read_rows(from), a.grad_weights = read_head(from);
-  a.grad_query = read_head(from), a.grad_key = read_head(from), a.grad_value = read_head(from);
-  Integers mask = from.nested();
-  a.grad_mask = mask.pointer<void>();
-  for (int64_t& stride : a.grad_mask_stride) stride = mask.next();
-  a.grad_sinks = from.pointer<void>();
-  a.remainder = read_head(from);
+  AttentionArgs a = read_backward(from);
+  read_forced_plan(a.forced_plan);
   if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
   py::gil_scoped_release release;
   attention_backward(a);
@@ -143,6 +87,7 @@ PyMethodDef g_fast_calls[] = {fast_call<run_plain, 8>("attention"), {}};
 py::dict plan(py::args numbers) {
   Integers from(numbers);
   AttentionArgs a = read_sizes(from);
+  read_forced_plan(a.forced_plan);
   const bool backward = from.next() != 0;
   // Only whether they are there counts.
   if (from.next()) a.highest.data = &a;

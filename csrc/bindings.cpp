@@ -18,6 +18,7 @@
 #include "arguments.h"
 #include "cpu/engine.h"
 #include "cpu/team.h"
+#include "cuda/attention_plan_bindings.h"
 #include "cuda/plan_bindings.h"
 #include "cuda/probe.h"
 #include "fastseq.h"

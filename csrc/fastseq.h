@@ -136,14 +136,14 @@ struct AttentionMask {
 
 struct AttentionArgs {
   DType dtype;         // of query, key, value, output, weights and the gradients of these
-  int threads;         // at most so many
-  int forced_plan[2];  // head parts and row parts; 0: not forced
+  int threads;         // CPU: at most so many
+  int forced_plan[2];  // CPU: head parts and row parts; 0: not forced
   int64_t batch, heads, kv_heads;
   int64_t queries, keys;  // Sq, Sk; of packed sequences the sums
   int64_t head_size, value_size;
   int64_t left, right;               // the window; -1: unlimited
   bool bottom_right;                 // offset = the sequence's keys - its queries, else 0
-  uint64_t seed;                     // of dropout
+  uint64_t seed;                     // of dropout, where there is no seed_address
   double scale, softcap, dropout_p;  // softcap 0: none
   const int64_t* cu_seqlens_q;       // [B + 1] or null: first row of each packed sequence, and their number
   const int64_t* cu_seqlens_k;
@@ -171,6 +171,15 @@ struct AttentionArgs {
   void* grad_mask;
   int64_t grad_mask_stride[4];  // 0 where the mask is broadcast
   void* grad_sinks;             // [B, Hq] or null: not wanted
+
+  // CUDA only. All tensors, lengths too, are on the device; lengths are not looked at before the kernels run, which
+  // take what is out of bounds for the nearest that is not.
+  bool tf32;                    // float32 may be rounded to tf32 in products
+  bool one_pass;                // grad_query may be summed up in any order
+  const int64_t* seed_address;  // on the device, or null
+  int device;
+  void* stream;
+  void* workspace;  // of the size that the plan says, 256-byte aligned
 };
 
 // ---- the time loop alone, as the CUDA engine runs it ----

@@ -197,7 +197,7 @@ def attention_plan(
 ) -> dict[str, Any]: ...
 def available_threads(requested: int, /) -> int: ...  # of those, how many a call may use here and now
 
-# ---- the CUDA engine; all but loop_plan only where cuda_info()["built"], and in the tests' host twin ----
+# ---- the CUDA engine; all but the plans only where cuda_info()["built"], and in the tests' host twin ----
 
 class LoopPlan:
     @property
@@ -223,6 +223,23 @@ def loop_plan(
     forced: str,  # FASTSEQ_CUDA_PLAN
     /,
 ) -> LoopPlan: ...
+
+class AttentionPlan:
+    @property
+    def workspace_bytes(self) -> int: ...
+    def describe(self) -> dict[str, Any]: ...
+
+def cuda_attention_plan(
+    problem: tuple[int, ...],  # cuda_attention.Problem
+    device: tuple[int, ...],  # as of loop_plan
+    forced: str,  # FASTSEQ_CUDA_ATTENTION_PLAN
+    /,
+) -> AttentionPlan: ...
+
+# The numbers are those of attention_forward and attention_backward, then tf32, one_pass, address of the seed,
+# device, stream, workspace. All addresses are on the device.
+def cuda_attention_forward(plan: AttentionPlan, /, *numbers: Any) -> None: ...
+def cuda_attention_backward(plan: AttentionPlan, /, *numbers: Any) -> None: ...
 def loop_forward(
     plan: LoopPlan,
     cell: int,

@@ -73,8 +73,8 @@ def scaled_dot_product_attention(
             shape that broadcasts to (..., Hq, Sq, Sk). A float mask gets a gradient, summed over what is
             broadcast. `torch.nn.attention.bias.causal_upper_left` and `causal_lower_right` are `causal`.
         dropout_p: probability of zeroing a weight, from 0 to 1; applied whenever it is not 0, as torch does.
-            The seed comes from torch's default generator; which weights are dropped is computed from it anew
-            in the backward pass, and not stored.
+            The seed comes from the default generator of the query's device; which weights are dropped is
+            computed from it anew in the backward pass, and not stored.
         is_causal: the same as causal="top_left".
         scale: 1 / sqrt(D) if None.
         enable_gqa: whether query may have a multiple of the heads of key and value. A single head of these
@@ -131,10 +131,10 @@ def scaled_dot_product_attention(
         >>> output.shape, lse.shape  # of one more token, which sees the last eight
         (torch.Size([2, 4, 1, 16]), torch.Size([2, 4, 1]))
     """
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = _as_autocast_does(query, key, value)
-        if not isinstance(attn_mask, CausalBias):
-            (attn_mask,) = _as_autocast_does(attn_mask)
+    if torch._C._is_any_autocast_enabled():
+        query, key, value, attn_mask = (
+            x if isinstance(x, CausalBias) else _as_autocast_does(x) for x in (query, key, value, attn_mask)
+        )
     if (
         attn_mask is None
         and (dropout_p == 0.0 and causal is None and window is None and softcap is None)
@@ -182,7 +182,7 @@ def scaled_dot_product_attention(
         if drop_all or dropout_p == 0:
             dropout_p = 0.0
         else:
-            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu")
+            seed = _seed(query)
     if alibi_slopes is not None:
         alibi_slopes = _slopes(alibi_slopes, query)
     if sinks is not None:
@@ -411,12 +411,18 @@ def _number(name: str, given: Any) -> float:
     raise TypeError(problem(f"{name} of type {type(given).__name__}", "a number", f"{name}=float(...)"))
 
 
-def _as_autocast_does(*tensors: Any) -> Sequence[Any]:
+def _as_autocast_does(given: Any) -> Any:
     """In torch.autocast's dtype, as torch's own function has its arguments there; float64 stays."""
-    dtype = torch.get_autocast_dtype("cpu")
-    return [
-        t.to(dtype) if isinstance(t, Tensor) and t.is_cpu and t.dtype in _AUTOCAST else t for t in tensors
-    ]
+    if not (isinstance(given, Tensor) and (given.is_cpu or given.is_cuda) and given.dtype in _AUTOCAST):
+        return given
+    device = given.device.type
+    return given.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else given
+
+
+def _seed(query: Tensor) -> Tensor:
+    """From the generator of the device, so that a CUDA graph has another one each time it is replayed."""
+    device = query.device if query.is_cuda else "cpu"
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 _AUTOCAST = {torch.float32, torch.bfloat16, torch.float16}

@@ -30,7 +30,7 @@ class Arguments(NamedTuple):
     cu_seqlens_k: Tensor | None
     alibi_slopes: Tensor | None  # (1 or B, Hq), in the dtype of sums
     sinks: Tensor | None  # (Hq,), in the dtype of sums
-    seed: Tensor | None  # one int64 on the CPU
+    seed: Tensor | None  # one int64, on the CPU or the query's device
     scale: float
     softcap: float  # 0: none
     dropout_p: float
@@ -326,12 +326,13 @@ def _check_heads(a: Arguments, sizes: Attention) -> None:
 
 def _check_dropout(a: Arguments) -> None:
     seed = a.seed
-    good = seed is not None and seed.dtype is torch.int64 and seed.numel() == 1 and seed.device.type == "cpu"
+    good = seed is not None and seed.dtype is torch.int64 and seed.numel() == 1
+    good = good and (seed.device.type == "cpu" or seed.device == a.query.device)
     if not good or not 0 < a.dropout_p < 1:
         raise RuntimeError(
             problem(
                 f"dropout_p={a.dropout_p} with {'no seed' if seed is None else 'a seed'}",
-                "dropout_p in [0, 1), in the operator with a seed: one int64 on the CPU",
+                "dropout_p in [0, 1), in the operator with a seed: one int64, on the CPU or beside query",
                 "torch.randint(2**63 - 1, (1,))",
             )
         )

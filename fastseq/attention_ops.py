@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, cpu_attention
+from . import _C, cpu_attention, cuda_attention, loops
 from .attention_checks import (
     Arguments,
     Attention,
@@ -100,8 +100,9 @@ def _attention_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return _allocate(a, check_attention(a))
 
 
-def _dense(a: Arguments, sizes: Attention) -> Arguments:
-    """As the kernels take them: features next to each other, lengths checked and as int64, without gaps."""
+def _dense(a: Arguments, sizes: Attention, looks: bool) -> Arguments:
+    """As the kernels take them: features next to each other, lengths as int64, without gaps, and checked if
+    somebody looks at them."""
     query, key, value = a.query, a.key, a.value
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
         a = a._replace(query=_rows_of(query), key=_rows_of(key), value=_rows_of(value))
@@ -112,16 +113,19 @@ def _dense(a: Arguments, sizes: Attention) -> Arguments:
             if getattr(a, name) is not None
         }
         a = a._replace(**lengths, sinks=None if a.sinks is None else a.sinks.contiguous())
-        check_values(a, sizes)
+        if looks:
+            check_values(a, sizes)
     return a
 
 
-def _run(run: Callable[..., None], *arguments: Any) -> tuple[Tensor, ...]:
-    """Checks, allocates, has run(sizes, arguments, *results) fill the results."""
+def _run(run: Callable[..., None], looks: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    """Checks, allocates, has run(sizes, arguments, *results) fill the results.
+
+    looks: whether values of lengths are checked, for which a GPU would have to be waited for."""
     a = Arguments(*arguments)
     sizes = check_attention(a)
     results = _allocate(a, sizes)
-    a = _dense(a, sizes)
+    a = _dense(a, sizes, looks)
     run(sizes, a, *results)
     if a.average_weights and not sizes.heads:
         results[2].fill_(torch.nan)
@@ -255,11 +259,11 @@ def _incoming(arguments: Sequence[Any]) -> Incoming:
     return Incoming(grad_output, grad_lse, grad_weights, _rows_of(output), normalizer.contiguous(), remainder)
 
 
-def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
+def _run_backward(run: Callable[..., None], looks: bool, *arguments: Any) -> list[Tensor]:
     """Checks, allocates, has run(sizes, arguments, incoming, grads) fill the gradients."""
     a, sizes = _read_backward(arguments)
     grads = _allocate_gradients(a, sizes, arguments[23])
-    a = _dense(a, sizes)
+    a = _dense(a, sizes, looks)
     if sizes.heads:
         run(sizes, a, _incoming(arguments), grads)
     else:  # keys and values that no query head reads
@@ -296,9 +300,9 @@ OPERATORS = ("attention", "attention_backward")
 class Kernels(NamedTuple):
     """The two operators on one device.
 
-    plan(sizes, dtype, device, backward, keeps, of_mask), for fastseq.explain: what such a call runs, as in
-    ops.Kernels. keeps: whether the forward pass leaves a normalizer; of_mask: None, or of the mask that gets
-    a gradient, for each dimension, whether it has it.
+    plan(longest, arguments, backward, of_mask), for fastseq.explain: what such a call runs, as in
+    ops.Kernels. longest: the sizes, with as many queries and keys as the longest sequence has; of_mask: None,
+    or of the mask that gets a gradient, for each dimension, whether it has it.
     """
 
     attention: Callable[..., Any]
@@ -306,13 +310,25 @@ class Kernels(NamedTuple):
     plan: Callable[..., dict[str, Any]] | None = None
 
 
+def cuda_kernels(engine: loops.Engine) -> Kernels:
+    """The operators where attention runs on `engine`."""
+    return Kernels(
+        partial(_run, partial(cuda_attention.forward, engine), False),
+        partial(_run_backward, partial(cuda_attention.backward, engine), False),
+        partial(cuda_attention.plan_in_data, engine),
+    )
+
+
 KERNELS = {
     "cpu": Kernels(
-        partial(_run, cpu_attention.forward),
-        partial(_run_backward, cpu_attention.backward),
+        partial(_run, cpu_attention.forward, True),
+        partial(_run_backward, cpu_attention.backward, True),
         cpu_attention.plan_in_data,
     )
 }
+if _C.cuda_info()["built"]:
+    KERNELS["cuda"] = cuda_kernels(loops.CUDA)
+
 _DISPATCHED = Kernels(
     *(
         register(name, {where: getattr(k, name) for where, k in KERNELS.items()}, fake, unsupported)

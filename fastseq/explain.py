@@ -298,7 +298,8 @@ def _plan(
     copied = any(not weight.is_contiguous() for weight in weights)
     more = ["weights that are not contiguous are copied in every call: weight.contiguous()"] * copied
     options = (packed, one_step, backward)
-    return _plan_of(ops.KERNELS.get(input.device.type), mode, layer, input, options, more)
+    kernels = ops.KERNELS.get(input.device.type)
+    return _plan_of(kernels, mode, layer, input, (layer, input.dtype, input.device, *options), more)
 
 
 def _plan_of(
@@ -306,14 +307,14 @@ def _plan_of(
     mode: str,
     layer: Layer | Attention,
     input: Tensor,
-    options: tuple[Any, ...],
+    asked: tuple[Any, ...],
     more_reasons: list[str],
 ) -> Plan:
-    """What the owner of the device's kernels says of a call, and its engine in words."""
+    """What the owner of the device's kernels says when it is asked, and its engine in words."""
     if kernels is None or kernels.plan is None:
         return Plan("none", "", {}, (), (f"nothing is computed on device {input.device}",))
     try:
-        plan = kernels.plan(layer, input.dtype, input.device, *options)
+        plan = kernels.plan(*asked)
     except RuntimeError as error:  # of a backward pass that will fail: a call that failed has raised
         return Plan(
             "none", "", {}, (), tuple(f"it will fail, {line}" for line in str(error).splitlines()[:1])
@@ -339,8 +340,7 @@ def _call_of_attention(operator: str, a: Arguments, kept: dict[str, Tensor] | No
         kernels = attention_ops.KERNELS.get(query.device.type)
         mask = a.attn_mask if backward and a.attn_mask is not None and a.attn_mask.requires_grad else None
         of_mask = None if mask is None else tuple(size > 1 for size in mask.shape)
-        options = (backward, a.save or a.return_weights, of_mask)
-        return _plan_of(kernels, "ATTENTION", longest, query, options, more)
+        return _plan_of(kernels, "ATTENTION", longest, query, (longest, a, backward, of_mask), more)
 
     saved = {name: x.nbytes for name, x in (kept or {}).items()}
     return Call(

@@ -27,6 +27,11 @@ def of_recurrent_networks(dtype: torch.dtype) -> str | None:
     return "tf32" if allowed else "ieee"
 
 
+def of_products(dtype: torch.dtype) -> str | None:
+    """ "tf32" or "ieee", as torch multiplies matrices, which attention follows; None for another dtype."""
+    return _of_products() if dtype is torch.float32 else None
+
+
 def _of_products() -> str:
     allowed = torch.backends.cuda.matmul.allow_tf32 if _get is None else _get("cuda", "matmul") == "tf32"
     return "tf32" if allowed else "ieee"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cuda_host
-from fastseq import _C, loops, ops, precision
+from fastseq import _C, attention_ops, loops, ops, precision
 from harness import (
     Case,
     assert_all_as_accurate_as_torch,
@@ -88,6 +88,14 @@ class Recorded:
         self.ran.append({**plan.describe(), "pass": "backward"})
         self.module.loop_backward(plan, *arguments)
 
+    def cuda_attention_forward(self, plan, *numbers):
+        self.ran.append({**plan.describe(), "pass": "forward"})
+        self.module.cuda_attention_forward(plan, *numbers)
+
+    def cuda_attention_backward(self, plan, *numbers):
+        self.ran.append({**plan.describe(), "pass": "backward"})
+        self.module.cuda_attention_backward(plan, *numbers)
+
     def cell_forward(self, *arguments):
         self.ran.append({"kernel": "steps", "pass": "forward"})
         self.module.cell_forward(*arguments)
@@ -124,6 +132,9 @@ class Device:
             pytest.skip("clusters need compute capability 9.0")
         engine = loops.Engine(self.module, lambda index: facts, self.stream)
         kernels, reads_tensors = ops.KERNELS.get(self.where), ops.READS_TENSORS
+        of_attention = attention_ops.KERNELS.get(self.where)
+        attention_ops.KERNELS[self.where] = attention_ops.cuda_kernels(engine)
+        attention_ops.READS_TENSORS = False
         plan, allow_tf32 = os.environ.get("FASTSEQ_CUDA_PLAN"), torch.backends.cudnn.allow_tf32
         ops.KERNELS[self.where], ops.READS_TENSORS = ops.loop_kernels(engine), False
         os.environ["FASTSEQ_CUDA_PLAN"] = forced
@@ -133,6 +144,7 @@ class Device:
             yield self.module.ran
         finally:
             ops.KERNELS[self.where], ops.READS_TENSORS = kernels, reads_tensors
+            attention_ops.KERNELS[self.where], attention_ops.READS_TENSORS = of_attention, reads_tensors
             torch.backends.cudnn.allow_tf32 = allow_tf32
             os.environ.pop("FASTSEQ_CUDA_PLAN", None)
             if plan is not None:

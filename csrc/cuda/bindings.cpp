@@ -2,7 +2,9 @@
 // fastseq._C, and into the module of the host twin.
 #include <cstring>
 
-#include "../arguments.h"
+#include "../attention_arguments.h"
+#include "attention.h"
+#include "attention_plan_bindings.h"
 #include "plan_bindings.h"
 #include "recurrent.h"
 
@@ -39,10 +41,9 @@ const LoopPlan& read_arguments(Integers& from, const py::handle& plan, bool back
   return py::cast<const BoundLoopPlan&>(plan).plan;
 }
 
-void check(const char* error, int device) {
+void check(const char* error, int device, const char* what = "a recurrent network") {
   if (!error) return;
-  throw std::runtime_error(std::string("given: a recurrent network on CUDA device ") +
-                           std::to_string(device) +
+  throw std::runtime_error(std::string("given: ") + what + " on CUDA device " + std::to_string(device) +
                            "\naccepted: a GPU that is free to run it; CUDA says: " + error +
                            "\ntry: python -m fastseq, which tells what is built and which GPUs there are");
 }
@@ -52,7 +53,7 @@ StepPart part_of(int64_t code) {
   return StepPart(code);
 }
 
-StepRows read_rows(Integers& from) {
+StepRows read_step_rows(Integers& from) {
   const int64_t t = from.next(), offset = from.next(), rows = from.next();
   return {t, offset, rows};
 }
@@ -95,7 +96,7 @@ void run_cell_forward(const py::tuple& common, const py::tuple& directions, cons
   args.pre = from.common.pointer<void>(), args.weight_hh = from.common.pointer<void>();
   read_sequence(from.common, 2, args.output);
   from.for_directions(args, [](CellStepDirection& d, Integers& addresses, Integers& of_rows) {
-    d.now = read_rows(of_rows);
+    d.now = read_step_rows(of_rows);
     d.product = addresses.pointer<void>(), d.bias_hh = addresses.pointer<void>();
     d.h = addresses.pointer<void>(), d.c = addresses.pointer<void>();
     d.h_next = addresses.pointer<void>(), d.c_next = addresses.pointer<void>();
@@ -117,7 +118,7 @@ void run_cell_backward(const py::tuple& common, const py::tuple& directions, con
   read_sequence(from.common, 2, args.output);
   read_sequence(from.common, 3, args.grad_output);
   from.for_directions(args, [](CellGradDirection& d, Integers& addresses, Integers& of_rows) {
-    d.now = read_rows(of_rows), d.before = read_rows(of_rows);
+    d.now = read_step_rows(of_rows), d.before = read_step_rows(of_rows);
     d.saved = addresses.pointer<void>();
     d.h0 = addresses.pointer<void>(), d.c0 = addresses.pointer<void>();
     d.grad = addresses.pointer<void>(), d.product = addresses.pointer<void>();
@@ -147,10 +148,35 @@ void run_loop(const py::handle& plan, const py::args& arguments) {
   check(error, args.device);
 }
 
+// What comes after the arguments that both engines take.
+void read_device(Integers& from, AttentionArgs& a) {
+  a.tf32 = from.next() != 0, a.one_pass = from.next() != 0;
+  a.seed_address = from.pointer<const int64_t>();
+  a.device = int(from.next()), a.stream = from.pointer<void>(), a.workspace = from.pointer<void>();
+  if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
+}
+
+template <bool kBackward>
+void run_attention(const py::handle& plan, const py::args& numbers) {
+  Integers from(numbers);
+  AttentionArgs args = kBackward ? read_backward(from) : read_forward(from);
+  read_device(from, args);
+  const GpuAttentionPlan& of_call = py::cast<const BoundAttentionPlan&>(plan).plan;
+  const char* error;
+  {
+    py::gil_scoped_release release;
+    error = kBackward ? attention_backward(args, of_call) : attention_forward(args, of_call);
+  }
+  check(error, args.device, "attention");
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
   bind_loop_plan(m);
+  bind_attention_plan(m);
+  m.def("cuda_attention_forward", &run_attention<false>);
+  m.def("cuda_attention_backward", &run_attention<true>);
   m.def("loop_forward", &run_loop<false>);
   m.def("loop_backward", &run_loop<true>);
   m.def("cell_forward", &run_cell_forward);

@@ -5,10 +5,11 @@
 #   FASTSEQ_CUDA_ARCHITECTURES  string literals separated by commas, nothing if it is not built
 #
 # The kernels, listed here once; csrc/cuda_host/cuda_host.cmake compiles the same for the CPU.
-set(cuda_sources csrc/cuda/recurrent.cu csrc/cuda/recurrent_cell.cu)  # for every architecture
+set(cuda_sources csrc/cuda/recurrent.cu csrc/cuda/recurrent_cell.cu csrc/cuda/attention.cu)  # for every architecture
 set(cuda_cluster_sources "")  # those that need thread-block clusters: for sm_90a alone
 foreach(arithmetic IN ITEMS bfloat16 float16 tf32 float32 float64)
-  list(APPEND cuda_sources csrc/cuda/recurrent_${arithmetic}.cu)
+  list(APPEND cuda_sources csrc/cuda/recurrent_${arithmetic}.cu csrc/cuda/attention_forward_${arithmetic}.cu
+    csrc/cuda/attention_backward_${arithmetic}.cu)
   list(APPEND cuda_cluster_sources csrc/cuda/recurrent_cluster_${arithmetic}.cu)
 endforeach()
 set(cuda_kernel_sources ${cuda_sources} ${cuda_cluster_sources})

@@ -92,6 +92,17 @@ struct BoundLoopPlan {
   bool tensor, backward;
 };
 
+inline DeviceFacts device_facts(const py::tuple& device) {
+  Integers facts(device);
+  DeviceFacts of_device = {};
+  of_device.major = int(facts.next()), of_device.minor = int(facts.next());
+  of_device.multiprocessors = int(facts.next());
+  of_device.shared_bytes = facts.next(), of_device.l2_bytes = facts.next();
+  of_device.most_cluster_blocks = facts.left() ? int(facts.next()) : of_device.major == 9 ? 16 : 1;
+  for (int& count : of_device.clusters) count = facts.left() ? int(facts.next()) : 0;
+  return of_device;
+}
+
 inline void bind_loop_plan(py::module_& m) {
   py::class_<BoundLoopPlan>(m, "LoopPlan", py::module_local())
       .def_property_readonly("kernel",
@@ -102,13 +113,7 @@ inline void bind_loop_plan(py::module_& m) {
   m.def("loop_plan", [](int cell, int dtype, bool tf32, int64_t steps, int64_t batch, int64_t hidden_size,
                         int64_t proj_size, int directions, bool packed, bool backward,
                         const py::tuple& device, const std::string& forced) {
-    Integers facts(device);
-    DeviceFacts of_device = {};
-    of_device.major = int(facts.next()), of_device.minor = int(facts.next());
-    of_device.multiprocessors = int(facts.next());
-    of_device.shared_bytes = facts.next(), of_device.l2_bytes = facts.next();
-    of_device.most_cluster_blocks = facts.left() ? int(facts.next()) : of_device.major == 9 ? 16 : 1;
-    for (int& count : of_device.clusters) count = facts.left() ? int(facts.next()) : 0;
+    const DeviceFacts of_device = device_facts(device);
     const DType type = dtype_of(dtype);
     const LoopProblem problem{cell_of(cell), type,        tf32,      steps,
                               batch,         hidden_size, proj_size, directions,

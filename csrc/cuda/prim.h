@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #define FS_DEVICE __device__ __forceinline__
+#define FS_DEVICE_CALL __device__ __noinline__
 #define FS_UNROLL _Pragma("unroll")
 #define FS_NO_UNROLL _Pragma("unroll 1")
 
@@ -47,11 +48,23 @@ FS_DEVICE uint32_t as_new(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+FS_DEVICE float as_new(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+FS_DEVICE double as_new(double x) {
+  asm volatile("" : "+d"(x));
+  return x;
+}
 
 // ---- meeting ----
 
 FS_DEVICE void sync_block() { __syncthreads(); }  // all threads of the block
 FS_DEVICE void sync_warp() { __syncwarp(); }
+
+// Whether it is so for any thread; they meet as at sync_block() and sync_warp().
+FS_DEVICE bool any_in_block(bool x) { return __syncthreads_or(x); }
+FS_DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
 
 // All threads of all blocks of a cluster: what was written before arriving, to any block's shared memory or to
 // global memory, is seen after waiting. Between the two a thread may do other work.
@@ -183,6 +196,13 @@ FS_DEVICE void copy_async(void* shared, const void* global) {
                "l"(global)
                : "memory");
 }
+// The same of the first `bytes` of 16, and zeros after them; where there are none, nothing is read.
+FS_DEVICE void copy_async_or_zero(void* shared, const void* global, int bytes) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
+      "l"(global), "r"(bytes)
+      : "memory");
+}
 FS_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 FS_DEVICE void copy_async_wait() {
@@ -247,6 +267,15 @@ FS_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
+// The same four matrices of 16-bit elements, each transposed: lane l gets of matrix i the elements of column l / 4 in
+// its rows 2 (l % 4) and 2 (l % 4) + 1.
+FS_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
 // d[16 x 8] += a[16 x k] b[k x 8], k 16 (bfloat16, float16) or 8 (float, rounded to tf32 before).
 //   a.word[i]  row l / 4 + 8 (i % 2), word l % 4 + 4 (i / 2) of the row
 //   b[i]       word l % 4 + 4 i of column l / 4
@@ -270,6 +299,18 @@ FS_DEVICE void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, f
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b0), "r"(b1));
 }
+// The same of doubles, k 8: a[i] row l / 4 + 8 (i % 2), k l % 4 + 4 (i / 2); b as above.
+FS_DEVICE void mma(double (&d)[4], const double (&a)[4], double b0, double b1) {
+  FS_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+d"(d[2 * i]), "+d"(d[2 * i + 1])
+        : "d"(a[i]), "d"(b0));
+    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+d"(d[2 * i]), "+d"(d[2 * i + 1])
+        : "d"(a[2 + i]), "d"(b1));
+  }
+}
 
 // ---- numbers ----
 
@@ -291,7 +332,21 @@ FS_DEVICE float round_to_tf32(float x) {
 FS_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FS_DEVICE double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
 
+// The larger number, and that which is one where the other is NaN.
+FS_DEVICE float max(float a, float b) { return fmaxf(a, b); }
+FS_DEVICE double max(double a, double b) { return ::fmax(a, b); }
+
+// Two units in the last place, and zero for what would be subnormal.
+FS_DEVICE float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FS_DEVICE double exp2(double x) { return ::exp2(x); }
+
 // A few units in the last place; NaN stays NaN.
+FS_DEVICE float log(float x) { return logf(x); }
+FS_DEVICE double log(double x) { return ::log(x); }
 FS_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
 FS_DEVICE double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 FS_DEVICE float tanh(float x) { return tanhf(x); }

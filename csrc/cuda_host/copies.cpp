@@ -18,17 +18,20 @@ void check_own_shared(const void* p, size_t bytes, const char* function) {
        std::to_string(machine.shape.shared_bytes));
 }
 
-void copy_async(void* shared, const void* global) {
+void copy_async_or_zero(void* shared, const void* global, int bytes) {
   check_alignment(shared, 16, "copy_async");
-  check_alignment(global, 16, "copy_async");
   check_own_shared(shared, 16, "copy_async");
+  if (bytes < 0 || bytes > 16)
+    fail("copy_async is given " + std::to_string(bytes) + " bytes\n" + place(current()));
+  if (bytes > 0) check_alignment(global, 16, "copy_async");
   Thread& self = current();
   Copy copy{static_cast<unsigned char*>(shared),
             static_cast<const unsigned char*>(global),
             {},
             false,
-            self.copy_group};
-  std::memcpy(&copy.early, global, 16);
+            self.copy_group,
+            bytes};
+  if (bytes > 0) std::memcpy(&copy.early, global, bytes);
   copy.is_early = coin();
   std::memset(shared, 0xff, 16);
   self.copies.push_back(copy);
@@ -41,8 +44,10 @@ void copy_async_wait_for(int pending) {
   while (self.copies_done < self.copies.size()) {
     const Copy& copy = self.copies[self.copies_done];
     if (copy.group + pending >= self.copy_group) return;
-    std::memcpy(copy.shared,
-                copy.is_early ? reinterpret_cast<const unsigned char*>(&copy.early) : copy.global, 16);
+    const auto* const from =
+        copy.is_early ? reinterpret_cast<const unsigned char*>(&copy.early) : copy.global;
+    if (copy.bytes > 0) std::memcpy(copy.shared, from, copy.bytes);
+    std::memset(copy.shared + copy.bytes, 0, 16 - copy.bytes);
     ++self.copies_done;
   }
   self.copies.clear();

@@ -23,7 +23,7 @@ set(twin_machine
 
 pybind11_add_module(_cuda_host MODULE NO_EXTRAS
   csrc/cuda_host/faults.cpp csrc/cuda_host/module.cpp csrc/cuda_host/primitives.cpp ${twin_machine}
-  csrc/cuda/bindings.cpp csrc/cuda/plan.cpp ${twin_kernels})
+  csrc/cuda/bindings.cpp csrc/cuda/plan.cpp csrc/cuda/attention_plan.cpp ${twin_kernels})
 target_link_libraries(_cuda_host PRIVATE fastseq_options)
 target_include_directories(_cuda_host PRIVATE csrc/cuda_host)
 target_compile_definitions(_cuda_host PRIVATE FASTSEQ_ISA=cuda_host)

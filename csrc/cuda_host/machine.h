@@ -26,10 +26,13 @@ enum class Wait : uint8_t {
   nothing,
   sync_warp,
   shuffle_xor,
+  any_in_warp,
   load_matrices,
+  load_matrices_transposed,
   mma_bfloat16,
   mma_float16,
   mma_float,
+  mma_double,
   sync_block,
   cluster_wait,
   arrivals_wait,
@@ -40,9 +43,9 @@ enum class Wait : uint8_t {
 struct Copy {
   unsigned char* shared;
   const unsigned char* global;
-  Vector16 early;  // the source when the copy began
-  bool is_early;   // whether that is what arrives, or the source when the copy is waited for
-  int group;
+  Vector16 early;    // the source when the copy began
+  bool is_early;     // whether that is what arrives, or the source when the copy is waited for
+  int group, bytes;  // the rest of 16 becomes zero
 };
 
 struct Message {
@@ -98,6 +101,8 @@ struct Block {
   int index, rank;
   uint32_t ready;  // warps that have ready lanes
   int waiting;     // threads at sync_block
+  bool any[2];  // of those, one way and the next in turn: what any_in_block has collected, and what it found
+  int any_turn;
   int exited;
   bool begun;  // the first of its threads has run; its shared memory is its own from then on
   unsigned char* shared;

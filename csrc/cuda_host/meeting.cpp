@@ -20,6 +20,12 @@ void shuffle(void* const* operand) {
   for (int l = 0; l < kWarp; ++l) static_cast<Shuffle*>(operand[l])->word = word[l];
 }
 
+void any(void* const* operand) {
+  bool found = false;
+  for (int l = 0; l < kWarp; ++l) found |= *static_cast<bool*>(operand[l]);
+  for (int l = 0; l < kWarp; ++l) *static_cast<bool*>(operand[l]) = found;
+}
+
 struct Rows {
   const unsigned char* row;
   uint32_t* r;
@@ -29,6 +35,19 @@ void load(void* const* operand) {
     for (int i = 0; i < 4; ++i) {
       const auto* row = static_cast<Rows*>(operand[8 * i + l / 4])->row;
       std::memcpy(&static_cast<Rows*>(operand[l])->r[i], row + 4 * (l % 4), 4);
+    }
+  }
+}
+
+void load_transposed(void* const* operand) {
+  for (int l = 0; l < kWarp; ++l) {
+    for (int i = 0; i < 4; ++i) {
+      uint16_t elements[2];
+      for (int e = 0; e < 2; ++e) {
+        const auto* row = static_cast<Rows*>(operand[8 * i + 2 * (l % 4) + e])->row;
+        std::memcpy(&elements[e], row + 2 * (l / 4), 2);
+      }
+      std::memcpy(&static_cast<Rows*>(operand[l])->r[i], elements, 4);
     }
   }
 }
@@ -77,6 +96,18 @@ void load_matrices(uint32_t (&r)[4], const void* row) {
   meet(Wait::load_matrices, &operand, load);
 }
 
+void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  check_alignment(row, 16, "load_matrices_transposed");
+  check_own_shared(row, 16, "load_matrices_transposed");
+  Rows operand{static_cast<const unsigned char*>(row), r};
+  meet(Wait::load_matrices_transposed, &operand, load_transposed);
+}
+
+bool any_in_warp(bool x) {
+  meet(Wait::any_in_warp, &x, any);
+  return x;
+}
+
 // ---- blocks ----
 
 void sync_block() {
@@ -92,6 +123,19 @@ void sync_block() {
     }
   }
   give_way();
+}
+
+// Nobody can be at the meeting after the next before all have read what this one found.
+bool any_in_block(bool x) {
+  Block& block = *current().home;
+  const int turn = block.any_turn;
+  block.any[turn] |= x;
+  if (block.waiting + 1 == who->threads) {
+    block.any_turn = 1 - turn;
+    block.any[1 - turn] = false;
+  }
+  sync_block();
+  return block.any[turn];
 }
 
 // ---- clusters ----

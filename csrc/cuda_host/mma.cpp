@@ -54,6 +54,33 @@ void multiply(void* const* operand) {
   }
 }
 
+struct DoubleOperands {
+  double* d;
+  const double* a;
+  double b[2];
+};
+
+void multiply_doubles(void* const* operand) {
+  double a[16][8], b[8][8], d[16][8];
+  for (int l = 0; l < kWarp; ++l) {
+    const auto& lane = *static_cast<const DoubleOperands*>(operand[l]);
+    for (int i = 0; i < 4; ++i) {
+      a[l / 4 + i % 2 * 8][l % 4 + i / 2 * 4] = lane.a[i];
+      d[l / 4 + i / 2 * 8][2 * (l % 4) + i % 2] = lane.d[i];
+    }
+    for (int i = 0; i < 2; ++i) b[l % 4 + 4 * i][l / 4] = lane.b[i];
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < 8; ++k) {
+      for (int n = 0; n < 8; ++n) d[row][n] += a[row][k] * b[k][n];
+    }
+  }
+  for (int l = 0; l < kWarp; ++l) {
+    const auto& lane = *static_cast<const DoubleOperands*>(operand[l]);
+    for (int i = 0; i < 4; ++i) lane.d[i] = d[l / 4 + i / 2 * 8][2 * (l % 4) + i % 2];
+  }
+}
+
 }  // namespace
 
 void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, bfloat16) {
@@ -67,6 +94,10 @@ void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, float16) {
 void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, float) {
   Operands operands{d, &a, {b0, b1}};
   meet(Wait::mma_float, &operands, multiply<float>);
+}
+void mma(double (&d)[4], const double (&a)[4], double b0, double b1) {
+  DoubleOperands operands{d, a, {b0, b1}};
+  meet(Wait::mma_double, &operands, multiply_doubles);
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

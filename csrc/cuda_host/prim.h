@@ -10,6 +10,7 @@
 #include "../cpu/half.h"  // bfloat16, float16, widen, narrow
 
 #define FS_DEVICE inline
+#define FS_DEVICE_CALL inline
 #define FS_UNROLL
 #define FS_NO_UNROLL
 
@@ -31,7 +32,10 @@ FS_DEVICE int thread_count() { return who->threads; }
 FS_DEVICE int block_index() { return who->block; }
 FS_DEVICE int block_count() { return who->blocks; }
 
-FS_DEVICE uint32_t as_new(uint32_t x) { return x; }
+template <class T>
+FS_DEVICE T as_new(T x) {
+  return x;
+}
 
 // Bytes 0xFF, NaN in every type, until it is written.
 FS_DEVICE unsigned char* shared_memory() { return who->shared; }
@@ -40,6 +44,9 @@ FS_DEVICE unsigned char* shared_memory() { return who->shared; }
 
 void sync_block();
 void sync_warp();
+
+bool any_in_block(bool x);
+bool any_in_warp(bool x);
 
 // Each arrive needs its wait, also before a thread exits.
 void cluster_arrive();
@@ -70,7 +77,8 @@ void wait_flag(const int* flag, int value);
 // ---- memory ----
 
 // The 16 bytes are 0xFF from here to the copy_async_wait() that covers them.
-void copy_async(void* shared, const void* global);
+void copy_async_or_zero(void* shared, const void* global, int bytes);
+FS_DEVICE void copy_async(void* shared, const void* global) { copy_async_or_zero(shared, global, 16); }
 void copy_async_commit();
 void copy_async_wait_for(int pending);
 template <int kPending>
@@ -110,12 +118,14 @@ FS_DEVICE T shuffle_xor(T value, int mask) {
 }
 
 void load_matrices(uint32_t (&r)[4], const void* row);
+void load_matrices_transposed(uint32_t (&r)[4], const void* row);
 
 // The sums are made in float, one product after the other. The last variant does not look at the 13 lowest bits of
 // its operands.
 void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, bfloat16);
 void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, float16);
 void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, float);
+void mma(double (&d)[4], const double (&a)[4], double b0, double b1);
 
 // ---- numbers ----
 
@@ -129,6 +139,17 @@ FS_DEVICE float round_to_tf32(float x) {
 
 FS_DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
 FS_DEVICE double fma(double a, double b, double c) { return std::fma(a, b, c); }
+
+FS_DEVICE float max(float a, float b) { return std::fmax(a, b); }
+FS_DEVICE double max(double a, double b) { return std::fmax(a, b); }
+
+FS_DEVICE float exp2(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0 : y;  // NaN stays
+}
+FS_DEVICE double exp2(double x) { return std::exp2(x); }
+FS_DEVICE float log(float x) { return std::log(x); }
+FS_DEVICE double log(double x) { return std::log(x); }
 
 FS_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 FS_DEVICE double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }

@@ -54,9 +54,11 @@ std::string text_of_flag(const Thread& waiting, int blocks_to_go) {
 }  // namespace
 
 const char* name(Wait wait) {
-  constexpr const char* kNames[] = {"nothing",         "sync_warp",      "shuffle_xor",  "load_matrices",
-                                    "mma of bfloat16", "mma of float16", "mma of float", "sync_block",
-                                    "cluster_wait",    "arrivals_wait",  "wait_flag",    "exit"};
+  constexpr const char* kNames[] = {"nothing",         "sync_warp",      "shuffle_xor",
+                                    "any_in_warp",     "load_matrices",  "load_matrices_transposed",
+                                    "mma of bfloat16", "mma of float16", "mma of float",
+                                    "mma of double",   "sync_block",     "cluster_wait",
+                                    "arrivals_wait",   "wait_flag",      "exit"};
   return kNames[int(wait)];
 }
 

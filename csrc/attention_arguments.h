@@ -1,0 +1,75 @@
+// Attention's arguments as Python hands them over, the same for both engines; see arguments.h.
+#pragma once
+
+#include "arguments.h"
+
+namespace fastseq {
+
+inline HeadTensor read_head(Integers& from) {
+  Integers head = from.nested();
+  HeadTensor t = {head.pointer<void>(), {}};
+  for (int64_t& stride : t.stride) stride = head.next();
+  return t;
+}
+inline HeadRows read_rows(Integers& from) {
+  Integers rows = from.nested();
+  HeadRows t = {rows.pointer<void>(), {}};
+  for (int64_t& stride : t.stride) stride = rows.next();
+  return t;
+}
+inline AttentionMask read_mask(Integers& from) {
+  Integers mask = from.nested();
+  AttentionMask m = {mask.pointer<const void>(), MaskKind::kNone, {}};
+  const int64_t kind = mask.next();
+  if (kind < 0 || kind > int(MaskKind::kFloat32)) throw py::value_error("mask: unknown kind");
+  m.kind = MaskKind(kind);
+  for (int64_t& stride : m.stride) stride = mask.next();
+  return m;
+}
+
+inline AttentionArgs read_sizes(Integers& from) {
+  AttentionArgs a = {};
+  a.dtype = dtype_of(from.next()), a.threads = int(from.next());
+  a.batch = from.next(), a.heads = from.next(), a.kv_heads = from.next();
+  a.queries = from.next(), a.keys = from.next(), a.head_size = from.next(), a.value_size = from.next();
+  if (a.heads < 0 || a.kv_heads < 1 || a.heads % a.kv_heads != 0)
+    throw py::value_error("heads: not a multiple of kv_heads");
+  return a;
+}
+
+inline AttentionArgs read_problem(Integers& from, bool backward) {
+  AttentionArgs a = read_sizes(from);
+  a.left = from.next(), a.right = from.next(), a.bottom_right = from.next() != 0;
+  a.seed = uint64_t(from.next());
+  a.scale = from.real(), a.softcap = from.real(), a.dropout_p = from.real();
+  a.cu_seqlens_q = from.pointer<const int64_t>(), a.cu_seqlens_k = from.pointer<const int64_t>();
+  a.key_lengths = from.pointer<const int64_t>();
+  a.query = read_head(from), a.key = read_head(from), a.value = read_head(from), a.output = read_head(from);
+  if (!backward) a.lse = read_rows(from);
+  a.highest = read_rows(from), a.inverse_sum = read_rows(from);
+  a.mask = read_mask(from);
+  a.alibi = read_rows(from);
+  a.sinks = from.pointer<const void>();
+  return a;
+}
+
+inline AttentionArgs read_forward(Integers& from) {
+  AttentionArgs a = read_problem(from, false);
+  a.weights = read_head(from);
+  a.remainder = read_head(from);
+  return a;
+}
+
+inline AttentionArgs read_backward(Integers& from) {
+  AttentionArgs a = read_problem(from, true);
+  a.grad_output = read_head(from), a.grad_lse = read_rows(from), a.grad_weights = read_head(from);
+  a.grad_query = read_head(from), a.grad_key = read_head(from), a.grad_value = read_head(from);
+  Integers mask = from.nested();
+  a.grad_mask = mask.pointer<void>();
+  for (int64_t& stride : a.grad_mask_stride) stride = mask.next();
+  a.grad_sinks = from.pointer<void>();
+  a.remainder = read_head(from);
+  return a;
+}
+
+}  // namespace fastseq

@@ -1,0 +1,79 @@
+#include <launch.h>
+
+#include "attention.h"
+#include "attention_call.h"
+#include "attention_math.h"
+
+namespace fastseq::FASTSEQ_ISA {
+namespace {
+
+using attention::Call;
+
+int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// Whether each row of a tensor begins at a multiple of so many elements; not if there is no tensor.
+bool rows_at_multiples(const HeadTensor& t, int elements, int size) {
+  if (!t.data) return false;
+  bool good = reinterpret_cast<uintptr_t>(t.data) % uintptr_t(elements * size) == 0;
+  for (const int64_t stride : t.stride) good = good && stride % elements == 0;
+  return good;
+}
+
+Call call_of(const AttentionArgs& a, const GpuAttentionPlan& plan) {
+  Call call = {};
+  call.a = a;
+  call.group = int(a.heads / a.kv_heads);
+  call.parts = 1, call.mask_parts = plan.mask_parts;
+  const bool adds_mask = a.mask.kind == MaskKind::kSame || a.mask.kind == MaskKind::kFloat32;
+  // Under a very small scale a sink in units of products might overflow; under a negative one the highest product is
+  // not the highest score.
+  call.product_units = a.softcap == 0 && !a.alibi.data && !adds_mask && a.scale > 1e-6;
+  const int size = element_size(a.dtype), chunk = 16 / size;
+  call.aligned_query = rows_at_multiples(a.query, chunk, size);
+  call.aligned_key = rows_at_multiples(a.key, chunk, size);
+  call.aligned_value = rows_at_multiples(a.value, chunk, size);
+  call.aligned_grad_output = rows_at_multiples(a.grad_output, chunk, size);
+  call.pairs_of_output =
+      rows_at_multiples(a.output, 2, size) && (!a.remainder.data || rows_at_multiples(a.remainder, 2, size));
+  call.pairs_of_grad_query = rows_at_multiples(a.grad_query, 2, size);
+  call.pairs_of_grad_key = rows_at_multiples(a.grad_key, 2, size);
+  call.pairs_of_grad_value = rows_at_multiples(a.grad_value, 2, size);
+  auto* const workspace = static_cast<unsigned char*>(a.workspace);
+  call.part_output = workspace + plan.output_at;
+  call.part_highest = workspace + plan.highest_at;
+  call.part_sum = workspace + plan.sum_at;
+  call.delta = workspace + plan.delta_at;
+  call.delta_stride[0] = a.heads * a.queries, call.delta_stride[1] = a.queries;
+  return call;
+}
+
+// Calls run(arithmetic).
+template <class Run>
+const char* with_arithmetic(const AttentionArgs& a, const Run& run) {
+  using namespace attention;
+  const DeviceGuard guard(a.device);
+  switch (a.dtype) {
+    case DType::kBFloat16:
+      return run(Bfloat16Math());
+    case DType::kFloat16:
+      return run(Float16Math());
+    case DType::kFloat32:
+      return a.tf32 ? run(Tf32Math()) : run(Float32Math());
+    case DType::kFloat64:
+      return run(Float64Math());
+  }
+  return "unknown dtype";
+}
+
+}  // namespace
+
+const char* attention_forward(const AttentionArgs& args, const GpuAttentionPlan& plan) {
+  Call call = call_of(args, plan);
+  return with_arithmetic(args, [&](auto m) { return attention::launch_forward<decltype(m)>(call, plan); });
+}
+const char* attention_backward(const AttentionArgs& args, const GpuAttentionPlan& plan) {
+  Call call = call_of(args, plan);
+  return with_arithmetic(args, [&](auto m) { return attention::launch_backward<decltype(m)>(call, plan); });
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

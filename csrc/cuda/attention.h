@@ -1,0 +1,23 @@
+// Attention on CUDA: from a plan to launches. Each function returns null, or what the CUDA runtime says is wrong.
+#pragma once
+
+#include "../fastseq.h"
+#include "attention_plan.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+const char* attention_forward(const AttentionArgs& args, const GpuAttentionPlan& plan);
+const char* attention_backward(const AttentionArgs& args, const GpuAttentionPlan& plan);
+
+namespace attention {
+
+struct Call;
+
+// Of one arithmetic, in files of their own, which are compiled side by side.
+template <class M>
+const char* launch_forward(Call& call, const GpuAttentionPlan& plan);
+template <class M>
+const char* launch_backward(Call& call, const GpuAttentionPlan& plan);
+
+}  // namespace attention
+}  // namespace fastseq::FASTSEQ_ISA

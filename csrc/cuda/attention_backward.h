@@ -1,0 +1,387 @@
+// Attention, backward, the general kernels: deterministic, with gradients of queries, and of keys and values, in passes
+// of their own. From what the forward pass divided each row by:
+//
+//   S = Q K^T, P = exp2((S - highest) factor) inverse_sum           as in the forward pass
+//   dP = dO V^T, dS = P (dP - delta)                                delta: see Delta in attention_rows.h
+//
+//   GradQueries: a block owns rows and goes over keys               dQ = dQ + dS K
+//   GradKeys: a block owns keys and goes over the rows that see     dV = dV + P^T dO, dK = dK + dS^T Q
+//     them; S and dP are made transposed, S^T = K Q^T, dP^T = V dO^T
+//
+// In both, what is summed up over is the columns of S and dP in registers, which feed the next product from there:
+// nothing between the products goes through shared memory. Seven products instead of the five that a single pass needs;
+// GradKeys can also be that pass, see add_to_queries(). A tile of what a block goes over is on its way (cp.async, two
+// stages) while the other is worked on; one barrier a tile.
+//
+// Cost of a score in GradQueries: 2 D + Dv multiply-adds on tensor cores, in GradKeys 2 D + 2 Dv; one multiply-add, one
+// ex2 and some eight other operations in each. Registers and shared memory: attention_shapes.h.
+#pragma once
+
+#include "attention_rows.h"
+
+namespace fastseq::FASTSEQ_ISA::attention {
+
+// Scores -> weights; products of output gradients and values -> gradients of scores. Weights become dropped ones, which
+// are not yet divided by what is kept. What is hidden has neither, whatever else is NaN.
+template <bool kAny, class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries>
+FS_DEVICE void grad_scores(const Call& call, const Scoring<T>& scoring, const Dropout<T>& dropout,
+                           const Sequence& s, const O& orient, const Queries& queries,
+                           Sums<T> (&x)[kRowTiles][kColumnTiles], Sums<T> (&dx)[kRowTiles][kColumnTiles]) {
+  const AttentionArgs& a = call.a;
+  for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
+    const Query<T>& q = queries(m, n, e);
+    const T weight = weight_of<kAny>(x[m][n][e], Shift<T>(call, q.highest, scoring.factor), scoring.factor);
+    x[m][n][e] = weight == 0 ? T(0) : weight * q.inverse_sum;
+  });
+  if constexpr (kAny) {
+    if (a.grad_weights.data) {
+      for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
+        const Query<T>& q = queries(m, n, e);
+        if (x[m][n][e] != 0)
+          dx[m][n][e] += T(widen(s.query_row<const E>(a.grad_weights, q.head, q.index)[orient.key(m, n, e)]));
+      });
+    }
+    if (dropout.active) {
+      dropout.template for_kept<kRowTiles, kColumnTiles>(
+          a, s, orient, queries, [&](int m, int n, int e, bool kept) {
+            dx[m][n][e] = kept ? dx[m][n][e] * dropout.kept_scale : T(0);
+          });
+    }
+  }
+}
+template <bool kAny, class T, int kRowTiles, int kColumnTiles, class Queries>
+FS_DEVICE void finish_grad_scores(const Queries& queries, const Sums<T> (&x)[kRowTiles][kColumnTiles],
+                                  Sums<T> (&dx)[kRowTiles][kColumnTiles]) {
+  for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
+    const T weight = x[m][n][e];
+    dx[m][n][e] = weight == 0 ? T(0) : weight * (dx[m][n][e] - queries(m, n, e).delta);
+  });
+}
+
+// Of few keys the sum of weights times their gradients, which delta should be, is made from these themselves: what the
+// rounding of output leaves in the other form is more than such a small sum can bear. See csrc/cpu/attention_backward.cpp.
+constexpr int kFewKeys = 16;
+
+template <class T>
+FS_DEVICE Query<T> query_of(const Call& call, const Sequence& s, int64_t head, int index) {
+  const AttentionArgs& a = call.a;
+  const Range visible = s.visible(index);
+  const T delta = static_cast<const T*>(
+      call.delta)[s.b * call.delta_stride[0] + head * call.delta_stride[1] + s.first_query + index];
+  return {visible.begin,
+          visible.end,
+          index,
+          int(head),
+          *s.of_query<T>(a.highest, head, index),
+          *s.of_query<T>(a.inverse_sum, head, index),
+          delta};
+}
+
+// ---- gradients of queries ----
+
+template <class M, class Shape, bool kAny>
+struct GradQueries {
+  using E = typename M::Element;
+  using T = typename M::Sum;
+  using Args = Call;
+  static constexpr int kWarps = Shape::kWarps, kThreads = kWarps * kWarp, kRowTiles = Shape::kRowTiles;
+  static constexpr int kColumnWarps = Shape::kColumnWarps;
+  static constexpr int kRows = kWarps / kColumnWarps * kRowTiles * 16, kKeys = Shape::kKeys;
+  static constexpr int kKeyTiles = kKeys / 8, kFeatureTiles = Shape::kFeatures / 8 / kColumnWarps;
+  using Rows = RowTile<kRows>;
+  using FeatureTile = Tile<E, Shape::kFeatures>;
+  static constexpr int kSharedBytes = 2 * FeatureTile::bytes(kRows) + 4 * FeatureTile::bytes(kKeys);
+
+  static FS_DEVICE void run(const Call& call) {
+    const AttentionArgs& a = call.a;
+    const Rows rows = Rows::of_block(call);
+    if (rows.count <= 0) return;
+    const Sequence& s = rows.s;
+    const int features = int(a.head_size), value_features = int(a.value_size);
+    E* const shared = reinterpret_cast<E*>(shared_memory());
+    constexpr int kOfRows = FeatureTile::bytes(kRows) / int(sizeof(E)),
+                  kOfKeys = FeatureTile::bytes(kKeys) / int(sizeof(E));
+    const FeatureTile queries{shared}, grads{shared + kOfRows};
+    const auto keys_of = [&](int tile) { return FeatureTile{shared + 2 * kOfRows + tile % 2 * kOfKeys}; };
+    const auto values_of = [&](int tile) {
+      return FeatureTile{shared + 2 * kOfRows + (2 + tile % 2) * kOfKeys};
+    };
+    const auto row_at = [&](const HeadTensor& t, int i) {
+      return i < rows.count ? s.query_row<const E>(t, rows.head(i), rows.query(i)) : nullptr;
+    };
+    const auto key_at = [&](const HeadTensor& t, int key) {
+      return key < s.keys ? s.key_row<const E>(t, rows.kv_head, key) : nullptr;
+    };
+
+    const Range some = rows.some(), all = rows.all();
+    const int first_tile = some.begin / kKeys,
+              end_tile = some.begin < some.end ? (some.end + kKeys - 1) / kKeys : first_tile;
+    const auto fetch = [&](int tile) {
+      if (tile < end_tile) {
+        load_tile(keys_of(tile), kKeys, features, call.aligned_key,
+                  [&](int i) { return key_at(a.key, tile * kKeys + i); });
+        load_tile(values_of(tile), kKeys, value_features, call.aligned_value,
+                  [&](int i) { return key_at(a.value, tile * kKeys + i); });
+      }
+      copy_async_commit();
+    };
+    load_tile(queries, kRows, features, call.aligned_query, [&](int i) { return row_at(a.query, i); });
+    load_tile(grads, kRows, value_features, call.aligned_grad_output,
+              [&](int i) { return row_at(a.grad_output, i); });
+    fetch(first_tile);
+
+    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+    const int first_row = warp / kColumnWarps * kRowTiles * 16;
+    const int first_column = warp % kColumnWarps * (Shape::kFeatures / kColumnWarps);
+    const bool active = first_row < rows.count;
+    const Scoring<T> scoring(call);
+    const Dropout<T> dropout(a);
+    Query<T> query[2 * kRowTiles];
+    FS_UNROLL
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      const int row = first_row + lane / 4 + 8 * i, known = row < rows.count ? row : 0;
+      query[i] = query_of<T>(call, s, rows.head(known), rows.query(known));
+      if (row >= rows.count) query[i].end = query[i].begin;
+    }
+    const auto query_at = [&](int m, int, int e) -> const Query<T>& { return query[2 * m + e / 2]; };
+    const bool few_keys = s.keys <= kFewKeys && kKeys >= kFewKeys && !a.grad_weights.data;
+    Sums<T> grad[kRowTiles][kFeatureTiles];
+    clear(grad);
+
+    for (int tile = first_tile; tile < end_tile; ++tile) {
+      const Orient<true> orient{first_row, tile * kKeys};
+      const bool edge = tile * kKeys < all.begin || (tile + 1) * kKeys > all.end || rows.count < kRows;
+      const bool masked = kAny && a.mask.kind != MaskKind::kNone;
+      copy_async_wait<0>();
+      const bool special = any_in_block((edge || masked) && loaded_special(keys_of(tile), kKeys, features));
+      fetch(tile + 1);
+      if (!active || (masked && !mask_shows_any<E, T, kRowTiles, kKeyTiles>(a, s, orient, query_at)))
+        continue;
+      Sums<T> x[kRowTiles][kKeyTiles], dx[kRowTiles][kKeyTiles];
+      multiply<M>(x, queries, first_row, keys_of(tile), features);
+      score<kAny, E>(call, scoring, s, orient, query_at, edge, x);
+      multiply<M>(dx, grads, first_row, values_of(tile), value_features);
+      grad_scores<kAny, E>(call, scoring, dropout, s, orient, query_at, x, dx);
+      if (few_keys) sum_few(call, rows, first_row, x, dx, query);
+      finish_grad_scores<kAny>(query_at, x, dx);
+      if (kAny && scoring.cap != 0) {
+        multiply<M>(x, queries, first_row, keys_of(tile), features);
+        multiply_by_slope_of_cap(scoring, x, dx);
+      }
+      if (special) {
+        InMemory to(grad);
+        InMemory from(dx);
+        multiply_special_sums<M>(to.copy, from.copy, keys_of(tile), first_column, features);
+      } else {
+        multiply_sums<M>(grad, dx, keys_of(tile), first_column, features);
+      }
+    }
+    copy_async_wait<0>();
+    if (!active || !a.grad_query.data) return;
+    FS_UNROLL
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      const int row = first_row + lane / 4 + 8 * i;
+      if (row >= rows.count) continue;
+      E* const to = s.query_row<E>(a.grad_query, rows.head(row), rows.query(row));
+      FS_UNROLL
+      for (int n = 0; n < kFeatureTiles; ++n) {
+        const int column = first_column + 8 * n + 2 * (lane % 4);
+        if (column >= features) continue;
+        write_two(to + column, grad[i / 2][n][i % 2 * 2] * scoring.scale,
+                  grad[i / 2][n][i % 2 * 2 + 1] * scoring.scale, column + 1 < features,
+                  call.pairs_of_grad_query);
+      }
+    }
+  }
+
+ private:
+  // delta of the rows, all of whose keys are in this tile, here and where GradKeys reads it.
+  static FS_DEVICE void sum_few(const Call& call, const Rows& rows, int first_row,
+                                const Sums<T> (&x)[kRowTiles][kKeyTiles],
+                                const Sums<T> (&dx)[kRowTiles][kKeyTiles], Query<T> (&query)[2 * kRowTiles]) {
+    const AttentionArgs& a = call.a;
+    const Sequence& s = rows.s;
+    FS_UNROLL
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      T sum = 0;
+      FS_UNROLL
+      for (int n = 0; n < kKeyTiles; ++n) {
+        FS_UNROLL
+        for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
+          if (x[i / 2][n][e] != 0) sum = fma(x[i / 2][n][e], dx[i / 2][n][e], sum);
+        }
+      }
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      const int lane = thread_index() % kWarp;
+      if (first_row + lane / 4 + 8 * i >= rows.count) continue;
+      const Query<T>& q = query[i];
+      if (a.grad_lse.data) sum -= *s.of_query<const T>(a.grad_lse, q.head, q.index);
+      query[i].delta = sum;
+      if (lane % 4 == 0 && thread_index() / kWarp % kColumnWarps == 0) {
+        static_cast<T*>(call.delta)[s.b * call.delta_stride[0] + q.head * call.delta_stride[1] +
+                                    s.first_query + q.index] = sum;
+      }
+    }
+  }
+};
+
+// ---- gradients of keys and values ----
+
+template <class M, class Shape, bool kAny>
+struct GradKeys {
+  using E = typename M::Element;
+  using T = typename M::Sum;
+  using Args = Call;
+  static constexpr int kWarps = Shape::kWarps, kThreads = kWarps * kWarp, kRowTiles = Shape::kRowTiles;
+  static constexpr int kColumnWarps = Shape::kColumnWarps;
+  static constexpr int kKeys = kWarps / kColumnWarps * kRowTiles * 16, kQueries = Shape::kKeys;
+  static constexpr int kQueryTiles = kQueries / 8, kFeatureTiles = Shape::kFeatures / 8 / kColumnWarps;
+  using FeatureTile = Tile<E, Shape::kFeatures>;
+  static constexpr int kQueryBytes = int(sizeof(Query<T>)) * kQueries;
+  static constexpr int kSharedBytes =
+      2 * FeatureTile::bytes(kKeys) + 4 * FeatureTile::bytes(kQueries) + 2 * kQueryBytes;
+  static_assert(kQueries <= kThreads);
+
+  static FS_DEVICE void run(const Call& call) {
+    const AttentionArgs& a = call.a;
+    const Place place = place_of_block(call, a.cu_seqlens_k, a.keys, 1, kKeys, false);
+    const Sequence s(a, place.sequence);
+    const int first_key = int(place.tile * kKeys);
+    // Where tensors are not packed, keys behind the sequence's length have gradients too: zero.
+    const int own_keys = a.cu_seqlens_k ? s.keys : int(a.keys);
+    if (place.tile < 0 || first_key >= own_keys) return;
+    const int features = int(a.head_size), value_features = int(a.value_size);
+    E* const shared = reinterpret_cast<E*>(shared_memory());
+    constexpr int kOfKeys = FeatureTile::bytes(kKeys) / int(sizeof(E)),
+                  kOfQueries = FeatureTile::bytes(kQueries) / int(sizeof(E));
+    const FeatureTile keys{shared}, values{shared + kOfKeys};
+    const auto queries_of = [&](int tile) {
+      return FeatureTile{shared + 2 * kOfKeys + tile % 2 * kOfQueries};
+    };
+    const auto grads_of = [&](int tile) {
+      return FeatureTile{shared + 2 * kOfKeys + (2 + tile % 2) * kOfQueries};
+    };
+    unsigned char* const states = reinterpret_cast<unsigned char*>(shared + 2 * kOfKeys + 4 * kOfQueries);
+    const auto states_of = [&](int tile) {
+      return reinterpret_cast<Query<T>*>(states + tile % 2 * kQueryBytes);
+    };
+    const auto key_at = [&](const HeadTensor& t, int i) {
+      return first_key + i < s.keys ? s.key_row<const E>(t, place.kv_head, first_key + i) : nullptr;
+    };
+
+    const int last_key = smaller(first_key + kKeys, s.keys) - 1;
+    Range seeing = last_key >= first_key ? s.seeing(first_key, last_key) : Range{0, 0};
+    // Rows count all query heads: of very long sequences more than 32 bits hold.
+    const int64_t first_row = int64_t(seeing.begin) * call.group, end_row = int64_t(seeing.end) * call.group;
+    const int64_t base_tile = first_row / kQueries;
+    const int tiles = first_row < end_row ? int((end_row + kQueries - 1) / kQueries - base_tile) : 0;
+    const auto rows_of = [&](int tile) {
+      return RowTile<kQueries>(call, Place{place.sequence, place.kv_head, base_tile + tile, 0});
+    };
+    const auto fetch = [&](int tile) {
+      if (tile < tiles) {
+        const RowTile<kQueries> rows = rows_of(tile);
+        const auto row_at = [&](const HeadTensor& t, int i) {
+          return i < rows.count ? s.query_row<const E>(t, rows.head(i), rows.query(i)) : nullptr;
+        };
+        load_tile(queries_of(tile), kQueries, features, call.aligned_query,
+                  [&](int i) { return row_at(a.query, i); });
+        load_tile(grads_of(tile), kQueries, value_features, call.aligned_grad_output,
+                  [&](int i) { return row_at(a.grad_output, i); });
+        if (const int i = thread_index(); i < kQueries) {
+          const int known = i < rows.count ? i : 0;
+          Query<T> q = query_of<T>(call, s, rows.head(known), rows.query(known));
+          if (i >= rows.count) q.end = q.begin;
+          states_of(tile)[i] = q;
+        }
+      }
+      copy_async_commit();
+    };
+    load_tile(keys, kKeys, features, call.aligned_key, [&](int i) { return key_at(a.key, i); });
+    load_tile(values, kKeys, value_features, call.aligned_value, [&](int i) { return key_at(a.value, i); });
+    fetch(0);
+
+    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+    const int warp_key = warp / kColumnWarps * kRowTiles * 16;
+    const int first_column = warp % kColumnWarps * (Shape::kFeatures / kColumnWarps);
+    const bool active = first_key + warp_key < s.keys;
+    const Scoring<T> scoring(call);
+    const Dropout<T> dropout(a);
+    Sums<T> grad_key[kRowTiles][kFeatureTiles], grad_value[kRowTiles][kFeatureTiles];
+    clear(grad_key), clear(grad_value);
+
+    for (int tile = 0; tile < tiles; ++tile) {
+      const RowTile<kQueries> rows = rows_of(tile);
+      const Range all = rows.all();
+      const Orient<false> orient{0, first_key + warp_key};
+      const bool edge = first_key < all.begin || first_key + kKeys > all.end || rows.count < kQueries;
+      const bool masked = kAny && a.mask.kind != MaskKind::kNone;
+      copy_async_wait<0>();
+      const bool special =
+          any_in_block((edge || masked) && (loaded_special(queries_of(tile), kQueries, features) ||
+                                            loaded_special(grads_of(tile), kQueries, value_features)));
+      fetch(tile + 1);
+      const Query<T>* const state = states_of(tile);
+      const auto query_at = [&](int, int n, int e) -> const Query<T>& {
+        return state[Orient<false>::of_column(n, e)];
+      };
+      if (!active || (masked && !mask_shows_any<E, T, kRowTiles, kQueryTiles>(a, s, orient, query_at)))
+        continue;
+      Sums<T> x[kRowTiles][kQueryTiles], dx[kRowTiles][kQueryTiles];
+      multiply<M>(x, keys, warp_key, queries_of(tile), features);
+      score<kAny, E>(call, scoring, s, orient, query_at, edge, x);
+      multiply<M>(dx, values, warp_key, grads_of(tile), value_features);
+      grad_scores<kAny, E>(call, scoring, dropout, s, orient, query_at, x, dx);
+      finish_grad_scores<kAny>(query_at, x, dx);
+      if constexpr (kAny) {
+        if (dropout.active) {
+          dropout.template for_kept<kRowTiles, kQueryTiles>(
+              a, s, orient, query_at,
+              [&](int m, int n, int e, bool kept) { x[m][n][e] = kept ? x[m][n][e] : T(0); });
+        }
+      }
+      const auto add_products = [&](auto is_special, auto& of_key, auto& of_value, auto& weights,
+                                    auto& of_scores) {
+        constexpr bool kSpecial = decltype(is_special)::value;
+        add_product<M, kSpecial>(of_value, weights, grads_of(tile), first_column, value_features);
+        if (kAny && scoring.cap != 0) {
+          multiply<M>(weights, keys, warp_key, queries_of(tile), features);
+          multiply_by_slope_of_cap(scoring, weights, of_scores);
+        }
+        add_product<M, kSpecial>(of_key, of_scores, queries_of(tile), first_column, features);
+      };
+      if (special) {
+        InMemory of_key(grad_key);
+        InMemory of_value(grad_value);
+        InMemory weights(x);
+        InMemory of_scores(dx);
+        add_products(std::true_type(), of_key.copy, of_value.copy, weights.copy, of_scores.copy);
+      } else {
+        add_products(std::false_type(), grad_key, grad_value, x, dx);
+      }
+    }
+    copy_async_wait<0>();
+    const auto write = [&](const HeadTensor& to, const Sums<T>(&grad)[kRowTiles][kFeatureTiles], int count,
+                           T factor, bool pairs) {
+      if (!to.data) return;
+      FS_UNROLL
+      for (int i = 0; i < 2 * kRowTiles; ++i) {
+        const int key = first_key + warp_key + lane / 4 + 8 * i;
+        if (key >= own_keys) continue;
+        E* const row = s.key_row<E>(to, place.kv_head, key);
+        FS_UNROLL
+        for (int n = 0; n < kFeatureTiles; ++n) {
+          const int column = first_column + 8 * n + 2 * (lane % 4);
+          if (column >= count) continue;
+          write_two(row + column, grad[i / 2][n][i % 2 * 2] * factor, grad[i / 2][n][i % 2 * 2 + 1] * factor,
+                    column + 1 < count, pairs);
+        }
+      }
+    };
+    write(a.grad_key, grad_key, features, scoring.scale, call.pairs_of_grad_key);
+    write(a.grad_value, grad_value, value_features, dropout.kept_scale, call.pairs_of_grad_value);
+  }
+};
+
+}  // namespace fastseq::FASTSEQ_ISA::attention

@@ -1,0 +1,5 @@
+#include "attention_launch_backward.h"
+
+namespace fastseq::FASTSEQ_ISA::attention {
+template const char* launch_backward<Float32Math>(Call& call, const GpuAttentionPlan& plan);
+}

@@ -1,0 +1,161 @@
+// What the kernels of attention are called with, and which part of the problem a block has.
+//
+// Rows are the queries of all query heads that share a key head, row = query * group + head within the group: so a tile
+// of rows reads the keys of its head once for all of them, and its queries are near each other.
+#pragma once
+
+#include <prim.h>
+
+#include "../fastseq.h"
+
+namespace fastseq::FASTSEQ_ISA::attention {
+
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+constexpr int kFar = 1 << 30;  // farther than any key
+
+struct Call {
+  AttentionArgs a;
+  int group;  // query heads of a key head
+  int64_t
+      slots;  // tiles of rows (or of keys, where a block has keys) of a key head, of packed sequences at most
+  int parts, part_keys;  // keys are cut into so many parts of so many keys, each with results of its own
+  bool product_units;    // scores are in units of products: nothing is added to these
+  // Rows of these begin at a multiple of 16 bytes.
+  bool aligned_query, aligned_key, aligned_value, aligned_grad_output;
+  bool pairs_of_output, pairs_of_grad_query, pairs_of_grad_key,
+      pairs_of_grad_value;                      // at one of two elements
+  void *part_output, *part_highest, *part_sum;  // [B, Hkv, parts, rows(, value_size)], in the dtype of sums
+  void* delta;                                  // [B, Hq, Sq], packed [Hq, rows]: see attention_rows.h
+  int64_t delta_stride[2];
+  void* grad_query_sums;  // like grad_query, in the dtype of sums: of the one-pass form
+  int mask_parts;         // the mask's gradient is summed up in so many parts
+};
+
+FS_DEVICE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+FS_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+FS_DEVICE int larger(int a, int b) { return a > b ? a : b; }
+
+// Keys from begin to end.
+struct Range {
+  int begin, end;
+};
+
+// One sequence of the batch: which rows of the tensors are its own, and what its queries see.
+struct Sequence {
+  int64_t index;
+  int64_t b;  // the index where tensors are not packed, else 0
+  int64_t first_query, first_key;
+  int queries, keys, offset, left, right;
+
+  FS_DEVICE Sequence(const AttentionArgs& a, int64_t index)
+      : index(index), b(index), first_query(0), first_key(0) {
+    queries = int(a.queries), keys = int(a.keys);
+    if (a.cu_seqlens_q) {
+      b = 0;
+      first_query = clamp(a.cu_seqlens_q[index], 0, a.queries);
+      queries = int(clamp(a.cu_seqlens_q[index + 1], first_query, a.queries) - first_query);
+      first_key = clamp(a.cu_seqlens_k[index], 0, a.keys);
+      keys = int(clamp(a.cu_seqlens_k[index + 1], first_key, a.keys) - first_key);
+    }
+    if (a.key_lengths) keys = int(clamp(a.key_lengths[index], 0, a.keys));
+    offset = a.bottom_right ? keys - queries : 0;
+    left = a.left < 0 ? -1 : int(clamp(a.left, 0, kFar));
+    right = a.right < 0 ? -1 : int(clamp(a.right, 0, kFar));
+  }
+
+  // The keys that query i can see as far as lengths, causality and window go: both ends never decrease with i.
+  FS_DEVICE Range visible(int i) const {
+    const int64_t at = int64_t(i) + offset;
+    Range r{0, keys};
+    if (left >= 0) r.begin = int(clamp(at - left, 0, keys));
+    if (right >= 0) r.end = int(clamp(at + right + 1, 0, keys));
+    return r;
+  }
+  // The queries that can see a key from first to last: from begin on, before end.
+  FS_DEVICE Range seeing(int first, int last) const {
+    Range r{0, queries};
+    if (right >= 0) r.begin = int(clamp(int64_t(first) - right - offset, 0, queries));
+    if (left >= 0) r.end = int(clamp(int64_t(last) + left - offset + 1, 0, queries));
+    return r;
+  }
+
+  template <class E>
+  FS_DEVICE E* query_row(const HeadTensor& t, int64_t head, int64_t i) const {
+    return static_cast<E*>(t.data) + b * t.stride[0] + head * t.stride[1] + (first_query + i) * t.stride[2];
+  }
+  template <class E>
+  FS_DEVICE E* key_row(const HeadTensor& t, int64_t head, int64_t j) const {
+    return static_cast<E*>(t.data) + b * t.stride[0] + head * t.stride[1] + (first_key + j) * t.stride[2];
+  }
+  template <class T>
+  FS_DEVICE T* of_query(const HeadRows& t, int64_t head, int64_t i) const {
+    return static_cast<T*>(t.data) + b * t.stride[0] + head * t.stride[1] + first_query + i;
+  }
+};
+
+// The place of a block: which tile of `size` rows or keys of which sequence and key head.
+//
+// Packed sequences have different lengths, which only the device knows. Sequence b has the slots from
+// floor(start_b / size) + b on, at least as many as it has tiles; so all together have floor(all / size) + B.
+struct Place {
+  int64_t sequence, kv_head, tile;  // tile < 0: none
+  int part;
+};
+FS_DEVICE Place place_of_block(const Call& call, const int64_t* starts, int64_t all, int64_t times, int size,
+                               bool last_first) {
+  const AttentionArgs& a = call.a;
+  int64_t index = block_index();
+  int64_t slot = index % call.slots;
+  index /= call.slots;
+  Place p;
+  p.part = int(index % call.parts);
+  index /= call.parts;
+  p.kv_head = index % a.kv_heads;
+  if (!starts) {
+    p.sequence = index / a.kv_heads;
+    p.tile = last_first ? call.slots - 1 - slot : slot;
+    return p;
+  }
+  int64_t low = 0, high = a.batch;  // the last sequence that begins at this slot or before is in [low, high)
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    const bool after = clamp(starts[middle], 0, all) * times / size + middle > slot;
+    low = after ? low : middle, high = after ? middle : high;
+  }
+  p.sequence = low;
+  p.tile = slot - (clamp(starts[low], 0, all) * times / size + low);
+  return p;
+}
+
+// A tile of rows of one key head.
+template <int kRows>
+struct RowTile {
+  Sequence s;
+  int64_t kv_head;
+  int first_query, first_head;  // of the first row, the head within the group
+  int count;                    // of its rows there are so many; 0: nothing to do
+  int group, part;
+
+  FS_DEVICE static RowTile of_block(const Call& call) {
+    const AttentionArgs& a = call.a;
+    const Place p = place_of_block(call, a.cu_seqlens_q, a.queries, call.group, kRows, true);
+    return {call, p};
+  }
+  FS_DEVICE RowTile(const Call& call, const Place& p)
+      : s(call.a, p.sequence), kv_head(p.kv_head), group(call.group), part(p.part) {
+    const int64_t first = p.tile * kRows, rows = int64_t(s.queries) * group;
+    count = p.tile < 0 ? 0 : int(clamp(rows - first, 0, kRows));
+    first_query = int(first / group), first_head = int(first % group);
+  }
+
+  FS_DEVICE int query(int row) const { return first_query + (first_head + row) / group; }
+  FS_DEVICE int64_t head(int row) const { return kv_head * group + (first_head + row) % group; }
+  FS_DEVICE Range some() const {  // keys that any row sees
+    return {s.visible(first_query).begin, s.visible(query(count - 1)).end};
+  }
+  FS_DEVICE Range all() const {  // keys that all rows see
+    return {s.visible(query(count - 1)).begin, s.visible(first_query).end};
+  }
+};
+
+}  // namespace fastseq::FASTSEQ_ISA::attention

@@ -1,0 +1,5 @@
+#include "attention_launch_forward.h"
+
+namespace fastseq::FASTSEQ_ISA::attention {
+template const char* launch_forward<Float16Math>(Call& call, const GpuAttentionPlan& plan);
+}

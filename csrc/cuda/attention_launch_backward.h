@@ -1,0 +1,54 @@
+// The backward pass of one arithmetic.
+#pragma once
+
+#include "attention_backward.h"
+#include "attention_launch.h"
+#include "attention_matrices.h"
+
+namespace fastseq::FASTSEQ_ISA::attention {
+
+template <class M>
+const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
+  constexpr int kSize = sizeof(typename M::Element);
+  const AttentionArgs& a = call.a;
+  const int64_t batch = a.cu_seqlens_q ? 1 : a.batch;
+  if (const char* error = launch_rows<Delta<M>>(call, batch * a.heads * a.queries)) return error;
+  const char* error = with_features(plan, [&](auto features) -> const char* {
+    constexpr int kFeatures = decltype(features)::value;
+    // Of few keys this pass makes delta too, so that it comes first.
+    const bool may_be_few = a.keys <= kFewKeys || a.key_lengths || a.cu_seqlens_k;
+    if (a.grad_query.data || may_be_few) {
+      const char* const error =
+          plan.options ? launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures, true>, true>>(
+                             call, plan.grad_queries)
+                       : launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures, false>, false>>(
+                             call, plan.grad_queries);
+      if (error) return error;
+    }
+    if (a.grad_key.data || a.grad_value.data) {
+      const char* const error =
+          plan.options
+              ? launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures, true>, true>>(call, plan.grad_keys)
+              : launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures, false>, false>>(call, plan.grad_keys);
+      if (error) return error;
+    }
+    if (!a.grad_mask) return nullptr;
+    call.part_output = static_cast<unsigned char*>(a.workspace) + plan.mask_at;
+    return launch_pass<GradMask<M, PairShape<kSize, kFeatures>>>(call, plan.grad_mask);
+  });
+  if (error) return error;
+  if (a.grad_mask && plan.mask_parts > 1) {
+    int64_t elements = 1;
+    const int64_t sizes[4] = {a.batch, a.heads, a.queries, a.keys};
+    for (int i = 0; i < 4; ++i) elements *= a.grad_mask_stride[i] ? sizes[i] : 1;
+    if (elements) {
+      const int64_t blocks = (elements + SumParts<M>::kThreads - 1) / SumParts<M>::kThreads;
+      error = launch<SumParts<M>>({blocks, SumParts<M>::kThreads, 0, 1, false, a.stream}, call);
+      if (error) return error;
+    }
+  }
+  if (!a.grad_sinks || a.batch * a.heads == 0) return nullptr;
+  return launch<GradSinks<M>>({a.batch * a.heads, GradSinks<M>::kThreads, 0, 1, false, a.stream}, call);
+}
+
+}  // namespace fastseq::FASTSEQ_ISA::attention

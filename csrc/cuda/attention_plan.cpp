@@ -1,0 +1,154 @@
+#include "attention_plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "attention_shapes.h"
+
+namespace fastseq {
+namespace {
+
+using namespace attention;
+
+constexpr int kDecodeRows = 16;
+// Rows of a key head up to which its keys are cut into parts, and how many keys a part has at least: with more rows
+// there are blocks enough, with fewer keys joining the parts takes as long as reading them.
+constexpr int kSplitRows = 128, kPartKeys = 256, kMostParts = 64, kPartQuantum = 64;
+constexpr int64_t kMaskBlocks = 256;  // about as many as a GPU runs at the same time
+constexpr int64_t kMostBlocks = 0x7fffffff;
+
+int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
+int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+
+int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+[[noreturn]] void refuse(const std::string& given, const std::string& accepted, const std::string& remedy) {
+  throw std::runtime_error("given: " + given + "\naccepted: " + accepted + "\ntry: " + remedy);
+}
+
+template <class Shape>
+TilePass pass(int size, int own_tiles, int other_tiles) {
+  TilePass p = {};
+  p.own = Shape::kWarps / Shape::kColumnWarps * Shape::kRowTiles * 16, p.other = Shape::kKeys;
+  p.threads = Shape::kWarps * 32;
+  p.shared_bytes = own_tiles * tile_bytes(size, Shape::kFeatures, p.own) +
+                   other_tiles * tile_bytes(size, Shape::kFeatures, p.other);
+  return p;
+}
+
+// Tiles of a key head: of a packed sequence's as many as there may be.
+int64_t slots(const AttentionProblem& p, int64_t rows, int size) {
+  return p.packed ? rows / size + p.batch : ceil_div(rows, size);
+}
+int64_t heads(const AttentionProblem& p) { return p.packed ? p.kv_heads : p.kv_heads * p.batch; }
+
+void check(const AttentionProblem& p, const GpuAttentionPlan& plan) {
+  const int most =
+      std::max({plan.forward.shared_bytes, plan.weights.shared_bytes, plan.grad_queries.shared_bytes,
+                plan.grad_keys.shared_bytes, plan.grad_mask.shared_bytes});
+  if (most > p.device.shared_bytes) {
+    refuse("heads of " + std::to_string(std::max(p.head_size, p.value_size)) + " features, in tiles of " +
+               std::to_string(most) + " bytes",
+           "tiles of up to " + std::to_string(p.device.shared_bytes) +
+               " bytes, which a block of this GPU can have",
+           "smaller heads, or a smaller dtype");
+  }
+  for (const TilePass* t :
+       {&plan.forward, &plan.weights, &plan.grad_queries, &plan.grad_keys, &plan.grad_mask}) {
+    if (t->blocks > kMostBlocks) {
+      refuse("attention that would take " + std::to_string(t->blocks) + " blocks", "up to 2147483647",
+             "a smaller batch at a time");
+    }
+  }
+}
+
+}  // namespace
+
+GpuAttentionPlan attention_plan(const AttentionProblem& p) {
+  const int64_t most_features = std::max(p.head_size, p.value_size);
+  if (most_features > 256) {
+    refuse("heads of " + std::to_string(most_features) + " features on CUDA", "up to 256",
+           "more heads of fewer features, or query.cpu(), key.cpu() and value.cpu()");
+  }
+  constexpr int64_t kMostRows = int64_t(1) << 30;
+  if (p.queries > kMostRows || p.keys > kMostRows) {
+    refuse("sequences of " + std::to_string(std::max(p.queries, p.keys)) + " rows on CUDA",
+           "up to 1073741824", "shorter sequences");
+  }
+  GpuAttentionPlan plan = {};
+  const int size = element_size(p.dtype);
+  const int64_t sum_size = size == 8 ? 8 : 4;
+  const int64_t group = p.heads / std::max<int64_t>(p.kv_heads, 1), rows = group * p.queries;
+  plan.features = most_features <= 64 ? 64 : most_features <= 128 ? 128 : 256;
+  plan.options = p.options;
+  plan.parts = 1, plan.part_keys = int(p.keys), plan.mask_parts = 1;
+  const int64_t units = heads(p);
+  if (!p.backward) {
+    const int64_t rows_of_sequence = p.packed ? ceil_div(rows, std::max<int64_t>(p.batch, 1)) : rows;
+    plan.kernel =
+        rows_of_sequence <= kDecodeRows ? AttentionKernelKind::kDecode : AttentionKernelKind::kTiles;
+    if (p.forced_kernel >= 0) plan.kernel = AttentionKernelKind(p.forced_kernel);
+    plan.forward = with_sizes(size, plan.features, [&](auto s, auto f) {
+      if (plan.kernel == AttentionKernelKind::kDecode) return pass<DecodeShape<s, f>>(s, 1, 4);
+      return p.options ? pass<ForwardShape<s, f, true>>(s, 1, 4) : pass<ForwardShape<s, f, false>>(s, 1, 4);
+    });
+    plan.options |= plan.kernel == AttentionKernelKind::kDecode;  // the one kernel that there is
+    if (!p.packed && (rows <= kSplitRows || p.forced_parts > 0)) {
+      int64_t keys = std::max<int64_t>(kPartKeys, ceil_div(p.keys, kMostParts));
+      if (p.forced_parts > 0) keys = std::max<int64_t>(ceil_div(p.keys, p.forced_parts), 1);
+      keys = ceil_div(keys, kPartQuantum) * kPartQuantum;
+      plan.parts = int(std::max<int64_t>(ceil_div(p.keys, keys), 1)), plan.part_keys = int(keys);
+    }
+    plan.forward.slots = slots(p, rows, plan.forward.own);
+    plan.forward.blocks = units * plan.parts * plan.forward.slots;
+    if (plan.parts > 1) {
+      const int64_t part_rows = units * plan.parts * rows;
+      plan.highest_at = aligned(part_rows * p.value_size * sum_size);
+      plan.sum_at = plan.highest_at + aligned(part_rows * sum_size);
+      plan.workspace_bytes = plan.sum_at + aligned(part_rows * sum_size);
+    }
+    if (p.weights) {
+      plan.weights =
+          with_sizes(size, plan.features, [&](auto s, auto f) { return pass<PairShape<s, f>>(s, 1, 1); });
+      plan.weights.blocks =
+          p.batch * p.heads * ceil_div(p.queries, plan.weights.own) * ceil_div(p.keys, plan.weights.other);
+    }
+    check(p, plan);
+    return plan;
+  }
+  plan.grad_queries = with_sizes(size, plan.features, [&](auto s, auto f) {
+    return p.options ? pass<GradQueriesShape<s, f, true>>(s, 2, 4)
+                     : pass<GradQueriesShape<s, f, false>>(s, 2, 4);
+  });
+  plan.grad_queries.slots = slots(p, rows, plan.grad_queries.own);
+  plan.grad_queries.blocks = units * plan.grad_queries.slots;
+  plan.grad_keys = with_sizes(size, plan.features, [&](auto s, auto f) {
+    return p.options ? pass<GradKeysShape<s, f, true>>(s, 2, 4) : pass<GradKeysShape<s, f, false>>(s, 2, 4);
+  });
+  plan.grad_keys.shared_bytes += 2 * plan.grad_keys.other * query_bytes(size);
+  plan.grad_keys.slots = slots(p, p.keys, plan.grad_keys.own);
+  plan.grad_keys.blocks = units * plan.grad_keys.slots;
+  plan.workspace_bytes = aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * sum_size);
+  if (p.of_mask) {
+    TilePass& mask = plan.grad_mask;
+    mask = with_sizes(size, plan.features, [&](auto s, auto f) { return pass<PairShape<s, f>>(s, 2, 2); });
+    const int64_t all[4] = {p.batch, p.heads, ceil_div(p.queries, mask.own), ceil_div(p.keys, mask.other)};
+    const int64_t sizes[4] = {p.batch, p.heads, p.queries, p.keys};
+    int64_t terms = 1, elements = 1;
+    mask.blocks = 1;
+    for (int i = 0; i < 4; ++i) {
+      (p.mask_has[i] ? mask.blocks : terms) *= all[i];
+      if (p.mask_has[i]) elements *= sizes[i];
+    }
+    const int64_t parts = ceil_div(kMaskBlocks, std::max<int64_t>(mask.blocks, 1));
+    plan.mask_parts = int(std::clamp<int64_t>(parts, 1, std::max<int64_t>(terms, 1)));
+    mask.blocks *= plan.mask_parts;
+    plan.mask_at = plan.workspace_bytes;
+    if (plan.mask_parts > 1) plan.workspace_bytes += aligned(plan.mask_parts * elements * sum_size);
+  }
+  check(p, plan);
+  return plan;
+}
+
+}  // namespace fastseq

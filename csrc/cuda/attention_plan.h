@@ -1,0 +1,47 @@
+// Which kernels of attention, which tiles, how many blocks: a pure function of the problem and of the GPU's facts.
+#pragma once
+
+#include "../fastseq.h"
+#include "plan.h"
+
+namespace fastseq {
+
+// kTiles: attention_forward.h; kDecode: the same with one warp a block, for up to 16 rows of a key head.
+enum class AttentionKernelKind : int { kTiles = 0, kDecode = 1 };
+constexpr const char* kAttentionKernelNames[] = {"tiles", "decode"};
+
+struct AttentionProblem {
+  DType dtype;
+  bool tf32, packed, backward;
+  int64_t batch, heads, kv_heads, queries, keys, head_size, value_size;
+  bool options;      // anything between product and weight, or weights that have a gradient
+  bool weights;      // forward: they are wanted
+  bool of_mask;      // backward: whether the mask's gradient is wanted, and
+  bool mask_has[4];  // which of batch, head, query and key it has
+  bool one_pass;     // backward: grad_query may be summed up in any order
+  DeviceFacts device;
+  int forced_kernel, forced_parts;  // -1, 0: not forced
+};
+
+// A kernel whose blocks own `own` rows or keys and go over `other` keys or rows at a time.
+struct TilePass {
+  int own, other, threads, shared_bytes;
+  int64_t slots;  // tiles of a key head, see place_of_block() in attention_call.h
+  int64_t blocks;
+};
+
+struct GpuAttentionPlan {
+  AttentionKernelKind kernel;
+  int features;  // of the tiles: head_size and value_size at most
+  bool options;
+  int parts, part_keys;  // of the forward pass
+  TilePass forward, weights, grad_queries, grad_keys, grad_mask;
+  int mask_parts;
+  // Where things lie in the workspace.
+  int64_t output_at, highest_at, sum_at, delta_at, mask_at, workspace_bytes;
+};
+
+// Throws std::runtime_error, in three lines, if nothing fits or the forced plan does not.
+GpuAttentionPlan attention_plan(const AttentionProblem& problem);
+
+}  // namespace fastseq

@@ -1,0 +1,179 @@
+// What is done once for each row: the results of the forward pass, the numbers that the backward pass needs of a query.
+#pragma once
+
+#include "attention_scores.h"
+
+namespace fastseq::FASTSEQ_ISA::attention {
+
+template <class T>
+FS_DEVICE bool finite(T x) {
+  return x - x == 0;
+}
+
+// lse, and what makes weights of scores, of a row with this highest score and this sum of weights relative to it.
+template <class T>
+FS_DEVICE void write_normalizer(const Call& call, const Scoring<T>& scoring, const Sequence& s, int64_t head,
+                                int query, T highest, T sum) {
+  const AttentionArgs& a = call.a;
+  const bool nothing = sum == 0;
+  if (a.lse.data) {
+    *s.of_query<T>(a.lse, head, query) = nothing ? -T(INFINITY) : highest * scoring.unit + log(sum);
+  }
+  if (a.highest.data) {
+    *s.of_query<T>(a.highest, head, query) = nothing || !finite(highest) ? T(0) : highest;
+    *s.of_query<T>(a.inverse_sum, head, query) = nothing ? T(0) : T(1) / sum;
+  }
+}
+
+// Two neighbouring features of a row, rounded; with `pair` at a multiple of two elements. The second may not be there.
+template <class E, class T>
+FS_DEVICE void write_two(E* to, T first, T second, bool two, bool pair) {
+  Two<E> rounded;
+  narrow(first, rounded.value[0]), narrow(second, rounded.value[1]);
+  if (two && pair) {
+    *reinterpret_cast<Two<E>*>(to) = rounded;
+  } else {
+    to[0] = rounded.value[0];
+    if (two) to[1] = rounded.value[1];
+  }
+}
+// Of output, and what rounding took from it: nothing where that is no number.
+template <class E, class T>
+FS_DEVICE void write_output(const Call& call, const Sequence& s, int64_t head, int query, int column, T first,
+                            T second) {
+  const AttentionArgs& a = call.a;
+  const bool two = column + 1 < a.value_size;
+  write_two(s.query_row<E>(a.output, head, query) + column, first, second, two, call.pairs_of_output);
+  if constexpr (sizeof(E) == 2) {
+    if (!a.remainder.data) return;
+    const auto rest = [](T x) {
+      E rounded;
+      narrow(x, rounded);
+      const T r = x - widen(rounded);
+      return finite(r) ? r : T(0);
+    };
+    write_two(s.query_row<E>(a.remainder, head, query) + column, rest(first), rest(second), two,
+              call.pairs_of_output);
+  }
+}
+
+// Rows of [B, Hkv, parts, rows], which the parts of the keys leave.
+FS_DEVICE int64_t part_row(const Call& call, int64_t sequence, int64_t kv_head, int part, int64_t row) {
+  const int64_t rows = call.a.queries * call.group;
+  return ((sequence * call.a.kv_heads + kv_head) * call.parts + part) * rows + row;
+}
+
+// Joins the parts of a row: one warp a row.
+template <class M>
+struct Combine {
+  using E = typename M::Element;
+  using T = typename M::Sum;
+  using Args = Call;
+  static constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+
+  static FS_DEVICE void run(const Call& call) {
+    const AttentionArgs& a = call.a;
+    const int lane = thread_index() % kWarp;
+    const int64_t rows = a.queries * call.group;
+    const int64_t index = int64_t(block_index()) * kWarps + thread_index() / kWarp;
+    if (index >= rows * a.kv_heads * a.batch) return;
+    const int64_t row = index % rows, kv_head = index / rows % a.kv_heads;
+    const Sequence s(a, index / rows / a.kv_heads);
+    const int64_t head = kv_head * call.group + row % call.group;
+    const int query = int(row / call.group);
+    const Scoring<T> scoring(call);
+    const auto part_at = [&](int part) { return part_row(call, s.index, kv_head, part, row); };
+
+    const T* const highests = static_cast<const T*>(call.part_highest);
+    T highest = -T(INFINITY);
+    for (int part = 0; part < call.parts; ++part) highest = max(highest, highests[part_at(part)]);
+    const T from = highest == -T(INFINITY) ? T(0) : highest;
+    T sum = 0;
+    for (int part = 0; part < call.parts; ++part) {
+      const int64_t at = part_at(part);
+      sum = fma(exp2((highests[at] - from) * scoring.factor), static_cast<const T*>(call.part_sum)[at], sum);
+    }
+    const T inverse = sum == 0 ? T(0) : T(1) / sum;
+    const T kept_scale = T(1 / (1 - a.dropout_p));
+    for (int column = 2 * lane; column < a.value_size; column += 2 * kWarp) {
+      T first = 0, second = 0;
+      for (int part = 0; part < call.parts; ++part) {
+        const int64_t at = part_at(part);
+        const T weight = exp2((highests[at] - from) * scoring.factor);
+        const T* const output = static_cast<const T*>(call.part_output) + at * a.value_size + column;
+        first = fma(weight, output[0], first);
+        if (column + 1 < a.value_size) second = fma(weight, output[1], second);
+      }
+      write_output<E>(call, s, head, query, column, first * inverse * kept_scale,
+                      second * inverse * kept_scale);
+    }
+    if (lane == 0) write_normalizer(call, scoring, s, head, query, highest, sum);
+  }
+};
+
+// delta of each query: the sum over features of grad_output * output, less the gradient of lse. One warp a query.
+template <class M>
+struct Delta {
+  using E = typename M::Element;
+  using T = typename M::Sum;
+  using Args = Call;
+  static constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+
+  static FS_DEVICE void run(const Call& call) {
+    const AttentionArgs& a = call.a;
+    const int64_t index = int64_t(block_index()) * kWarps + thread_index() / kWarp;
+    const int64_t batch = a.cu_seqlens_q ? 1 : a.batch;
+    if (index >= batch * a.heads * a.queries) return;
+    const int64_t query = index % a.queries, head = index / a.queries % a.heads,
+                  b = index / a.queries / a.heads;
+    const auto row = [&](const HeadTensor& t) {
+      return static_cast<const E*>(t.data) + b * t.stride[0] + head * t.stride[1] + query * t.stride[2];
+    };
+    const E *const output = row(a.output), *const grad = row(a.grad_output);
+    const E* const remainder = a.remainder.data ? row(a.remainder) : nullptr;
+    T sum = 0;
+    for (int i = thread_index() % kWarp; i < a.value_size; i += kWarp) {
+      const T x = widen(output[i]) + (remainder ? T(widen(remainder[i])) : T(0));
+      sum = fma(T(widen(grad[i])), x, sum);
+    }
+    FS_UNROLL
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (thread_index() % kWarp != 0) return;
+    if (a.grad_lse.data) {
+      sum -= static_cast<const T*>(
+          a.grad_lse.data)[b * a.grad_lse.stride[0] + head * a.grad_lse.stride[1] + query];
+    }
+    static_cast<T*>(call.delta)[b * call.delta_stride[0] + head * call.delta_stride[1] + query] = sum;
+  }
+};
+
+// The gradient of a head's sink in one sequence: its weight times what the sum of all gradients of a softmax leaves,
+// - delta, added up over the queries. One warp a head and sequence, in a fixed order.
+template <class M>
+struct GradSinks {
+  using T = typename M::Sum;
+  using Args = Call;
+  static constexpr int kThreads = kWarp;
+
+  static FS_DEVICE void run(const Call& call) {
+    const AttentionArgs& a = call.a;
+    const Sequence s(a, block_index() / a.heads);
+    const int64_t head = block_index() % a.heads;
+    const Scoring<T> scoring(call);
+    const T sink = static_cast<const T*>(a.sinks)[head] / scoring.unit;
+    T sum = 0;
+    for (int i = thread_index(); i < s.queries; i += kWarp) {
+      const T inverse = *s.of_query<T>(a.inverse_sum, head, i);
+      const Shift<T> shift(call, *s.of_query<T>(a.highest, head, i), scoring.factor);
+      const T weight = weight_of<true>(sink, shift, scoring.factor) * inverse;
+      const T delta = static_cast<const T*>(
+          call.delta)[s.b * call.delta_stride[0] + head * call.delta_stride[1] + s.first_query + i];
+      if (weight != 0) sum = fma(-weight, delta, sum);
+    }
+    FS_UNROLL
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (thread_index() == 0) static_cast<T*>(a.grad_sinks)[s.index * a.heads + head] = sum;
+  }
+};
+
+}  // namespace fastseq::FASTSEQ_ISA::attention

@@ -1,0 +1,259 @@
+// What lies between the products: scores of the products, weights of the scores, dropout.
+//
+// Everything here goes over the Sums of a warp. Queries are their rows in kernels that own queries, and their columns in
+// the one that owns keys; `Orient` says which, so that all kernels share this file. Options are gone through one after
+// the other, each in a loop of its own: a call pays for those it has, and the code stays small.
+#pragma once
+
+#include "attention_tiles.h"
+
+namespace fastseq::FASTSEQ_ISA::attention {
+
+// What is known of a query when it meets keys.
+template <class T>
+struct Query {
+  int begin, end;  // of the keys that it sees, as far as lengths, causality and window go
+  int index;       // in its sequence
+  int head;
+  T highest, inverse_sum, delta;  // of the backward pass, see attention_rows.h
+};
+static_assert(sizeof(Query<float>) == query_bytes(4) && sizeof(Query<double>) == query_bytes(8));
+
+// Where the elements of Sums [kRowTiles][kColumnTiles] lie: local numbers of query and key within the warp's part.
+template <bool kQueriesAreRows>
+struct Orient {
+  int first_query, first_key;  // of the warp's part; keys count from the sequence's beginning
+
+  FS_DEVICE static int of_row(int m, int e) { return 16 * m + thread_index() % kWarp / 4 + e / 2 * 8; }
+  FS_DEVICE static int of_column(int n, int e) { return 8 * n + 2 * (thread_index() % 4) + e % 2; }
+  FS_DEVICE int query(int m, int n, int e) const {
+    return first_query + (kQueriesAreRows ? of_row(m, e) : of_column(n, e));
+  }
+  FS_DEVICE int key(int m, int n, int e) const {
+    return first_key + (kQueriesAreRows ? of_column(n, e) : of_row(m, e));
+  }
+};
+
+// The numbers of a call, in the dtype of sums. A score is `unit` times what the score functions give.
+template <class T>
+struct Scoring {
+  T scale, factor;  // factor makes logarithms to base 2 of scores
+  T cap, cap_scale, unit;
+
+  FS_DEVICE explicit Scoring(const Call& call)
+      : scale(T(call.a.scale)),
+        factor(T((call.product_units ? call.a.scale : 1) * kLog2E)),
+        cap(T(call.a.softcap)),
+        cap_scale(call.a.softcap > 0 ? T(call.a.scale / call.a.softcap) : T(0)),
+        unit(call.product_units ? T(call.a.scale) : T(1)) {}
+};
+
+// Calls body(m, n, e) for each element of Sums.
+template <int kRowTiles, int kColumnTiles, class Body>
+FS_DEVICE void for_elements(Body body) {
+  FS_UNROLL
+  for (int m = 0; m < kRowTiles; ++m) {
+    FS_UNROLL
+    for (int n = 0; n < kColumnTiles; ++n) {
+      FS_UNROLL
+      for (int e = 0; e < 4; ++e) body(m, n, e);
+    }
+  }
+}
+
+// ---- masks ----
+
+// Calls body(pointer to elements of the mask's type), at the mask of a sequence.
+template <class E, class T, class Body>
+FS_DEVICE void with_mask(const AttentionArgs& a, const Sequence& s, Body body) {
+  const int64_t at = s.b * a.mask.stride[0];
+  if (a.mask.kind == MaskKind::kBool) {
+    body(static_cast<const uint8_t*>(a.mask.data) + at);
+  } else if (a.mask.kind == MaskKind::kSame) {
+    body(static_cast<const E*>(a.mask.data) + at);
+  } else if constexpr (sizeof(E) == 2) {
+    body(static_cast<const float*>(a.mask.data) + at);
+  }
+}
+FS_DEVICE bool shows(uint8_t x) { return x != 0; }
+template <class X>
+FS_DEVICE bool shows(X x) {
+  return widen(x) != -INFINITY;
+}
+
+// Whether the mask shows any element of the warp's part. Asked before the products, so that what is hidden whole costs
+// no more than that; where the answer is yes, what was read is in the first-level cache.
+template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries>
+FS_DEVICE bool mask_shows_any(const AttentionArgs& a, const Sequence& s, const O& orient,
+                              const Queries& queries) {
+  bool any = false;
+  with_mask<E, T>(a, s, [&](auto* mask) {
+    for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
+      const Query<T>& q = queries(m, n, e);
+      const int key = orient.key(m, n, e);
+      if (key < q.begin || key >= q.end) return;
+      any |= shows(mask[q.head * a.mask.stride[1] + q.index * a.mask.stride[2] + key * a.mask.stride[3]]);
+    });
+  });
+  return any_in_warp(any);
+}
+
+// x + bias, but for a bias of -inf, which hides what may be NaN. Large biases leave no infinity.
+template <class T>
+FS_DEVICE T add_bias(T x, T bias) {
+  return bias == -T(INFINITY) ? bias : x + bias;
+}
+
+// ---- scores ----
+
+// Products -> scores, -inf where the key is hidden; `edge` where some are by lengths, causality or window.
+template <bool kAny, class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries>
+FS_DEVICE void score(const Call& call, const Scoring<T>& scoring, const Sequence& s, const O& orient,
+                     const Queries& queries, bool edge, Sums<T> (&x)[kRowTiles][kColumnTiles]) {
+  const AttentionArgs& a = call.a;
+  if constexpr (kAny) {
+    if (scoring.cap != 0) {
+      for_elements<kRowTiles, kColumnTiles>(
+          [&](int m, int n, int e) { x[m][n][e] = tanh(x[m][n][e] * scoring.cap_scale) * scoring.cap; });
+    } else if (!call.product_units) {
+      for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) { x[m][n][e] *= scoring.scale; });
+    }
+    if (a.alibi.data) {
+      const T* const slopes = static_cast<const T*>(a.alibi.data) + s.index * a.alibi.stride[0];
+      for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
+        const Query<T>& q = queries(m, n, e);
+        const int distance = q.index + s.offset - orient.key(m, n, e);
+        x[m][n][e] =
+            fma(-slopes[q.head * a.alibi.stride[1]], T(distance < 0 ? -distance : distance), x[m][n][e]);
+      });
+    }
+    with_mask<E, T>(a, s, [&](auto* mask) {
+      if (a.mask.kind == MaskKind::kNone) return;
+      for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
+        const Query<T>& q = queries(m, n, e);
+        const int key = orient.key(m, n, e);
+        if (key < q.begin || key >= q.end) return;
+        const auto of_mask =
+            mask[q.head * a.mask.stride[1] + q.index * a.mask.stride[2] + key * a.mask.stride[3]];
+        if constexpr (sizeof(of_mask) == 1) {
+          if (!of_mask) x[m][n][e] = -T(INFINITY);
+        } else {
+          x[m][n][e] = add_bias(x[m][n][e], T(widen(of_mask)));
+        }
+      });
+    });
+  }
+  if (!edge) return;
+  for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
+    const Query<T>& q = queries(m, n, e);
+    const int key = orient.key(m, n, e);
+    if (key < q.begin || key >= q.end) x[m][n][e] = -T(INFINITY);
+  });
+}
+
+// d score / d product, divided by the scale, of products under a soft cap.
+template <class T, int kRowTiles, int kColumnTiles>
+FS_DEVICE void multiply_by_slope_of_cap(const Scoring<T>& scoring,
+                                        const Sums<T> (&products)[kRowTiles][kColumnTiles],
+                                        Sums<T> (&grads)[kRowTiles][kColumnTiles]) {
+  for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
+    const T t = tanh(products[m][n][e] * scoring.cap_scale);
+    // What is hidden has no gradient, whatever its product is.
+    if (grads[m][n][e] != 0) grads[m][n][e] *= fma(-t, t, T(1));
+  });
+}
+
+// 2^((score - highest) factor). Of products it is one multiply-add, exact but for one rounding, and the rounding of
+// highest * factor is the same for all scores of a row. Of other scores the difference comes first, for it may be small
+// where the scores are so large that factor times them would overflow.
+template <class T>
+struct Shift {
+  T before, after;  // of the product with factor: one of them is zero
+
+  FS_DEVICE Shift(const Call& call, T highest, T factor)
+      : before(call.product_units ? T(0) : highest), after(call.product_units ? highest * factor : T(0)) {}
+};
+template <bool kAny, class T>
+FS_DEVICE T weight_of(T score, const Shift<T>& shift, T factor) {
+  return exp2(fma(kAny ? score - shift.before : score, factor, -shift.after));
+}
+
+// ---- dropout ----
+
+// Philox4x32-10 (Salmon et al. 2011): the words of a counter under a key.
+struct Philox {
+  uint32_t word[4];
+
+  FS_DEVICE Philox(uint64_t key, uint32_t first, uint32_t second, uint32_t third, uint32_t fourth)
+      : word{first, second, third, fourth} {
+    uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
+    FS_UNROLL
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t a = uint64_t(0xD2511F53u) * word[0], b = uint64_t(0xCD9E8D57u) * word[2];
+      word[0] = uint32_t(b >> 32) ^ word[1] ^ low, word[1] = uint32_t(b);
+      word[2] = uint32_t(a >> 32) ^ word[3] ^ high, word[3] = uint32_t(a);
+      low += 0x9E3779B9u, high += 0xBB67AE85u;
+    }
+  }
+  FS_DEVICE uint32_t of(int i) const {
+    return i == 0 ? word[0] : i == 1 ? word[1] : i == 2 ? word[2] : word[3];
+  }
+};
+
+// Which weights are kept: a function of seed, head and query, and key alone, the same as in csrc/cpu/philox.h. Of each
+// 64 keys, from a multiple of 64 on, key 16 w + i takes word w of the counter's lane i.
+template <class T>
+struct Dropout {
+  bool active;
+  uint32_t threshold;  // kept where the word is below
+  uint64_t seed;
+  T kept_scale;
+
+  FS_DEVICE explicit Dropout(const AttentionArgs& a)
+      : active(a.dropout_p > 0),
+        threshold(uint32_t((1 - a.dropout_p) * 4294967295.0 + 0.5)),
+        seed(active && a.seed_address ? uint64_t(*a.seed_address) : a.seed),
+        kept_scale(T(1 / (1 - a.dropout_p))) {}
+
+  FS_DEVICE Philox words(const AttentionArgs& a, const Sequence& s, const Query<T>& q, int key) const {
+    return {seed, uint32_t(key / 64 * 16 + key % 16), uint32_t(q.index), uint32_t(s.index * a.heads + q.head),
+            0u};
+  }
+
+  // Calls body(m, n, e, kept) for each element. The keys of a lane that share a counter are taken together: a tile of 64
+  // keys in one row, whose columns they are, leaves no word unused.
+  template <int kRowTiles, int kColumnTiles, class O, class Queries, class Body>
+  FS_DEVICE void for_kept(const AttentionArgs& a, const Sequence& s, const O& orient, const Queries& queries,
+                          Body body) const {
+    constexpr bool kQueriesAreRows = std::is_same_v<O, Orient<true>>;
+    constexpr int kQueryTiles = kQueriesAreRows ? kRowTiles : kColumnTiles;
+    constexpr int kKeyTiles = kQueriesAreRows ? kColumnTiles : kRowTiles;
+    // A lane's keys of a tile lie at 0 and 1, or at 0 and 8, from its first.
+    FS_UNROLL
+    for (int t = 0; t < kQueryTiles; ++t) {
+      FS_UNROLL
+      for (int which_query = 0; which_query < 2; ++which_query) {
+        FS_UNROLL
+        for (int which_key = 0; which_key < 2; ++which_key) {
+          const int e = kQueriesAreRows ? 2 * which_query + which_key : 2 * which_key + which_query;
+          FS_UNROLL
+          for (int first = 0; first < (kQueriesAreRows && kKeyTiles > 1 ? 2 : 1);
+               ++first) {  // even and odd tiles
+            constexpr int kStep = kQueriesAreRows ? 2 : 1;
+            const int m0 = kQueriesAreRows ? t : first, n0 = kQueriesAreRows ? first : t;
+            const Query<T>& q = queries(m0, n0, e);
+            const Philox words = this->words(a, s, q, orient.key(m0, n0, e));
+            FS_UNROLL
+            for (int k = first; k < kKeyTiles; k += kStep) {
+              const int m = kQueriesAreRows ? t : k, n = kQueriesAreRows ? k : t;
+              const int key = orient.key(m, n, e);
+              body(m, n, e, words.of(key / 16 % 4) < threshold);
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fastseq::FASTSEQ_ISA::attention

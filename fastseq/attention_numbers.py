@@ -1,0 +1,143 @@
+"""Attention's arguments as numbers, the same for all engines: what csrc/attention_arguments.h reads.
+
+Tensors are addresses and strides of batch, head and row, which of packed tensors (rows, heads, features) are
+those of head and row. The order is that of _C.pyi.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .addresses import address
+from .attention_checks import Arguments, Attention
+from .checks import DTYPES, problem
+
+if TYPE_CHECKING:
+    from .attention_ops import Gradients, Incoming
+
+_NO_HEAD = (0, 0, 0, 0)
+_NO_ROWS = (0, 0, 0)
+_NO_MASK = (0, 0, 0, 0, 0, 0)
+_NO_GRAD_OF_MASK = (0, 0, 0, 0, 0)
+
+
+def _head(tensor: Tensor | None) -> tuple[int, ...]:
+    """Address and strides of batch, head and row."""
+    if tensor is None:
+        return _NO_HEAD
+    strides, address = tensor.stride(), tensor.data_ptr()
+    if address == 0 and tensor.numel():  # torch's zero tensors
+        raise RuntimeError(
+            problem(
+                "query, key, value or a gradient without memory of its own",
+                "dense tensors on the CPU",
+                "tensor.clone()",
+            )
+        )
+    if len(strides) == 4:
+        return (address, *strides[:3])
+    return address, 0, strides[1], strides[0]
+
+
+def _rows(tensor: Tensor | None) -> tuple[int, ...]:
+    """Address and strides of batch and head of what has one number for each query."""
+    if tensor is None:
+        return _NO_ROWS
+    strides = tensor.stride()
+    return tensor.data_ptr(), (strides[0] if len(strides) == 3 else 0), strides[-2]
+
+
+def _normalizer(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The rows of either half, which lie one after the other; none of an empty one."""
+    if tensor.dim() == 1:
+        return _NO_ROWS, _NO_ROWS
+    strides, address = tensor.stride(), tensor.data_ptr()
+    rows = (strides[1] if len(strides) == 4 else 0), strides[-2]
+    return (address, *rows), (address + strides[0] * tensor.element_size(), *rows)
+
+
+def _broadcast_strides(tensor: Tensor) -> list[int]:
+    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+
+
+def _mask(a: Arguments) -> tuple[int, ...]:
+    mask = a.attn_mask
+    if mask is None:
+        return _NO_MASK
+    kind = 1 if mask.dtype is torch.bool else 2 if mask.dtype is a.query.dtype else 3
+    return (mask.data_ptr(), kind, *_broadcast_strides(mask))
+
+
+def _alibi(a: Arguments) -> tuple[int, ...]:
+    slopes = a.alibi_slopes
+    return _NO_ROWS if slopes is None else (slopes.data_ptr(), *_broadcast_strides(slopes))
+
+
+def _problem(sizes: Attention, a: Arguments, output: Tensor, threads: int, seed: int) -> tuple[Any, ...]:
+    """What both passes begin with."""
+    return (
+        DTYPES[a.query.dtype],
+        threads,
+        *sizes,
+        a.left,
+        a.right,
+        a.bottom_right,
+        seed,
+        a.scale,
+        a.softcap,
+        a.dropout_p,
+        address(a.cu_seqlens_q),
+        address(a.cu_seqlens_k),
+        address(a.key_lengths),
+        _head(a.query),
+        _head(a.key),
+        _head(a.value),
+        _head(output),
+    )
+
+
+def _for_every_head(weights: Tensor, sizes: Attention) -> Tensor:
+    """The mean over the heads as each head's weights: a stride of 0."""
+    return weights if weights.shape[1] == sizes.heads else weights.expand(-1, sizes.heads, -1, -1)
+
+
+def of_forward(
+    sizes: Attention, a: Arguments, results: tuple[Tensor, ...], threads: int, seed: int
+) -> tuple[Any, ...]:
+    """Results are output, lse, weights, remainder and normalizer, as the operator returns them."""
+    output, lse, weights, remainder, normalizer = results
+    return (
+        *_problem(sizes, a, output, threads, seed),
+        _rows(lse),
+        *_normalizer(normalizer),
+        _mask(a),
+        _alibi(a),
+        address(a.sinks),
+        _head(_for_every_head(weights, sizes)) if a.return_weights else _NO_HEAD,
+        _head(remainder) if remainder.dim() > 1 else _NO_HEAD,
+    )
+
+
+def of_backward(
+    sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradients, threads: int, seed: int
+) -> tuple[Any, ...]:
+    of_mask = grads.attn_mask
+    return (
+        *_problem(sizes, a, incoming.output, threads, seed),
+        *_normalizer(incoming.normalizer),
+        _mask(a),
+        _alibi(a),
+        address(a.sinks),
+        _head(incoming.grad_output),
+        _rows(incoming.grad_lse),
+        _head(incoming.grad_weights),
+        _head(grads.query),
+        _head(grads.key),
+        _head(grads.value),
+        _NO_GRAD_OF_MASK if of_mask is None else (of_mask.data_ptr(), *_broadcast_strides(of_mask)),
+        address(grads.sinks),
+        _head(incoming.remainder),
+    )

@@ -1,0 +1,145 @@
+"""The operators of attention on CUDA: a plan and one call of the compiled module for each.
+
+An Engine is that of loops.py: the GPU, and in the tests the kernels' host twin. Nothing in here waits for the
+device: lengths, starts of packed sequences and the seed are read by the kernels. So lengths that are out of
+bounds raise no error here; the kernels take them for the nearest that are not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import attention_numbers, precision
+from .addresses import address
+from .attention_checks import Arguments, Attention, check_attention
+from .checks import DTYPES
+from .loops import Engine
+
+if TYPE_CHECKING:
+    from .attention_ops import Gradients, Incoming
+
+
+class Problem(NamedTuple):
+    """What a plan is made for: AttentionProblem of csrc/cuda/attention_plan.h."""
+
+    dtype: int
+    tf32: bool
+    packed: bool
+    backward: bool
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_size: int
+    value_size: int
+    options: bool
+    weights: bool
+    of_mask: bool
+    mask_has_batch: bool
+    mask_has_head: bool
+    mask_has_query: bool
+    mask_has_key: bool
+    one_pass: bool
+
+
+@lru_cache(maxsize=1024)
+def _plan(module: Any, problem: Problem, facts: tuple[int, ...], forced: str) -> Any:
+    return module.cuda_attention_plan(problem, facts, forced)
+
+
+def _plan_of(engine: Engine, problem: Problem, device: torch.device) -> Any:
+    """FASTSEQ_CUDA_ATTENTION_PLAN=kernel[:parts] forces one of the forward pass."""
+    forced = "" if problem.backward else os.environ.get("FASTSEQ_CUDA_ATTENTION_PLAN", "")
+    return _plan(engine.module, problem, engine.facts(device.index or 0), forced)
+
+
+def _has_options(a: Arguments) -> bool:
+    """Whether there is anything between products and weights but the scale, lengths, causality, windows and
+    sinks; csrc/cuda/attention.cu has the same bound of the scale."""
+    return bool(
+        a.attn_mask is not None
+        or a.alibi_slopes is not None
+        or a.softcap
+        or a.dropout_p
+        or not a.scale > 1e-6
+    )
+
+
+def _run(engine: Engine, problem: Problem, a: Arguments, numbers: tuple[Any, ...]) -> None:
+    device = a.query.device
+    with engine.current(device):
+        plan = _plan_of(engine, problem, device)
+        workspace = a.query.new_empty(plan.workspace_bytes, dtype=torch.uint8)
+        index, module = device.index or 0, engine.module
+        run = module.cuda_attention_backward if problem.backward else module.cuda_attention_forward
+        run(
+            plan,
+            *numbers,
+            problem.tf32,
+            problem.one_pass,
+            address(a.seed) if _seed_is_there(a) else 0,
+            index,
+            engine.stream(index),
+            address(workspace) if workspace.numel() else 0,
+        )
+
+
+def _seed_is_there(a: Arguments) -> bool:
+    """Whether the kernels can read the seed, which may have been made on the CPU."""
+    return a.seed is not None and a.seed.device == a.query.device
+
+
+def _seed(a: Arguments) -> int:
+    return 0 if a.seed is None or _seed_is_there(a) else int(a.seed.item())
+
+
+def _problem_of(
+    sizes: Attention, a: Arguments, backward: bool, of_mask: Sequence[bool] | None, of_weights: bool
+) -> Problem:
+    """of_mask: as in attention_ops.Kernels.plan; of_weights: whether they are wanted, or have a gradient."""
+    return Problem(
+        DTYPES[a.query.dtype],
+        precision.of_products(a.query.dtype) == "tf32",
+        a.cu_seqlens_q is not None,
+        backward,
+        *sizes,
+        _has_options(a) or (backward and of_weights),
+        not backward and of_weights,
+        of_mask is not None,
+        *(of_mask or (False,) * 4),
+        False,
+    )
+
+
+def forward(engine: Engine, sizes: Attention, a: Arguments, *results: Tensor) -> None:
+    if sizes.heads:
+        numbers = attention_numbers.of_forward(sizes, a, results, 0, _seed(a))
+        _run(engine, _problem_of(sizes, a, False, None, bool(a.return_weights)), a, numbers)
+
+
+def backward(engine: Engine, sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradients) -> None:
+    of_mask = None if grads.attn_mask is None else [size != 1 for size in grads.attn_mask.shape]
+    numbers = attention_numbers.of_backward(sizes, a, incoming, grads, 0, _seed(a))
+    _run(engine, _problem_of(sizes, a, True, of_mask, incoming.grad_weights is not None), a, numbers)
+
+
+def plan_in_data(
+    engine: Engine, _: Attention, a: Arguments, backward: bool, of_mask: tuple[bool, ...] | None
+) -> dict[str, Any]:
+    """What the engine does with a call; see attention_ops.Kernels.plan."""
+    device = a.query.device
+    facts = engine.facts(device.index or 0)
+    sizes = check_attention(a)
+    problem = _problem_of(sizes, a, backward, of_mask, bool(a.return_weights))
+    plan = {"engine": "cuda_attention", "facts": facts, "partition": {}, "tf32": problem.tf32}
+    if not sizes.heads:
+        return plan | {"kernel": "none"}
+    chosen = _plan_of(engine, problem, device).describe()
+    return plan | {"kernel": chosen.pop("kernel"), "partition": chosen}
