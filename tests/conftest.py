@@ -7,7 +7,7 @@ import torch  # before fastseq: the compiled module shares torch's OpenMP librar
 from hypothesis import HealthCheck, settings
 
 import fastseq
-from devices import device, gpu, twin  # noqa: F401 - fixtures
+from devices import device, gpu, in_use, twin, twin_device  # noqa: F401 - fixtures
 
 TIMEOUT = 300  # seconds for one test; a test that hangs ends the run with the stacks of all threads
 
@@ -22,6 +22,7 @@ settings.load_profile("fastseq")
 
 
 def pytest_addoption(parser):
+    parser.addoption("--rung", choices=["twin", "gpu"], help="run what CPU tensors are given to there")
     parser.addoption("--tally", type=Path, help="a file that always tells how many tests of how many ran")
 
 
@@ -90,6 +91,16 @@ def fresh_state():
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(autouse=True)
+def rung(request):
+    """Where --rung says; see pytest_addoption."""
+    if request.config.getoption("--rung") == "twin":
+        with in_use(twin_device()):
+            yield
+    else:
+        yield
 
 
 @pytest.fixture

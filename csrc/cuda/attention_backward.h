@@ -13,8 +13,7 @@
 // GradKeys can also be that pass, see add_to_queries(). A tile of what a block goes over is on its way (cp.async, two
 // stages) while the other is worked on; one barrier a tile.
 //
-// Cost of a score in GradQueries: 2 D + Dv multiply-adds on tensor cores, in GradKeys 2 D + 2 Dv; one multiply-add, one
-// ex2 and some eight other operations in each. Registers and shared memory: attention_shapes.h.
+// Cost of a score in GradQueries: 2 D + Dv multiply-adds on tensor cores, in GradKeys 2 D + 2 Dv; one ex2 and some ten other operations in each. Registers and shared memory: attention_shapes.h.
 #pragma once
 
 #include "attention_rows.h"
@@ -30,7 +29,7 @@ FS_DEVICE void grad_scores(const Call& call, const Scoring<T>& scoring, const Dr
   const AttentionArgs& a = call.a;
   for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
     const Query<T>& q = queries(m, n, e);
-    const T weight = weight_of<kAny>(x[m][n][e], Shift<T>(call, q.highest, scoring.factor), scoring.factor);
+    const T weight = weight_of(x[m][n][e], q.highest, scoring.factor);
     x[m][n][e] = weight == 0 ? T(0) : weight * q.inverse_sum;
   });
   if constexpr (kAny) {

@@ -11,7 +11,7 @@
 // is free for the tile after next when all warps have met at the barrier that follows its use. Where keys are in parts,
 // O, m and l of each part go to memory, and Combine (attention_rows.h) joins them.
 //
-// Cost of a score: D + Dv multiply-adds on tensor cores; one multiply-add, one ex2, and some four other operations on
+// Cost of a score: D + Dv multiply-adds on tensor cores; an addition, a product, one ex2, and some four other operations on
 // the others; 16 bits of 2 (D + Dv) / (16 or 32) elements from shared memory. H200: 16-bit products of mma.sync run at
 // some 600 of 989 TFLOP/s, and 32 rows a warp keep shared memory (128 bytes a cycle) below half of that. The budgets of
 // registers and shared memory are in attention_shapes.h.
@@ -122,7 +122,7 @@ struct Forward {
       if (works) {
         multiply<M>(x, queries, first_row, keys_of(tile), features);
         score<kAny, E>(call, scoring, s, orient, query_at, edge, x);
-        softmax(call, scoring, x, highest, sum, output);
+        softmax(scoring, x, highest, sum, output);
         if constexpr (kAny) {
           if (dropout.active) {
             dropout.template for_kept<kRowTiles, kKeyTiles>(
@@ -150,9 +150,9 @@ struct Forward {
 
  private:
   // Scores -> weights relative to that of the highest so far; what was summed up before is made relative to it too.
-  static FS_DEVICE void softmax(const Call& call, const Scoring<T>& scoring,
-                                Sums<T> (&x)[kRowTiles][kKeyTiles], T (&highest)[2 * kRowTiles],
-                                T (&sum)[2 * kRowTiles], Sums<T> (&output)[kRowTiles][kFeatureTiles]) {
+  static FS_DEVICE void softmax(const Scoring<T>& scoring, Sums<T> (&x)[kRowTiles][kKeyTiles],
+                                T (&highest)[2 * kRowTiles], T (&sum)[2 * kRowTiles],
+                                Sums<T> (&output)[kRowTiles][kFeatureTiles]) {
     FS_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
       FS_UNROLL
@@ -164,15 +164,15 @@ struct Forward {
         most = max(most, shuffle_xor(most, 1));
         most = max(most, shuffle_xor(most, 2));
         // Without any visible key so far, all weights are those of -inf beside 0.
-        const Shift<T> shift(call, most == -T(INFINITY) ? T(0) : most, scoring.factor);
-        const T rescale = weight_of<kAny>(highest[i], shift, scoring.factor);
+        const T from = most == -T(INFINITY) ? T(0) : most;
+        const T rescale = weight_of(highest[i], from, scoring.factor);
         highest[i] = most;
         T total = 0;
         FS_UNROLL
         for (int n = 0; n < kKeyTiles; ++n) {
           FS_UNROLL
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            x[m][n][e] = weight_of<kAny>(x[m][n][e], shift, scoring.factor);
+            x[m][n][e] = weight_of(x[m][n][e], from, scoring.factor);
             total += x[m][n][e];
           }
         }

@@ -101,7 +101,7 @@ struct HalfMath {
   FS_DEVICE static void multiply(Sums<float>& d, const Left& a, const Right& b) {
     mma(d, a.words, b.word[0], b.word[1], E{});
   }
-  // f of each element.
+  // f of each element, which makes no other number of what it does not change.
   template <class F>
   FS_DEVICE static Right map(const Right& b, F f) {
     Right r;
@@ -152,11 +152,15 @@ struct WideMath {
   FS_DEVICE static void multiply(Sums<E>& d, const Left& a, const Right& b) { Products::multiply(d, a, b); }
   template <class F>
   FS_DEVICE static Right map(const Right& b, F f) {
-    E x[2];
+    E x[2], y[2];
     Products::elements(b, x);
-    x[0] = f(x[0]), x[1] = f(x[1]);
+    y[0] = f(x[0]), y[1] = f(x[1]);
     Right r;
-    Products::right(r, x);
+    Products::right(r, y);
+    FS_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (y[i] == x[i]) Products::copy(r, b, i);
+    }
     return r;
   }
 };
@@ -182,11 +186,16 @@ struct Tf32Products {
     b = {{round_to_tf32(x[0]), round_to_tf32(x[1])}};
   }
   FS_DEVICE static void elements(const Right& b, float (&x)[2]) { x[0] = b.x[0], x[1] = b.x[1]; }
+  FS_DEVICE static void copy(Right& to, const Right& from, int i) { to.x[i] = from.x[i]; }
   FS_DEVICE static void multiply(Sums<float>& d, const Left& a, const Right& b) {
     mma(d, a.words, word_of(b.x[0]), word_of(b.x[1]), float{});
   }
 };
 
+// The products of eight terms are added to the sum at once: tensor cores cut off what does not fit a float, towards
+// zero, each time that they add (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"), and of a long sum all
+// that they cut off would add up.
+//
 // x = high + low + 2^-22 x at most. The low part of what is not finite is zero, not NaN.
 struct Float32Products {
   struct Left {
@@ -215,10 +224,16 @@ struct Float32Products {
     FS_UNROLL
     for (int i = 0; i < 2; ++i) x[i] = b.high[i] + b.low[i];
   }
+  FS_DEVICE static void copy(Right& to, const Right& from, int i) {
+    to.high[i] = from.high[i], to.low[i] = from.low[i];
+  }
   FS_DEVICE static void multiply(Sums<float>& d, const Left& a, const Right& b) {
-    mma(d, a.low, word_of(b.high[0]), word_of(b.high[1]), float{});
-    mma(d, a.high, word_of(b.low[0]), word_of(b.low[1]), float{});
-    mma(d, a.high, word_of(b.high[0]), word_of(b.high[1]), float{});
+    Sums<float> sum = {};
+    mma(sum, a.low, word_of(b.high[0]), word_of(b.high[1]), float{});
+    mma(sum, a.high, word_of(b.low[0]), word_of(b.low[1]), float{});
+    mma(sum, a.high, word_of(b.high[0]), word_of(b.high[1]), float{});
+    FS_UNROLL
+    for (int e = 0; e < 4; ++e) d[e] += sum[e];
   }
 };
 
@@ -235,8 +250,12 @@ struct Float64Products {
   }
   FS_DEVICE static void right(Right& b, const double (&x)[2]) { b = {{x[0], x[1]}}; }
   FS_DEVICE static void elements(const Right& b, double (&x)[2]) { x[0] = b.x[0], x[1] = b.x[1]; }
+  FS_DEVICE static void copy(Right& to, const Right& from, int i) { to.x[i] = from.x[i]; }
   FS_DEVICE static void multiply(Sums<double>& d, const Left& a, const Right& b) {
-    mma(d, a.x, b.x[0], b.x[1]);
+    Sums<double> sum = {};  // of eight terms, so that a long sum is rounded an eighth as often
+    mma(sum, a.x, b.x[0], b.x[1]);
+    FS_UNROLL
+    for (int e = 0; e < 4; ++e) d[e] += sum[e];
   }
 };
 

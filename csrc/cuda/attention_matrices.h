@@ -199,8 +199,8 @@ struct GradMask {
     }
     const int64_t at = batch * stride[0] + head * stride[1];
     const int first_row = int(query_tile) * kRows + thread_index() / kWarp * kRowTiles * 16;
-    const bool whole = (stride[0] || a.batch == 1) && (stride[1] || a.heads == 1) && (stride[2] || a.queries == 1) &&
-                       (stride[3] || a.keys == 1);
+    const bool whole = (stride[0] || a.batch == 1) && (stride[1] || a.heads == 1) &&
+                       (stride[2] || a.queries == 1) && (stride[3] || a.keys == 1);
     if (whole) {
       write(call, static_cast<E*>(a.grad_mask), at, first_row, int(key_tile) * kKeys, sums);
       return;

@@ -91,7 +91,7 @@ struct Combine {
     T sum = 0;
     for (int part = 0; part < call.parts; ++part) {
       const int64_t at = part_at(part);
-      sum = fma(exp2((highests[at] - from) * scoring.factor), static_cast<const T*>(call.part_sum)[at], sum);
+      sum = fma(weight_of(highests[at], from, scoring.factor), static_cast<const T*>(call.part_sum)[at], sum);
     }
     const T inverse = sum == 0 ? T(0) : T(1) / sum;
     const T kept_scale = T(1 / (1 - a.dropout_p));
@@ -99,7 +99,7 @@ struct Combine {
       T first = 0, second = 0;
       for (int part = 0; part < call.parts; ++part) {
         const int64_t at = part_at(part);
-        const T weight = exp2((highests[at] - from) * scoring.factor);
+        const T weight = weight_of(highests[at], from, scoring.factor);
         const T* const output = static_cast<const T*>(call.part_output) + at * a.value_size + column;
         first = fma(weight, output[0], first);
         if (column + 1 < a.value_size) second = fma(weight, output[1], second);
@@ -164,8 +164,7 @@ struct GradSinks {
     T sum = 0;
     for (int i = thread_index(); i < s.queries; i += kWarp) {
       const T inverse = *s.of_query<T>(a.inverse_sum, head, i);
-      const Shift<T> shift(call, *s.of_query<T>(a.highest, head, i), scoring.factor);
-      const T weight = weight_of<true>(sink, shift, scoring.factor) * inverse;
+      const T weight = weight_of(sink, *s.of_query<T>(a.highest, head, i), scoring.factor) * inverse;
       const T delta = static_cast<const T*>(
           call.delta)[s.b * call.delta_stride[0] + head * call.delta_stride[1] + s.first_query + i];
       if (weight != 0) sum = fma(-weight, delta, sum);

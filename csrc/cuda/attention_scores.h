@@ -37,12 +37,12 @@ struct Orient {
 // The numbers of a call, in the dtype of sums. A score is `unit` times what the score functions give.
 template <class T>
 struct Scoring {
-  T scale, factor;  // factor makes logarithms to base 2 of scores
+  T scale, factor;  // factor makes of scores what power_of() takes
   T cap, cap_scale, unit;
 
   FS_DEVICE explicit Scoring(const Call& call)
       : scale(T(call.a.scale)),
-        factor(T((call.product_units ? call.a.scale : 1) * kLog2E)),
+        factor(T((call.product_units ? call.a.scale : 1) * (sizeof(T) == 4 ? kLog2E : 1))),
         cap(T(call.a.softcap)),
         cap_scale(call.a.softcap > 0 ? T(call.a.scale / call.a.softcap) : T(0)),
         unit(call.product_units ? T(call.a.scale) : T(1)) {}
@@ -163,19 +163,16 @@ FS_DEVICE void multiply_by_slope_of_cap(const Scoring<T>& scoring,
   });
 }
 
-// 2^((score - highest) factor). Of products it is one multiply-add, exact but for one rounding, and the rounding of
-// highest * factor is the same for all scores of a row. Of other scores the difference comes first, for it may be small
-// where the scores are so large that factor times them would overflow.
-template <class T>
-struct Shift {
-  T before, after;  // of the product with factor: one of them is zero
+// 2^x, one instruction; of doubles e^x, for the rounding of log2 e would be that of a wrong temperature.
+FS_DEVICE float power_of(float x) { return exp2(x); }
+FS_DEVICE double power_of(double x) { return exp(x); }
 
-  FS_DEVICE Shift(const Call& call, T highest, T factor)
-      : before(call.product_units ? T(0) : highest), after(call.product_units ? highest * factor : T(0)) {}
-};
-template <bool kAny, class T>
-FS_DEVICE T weight_of(T score, const Shift<T>& shift, T factor) {
-  return exp2(fma(kAny ? score - shift.before : score, factor, -shift.after));
+// A score's weight beside that of the highest. The difference comes first: the weight of the highest is 1 then, however
+// large it is. One multiply-add less, score * factor - highest * factor, is what others do; from scores of 2^31 on the
+// rounding of the second product overflows.
+template <class T>
+FS_DEVICE T weight_of(T score, T highest, T factor) {
+  return power_of((score - highest) * factor);
 }
 
 // ---- dropout ----

@@ -342,7 +342,7 @@ FS_DEVICE float exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-FS_DEVICE double exp2(double x) { return ::exp2(x); }
+FS_DEVICE double exp(double x) { return ::exp(x); }
 
 // A few units in the last place; NaN stays NaN.
 FS_DEVICE float log(float x) { return logf(x); }

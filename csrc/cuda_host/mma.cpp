@@ -12,6 +12,7 @@ struct Operands {
 
 using Row = float __attribute__((vector_size(32)));  // of b or d
 using Words = uint32_t __attribute__((vector_size(32)));
+using Doubles = double __attribute__((vector_size(64)));
 
 // The elements number `half` of eight words.
 void unpack(const Words& words, int half, bfloat16, Row& to) {
@@ -26,10 +27,19 @@ void unpack(const Words& words, int half, float16, Row& to) {  // as in widen(fl
 }
 void unpack(const Words& words, int, float, Row& to) { to = reinterpret_cast<Row>(words & 0xffffe000); }
 
+// To the float that is nearest to zero of the two beside it.
+float cut_off(double x) {
+  const float nearest = float(x);
+  if (!(std::abs(double(nearest)) > std::abs(x))) return nearest;  // NaN too
+  return float_of(bits_of(nearest) - 1);
+}
+
+// Products are exact, and so, to 53 bits, is their sum with d; what does not fit a float is cut off, once (Fasi et al.
+// 2021, "Numerical behavior of NVIDIA tensor cores").
 template <class T>
 void multiply(void* const* operand) {
   Words a[16], b[8];  // words of eight along k, and of eight columns
-  Row d[16];
+  float d[16][8];
   for (int l = 0; l < kWarp; ++l) {
     const auto& lane = *static_cast<const Operands*>(operand[l]);
     const int row = l / 4, word = l % 4;
@@ -39,14 +49,21 @@ void multiply(void* const* operand) {
     }
     for (int i = 0; i < 2; ++i) b[word + 4 * i][row] = lane.b[i];
   }
-  for (int half = 0; half < int(4 / sizeof(T)); ++half) {  // even k, then odd ones
-    Row rows[8];
-    for (int k = 0; k < 8; ++k) unpack(b[k], half, T{}, rows[k]);
-    for (int row = 0; row < 16; ++row) {
+  constexpr int kHalves = int(4 / sizeof(T));  // even k, then odd ones
+  Row rows[kHalves][8];
+  for (int half = 0; half < kHalves; ++half) {
+    for (int k = 0; k < 8; ++k) unpack(b[k], half, T{}, rows[half][k]);
+  }
+  for (int row = 0; row < 16; ++row) {
+    Row of_row;
+    std::memcpy(&of_row, d[row], sizeof of_row);
+    Doubles sum = __builtin_convertvector(of_row, Doubles);
+    for (int half = 0; half < kHalves; ++half) {
       Row factors;
       unpack(a[row], half, T{}, factors);
-      for (int k = 0; k < 8; ++k) d[row] += factors[k] * rows[k];
+      for (int k = 0; k < 8; ++k) sum += double(factors[k]) * __builtin_convertvector(rows[half][k], Doubles);
     }
+    for (int n = 0; n < 8; ++n) d[row][n] = cut_off(sum[n]);
   }
   for (int l = 0; l < kWarp; ++l) {
     const auto& lane = *static_cast<const Operands*>(operand[l]);

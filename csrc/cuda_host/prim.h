@@ -120,8 +120,8 @@ FS_DEVICE T shuffle_xor(T value, int mask) {
 void load_matrices(uint32_t (&r)[4], const void* row);
 void load_matrices_transposed(uint32_t (&r)[4], const void* row);
 
-// The sums are made in float, one product after the other. The last variant does not look at the 13 lowest bits of
-// its operands.
+// The sum of products and d is rounded once, towards zero, as on a GPU. The variant of float does not look at the 13
+// lowest bits of its operands.
 void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, bfloat16);
 void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, float16);
 void mma(float (&d)[4], const Vector16& a, uint32_t b0, uint32_t b1, float);
@@ -147,7 +147,7 @@ FS_DEVICE float exp2(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0 : y;  // NaN stays
 }
-FS_DEVICE double exp2(double x) { return std::exp2(x); }
+FS_DEVICE double exp(double x) { return std::exp(x); }
 FS_DEVICE float log(float x) { return std::log(x); }
 FS_DEVICE double log(double x) { return std::log(x); }
 
