@@ -1,0 +1,223 @@
+// Products of a warpgroup: every N, operands from everywhere, and one product after another as attention has them.
+#include <launch.h>
+#include <prim_hopper.h>
+
+#include <algorithm>
+
+#include "hopper_primitives.h"
+#include "tensor_map.h"
+
+namespace fastseq::FASTSEQ_ISA {
+namespace {
+
+enum class From { shared, registers };
+
+// Tiles of all columns of a matrix of at most 256 rows, in shared memory.
+struct Matrix {
+  const void* data;
+  int rows, columns;
+  int tiles() const { return (columns + kTileColumns - 1) / kTileColumns; }
+  int bytes() const { return tiles() * rows * kTileRowBytes; }
+  const char* make_map(TensorMap& map) const {
+    return make_tensor_map(map, {data, 2, {columns, rows}, {2, columns * 2}, {kTileColumns, rows}});
+  }
+};
+FS_DEVICE void load_matrix(unsigned char* to, const TensorMap& map, PhaseBarrier* full, int rows, int bytes) {
+  const int tile = rows * kTileRowBytes;
+  for (int i = 0; i < bytes / tile; ++i) load_tile(to + i * tile, map, full, {i * kTileColumns, 0});
+}
+
+// "product": to [64][N] = from[0] [64][depth] times from[1] [depth][N], plus what `to` was if asked.
+// number: 0 for bfloat16 or 1 for float16, N, depth (a multiple of 64 up to 256), 1 if a is in registers, 1 if a is
+// stored [depth][64] (Major::mn), 0 if b is stored [N][depth] (Major::k) or 1 if [depth][N], 1 to add.
+template <class T, int kN, From kFrom, Major kA, Major kB>
+struct ProductKernel {
+  struct Args {
+    TensorMap a, b;
+    const T* from;  // a again
+    float* to;
+    int depth, a_rows, a_bytes, b_rows, b_bytes, add;
+  };
+  static constexpr int kThreads = kWarpgroup;
+
+  static FS_DEVICE void run(const Args& args) {
+    unsigned char* const a = tile_memory();
+    unsigned char* const b = a + args.a_bytes;
+    auto* const full = reinterpret_cast<PhaseBarrier*>(b + args.b_bytes);
+    if (thread_index() == 0) barrier_begin(full, 1), barriers_begun();
+    sync_block();
+    if (thread_index() == 0) {
+      barrier_expect(full, args.b_bytes + args.a_bytes);
+      load_matrix(a, args.a, full, args.a_rows, args.a_bytes);
+      load_matrix(b, args.b, full, args.b_rows, args.b_bytes);
+    }
+    float d[kN / 2];
+    FS_UNROLL
+    for (int i = 0; i < kN / 2; ++i) d[i] = args.add ? *at(args, i) : 0;
+    barrier_wait(full, 0);
+    FS_NO_UNROLL
+    for (int step = 0; step < args.depth / 16; ++step) {
+      uint32_t words[4];
+      if constexpr (kFrom == From::registers) {
+        for (int i = 0; i < 4; ++i) {
+          const int row = row_of_accumulator(thread_index(), 2 * i);
+          const int column = 16 * step + column_of_accumulator(thread_index(), 2 * i);
+          words[i] = *reinterpret_cast<const uint32_t*>(args.from + row * args.depth + column);
+        }
+      }
+      const uint64_t operand_b = operand_of_tiles<kB>(b, args.b_rows, step);
+      if constexpr (kFrom == From::registers) {
+        wgmma_fence(d, words);
+        wgmma<T, kN, kB>(d, words, operand_b, step > 0 || args.add);
+      } else {
+        wgmma_fence(d);
+        wgmma<T, kN, kA, kB>(d, operand_of_tiles<kA>(a, args.a_rows, step), operand_b, step > 0 || args.add);
+      }
+      wgmma_commit();
+      wgmma_wait<0>(d);
+    }
+    FS_UNROLL
+    for (int i = 0; i < kN / 2; ++i) *at(args, i) = d[i];
+  }
+
+  static FS_DEVICE float* at(const Args& args, int i) {
+    return args.to + row_of_accumulator(thread_index(), i) * kN + column_of_accumulator(thread_index(), i);
+  }
+};
+
+template <class T, int kN, From kFrom, Major kA, Major kB>
+const char* run_product(const HopperTest& test) {
+  const int depth = int(test.number[2]);
+  const bool in_registers = kFrom == From::registers;
+  const Matrix a = kA == Major::k ? Matrix{test.from[0], 64, depth} : Matrix{test.from[0], depth, 64};
+  const Matrix b = kB == Major::k ? Matrix{test.from[1], kN, depth} : Matrix{test.from[1], depth, kN};
+  using Kernel = ProductKernel<T, kN, kFrom, kA, kB>;
+  typename Kernel::Args args = {{},
+                                {},
+                                static_cast<const T*>(test.from[0]),
+                                static_cast<float*>(test.to),
+                                depth,
+                                a.rows,
+                                in_registers ? 0 : a.bytes(),
+                                b.rows,
+                                b.bytes(),
+                                int(test.number[6])};
+  if (const char* error = a.make_map(args.a)) return error;
+  if (const char* error = b.make_map(args.b)) return error;
+  const size_t shared_bytes = size_t(args.a_bytes) + args.b_bytes + sizeof(PhaseBarrier);
+  return launch<Kernel>({1, kWarpgroup, shared_bytes, 1, false, test.stream}, args);
+}
+
+// The two ways that attention has for every N; the others for a few.
+template <class T, int kN>
+const char* run_product_of_n(const HopperTest& test) {
+  const bool in_registers = test.number[3], a_mn = test.number[4], b_mn = test.number[5];
+  if (in_registers && b_mn) return run_product<T, kN, From::registers, Major::k, Major::mn>(test);
+  if (!in_registers && !a_mn && !b_mn) return run_product<T, kN, From::shared, Major::k, Major::k>(test);
+  if constexpr (kN == 24 || kN == 64 || kN == 192) {
+    if (in_registers) return run_product<T, kN, From::registers, Major::k, Major::k>(test);
+    if (!a_mn) return run_product<T, kN, From::shared, Major::k, Major::mn>(test);
+    if (!b_mn) return run_product<T, kN, From::shared, Major::mn, Major::k>(test);
+    return run_product<T, kN, From::shared, Major::mn, Major::mn>(test);
+  }
+  return "this product is not compiled";
+}
+
+template <class T, int... kNs>
+const char* run_product_of_type(const HopperTest& test, std::integer_sequence<int, kNs...>) {
+  const char* result = "no product of this N is compiled";
+  ((test.number[1] == kNs ? void(result = run_product_of_n<T, kNs>(test)) : void()), ...);
+  return result;
+}
+using AllN = std::integer_sequence<int, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224,
+                                   240, 248, 256>;
+
+// "products": from are Q [64][D], K [N][D] and V [N][D]; to [64][D] is P V, where P is Q K^T rounded to 16 bits and
+// kept in registers. number: 0 for bfloat16 or 1 for float16, N, D.
+template <class T, int kN, int kD>
+struct ProductsKernel {
+  struct Args {
+    TensorMap q, k, v;
+    float* to;
+  };
+  static constexpr int kThreads = kWarpgroup;
+  static constexpr int kQBytes = 64 * kD * 2, kKBytes = kN * kD * 2;
+  static constexpr size_t kSharedBytes = kQBytes + 2 * kKBytes + 2 * sizeof(PhaseBarrier);
+
+  static FS_DEVICE void run(const Args& args) {
+    unsigned char* const q = tile_memory();
+    unsigned char* const k = q + kQBytes;
+    unsigned char* const v = k + kKBytes;
+    auto* const full = reinterpret_cast<PhaseBarrier*>(v + kKBytes);
+    if (thread_index() == 0) barrier_begin(full, 1), barrier_begin(full + 1, 1), barriers_begun();
+    sync_block();
+    if (thread_index() == 0) {
+      barrier_expect(full, kQBytes + kKBytes);
+      load_matrix(q, args.q, full, 64, kQBytes);
+      load_matrix(k, args.k, full, kN, kKBytes);
+      barrier_expect(full + 1, kKBytes);
+      load_matrix(v, args.v, full + 1, kN, kKBytes);
+    }
+    float s[kN / 2], o[kD / 2];
+    barrier_wait(full, 0);
+    wgmma_fence(s);
+    FS_UNROLL
+    for (int step = 0; step < kD / 16; ++step) {
+      wgmma<T, kN, Major::k, Major::k>(s, operand_of_tiles<Major::k>(q, 64, step),
+                                       operand_of_tiles<Major::k>(k, kN, step), step > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>(s);
+    uint32_t p[kN / 16][4];
+    FS_UNROLL
+    for (int i = 0; i < kN / 4; ++i) p[i / 4][i % 4] = pack(s[2 * i], s[2 * i + 1], T{});
+    barrier_wait(full + 1, 0);
+    wgmma_fence(o, p);
+    FS_UNROLL
+    for (int step = 0; step < kN / 16; ++step) {
+      wgmma<T, kD, Major::mn>(o, p[step], operand_of_tiles<Major::mn>(v, kN, step), step > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>(o, p);
+    FS_UNROLL
+    for (int i = 0; i < kD / 2; ++i) {
+      const int t = thread_index();
+      args.to[row_of_accumulator(t, i) * kD + column_of_accumulator(t, i)] = o[i];
+    }
+  }
+};
+
+template <class T, int kN, int kD>
+const char* run_products(const HopperTest& test) {
+  using Kernel = ProductsKernel<T, kN, kD>;
+  typename Kernel::Args args = {{}, {}, {}, static_cast<float*>(test.to)};
+  if (const char* error = Matrix{test.from[0], 64, kD}.make_map(args.q)) return error;
+  if (const char* error = Matrix{test.from[1], kN, kD}.make_map(args.k)) return error;
+  if (const char* error = Matrix{test.from[2], kN, kD}.make_map(args.v)) return error;
+  return launch<Kernel>({1, kWarpgroup, Kernel::kSharedBytes, 1, false, test.stream}, args);
+}
+
+template <class T>
+const char* run_products_of_type(const HopperTest& test) {
+  const int64_t n = test.number[1], d = test.number[2];
+  if (n == 192 && d == 64) return run_products<T, 192, 64>(test);
+  if (n == 176 && d == 128) return run_products<T, 176, 128>(test);
+  if (n == 80 && d == 256) return run_products<T, 80, 256>(test);
+  return "these products are not compiled";
+}
+
+}  // namespace
+
+const char* run_hopper_product(const std::string& name, const HopperTest& test) {
+  const bool is_bfloat16 = test.number[0] == 0;
+  if (name == "product") {
+    return is_bfloat16 ? run_product_of_type<bfloat16>(test, AllN{})
+                       : run_product_of_type<float16>(test, AllN{});
+  }
+  if (name == "products") {
+    return is_bfloat16 ? run_products_of_type<bfloat16>(test) : run_products_of_type<float16>(test);
+  }
+  return "no such primitive";
+}
+
+}  // namespace fastseq::FASTSEQ_ISA
