@@ -24,7 +24,8 @@ def hopper(device):
     def call(name, tensors, numbers):
         stream = torch.cuda.current_stream().cuda_stream if device.is_gpu else 0
         addresses = [x.data_ptr() for x in tensors]
-        device.module.hopper_primitive(name, 0, stream, addresses, [int(n) for n in numbers])
+        index = torch.cuda.current_device() if device.is_gpu else 0
+        device.module.hopper_primitive(name, index, stream, addresses, [int(n) for n in numbers])
 
     call.where, call.is_gpu = device.where, device.is_gpu
     return call
@@ -309,15 +310,18 @@ def test_wgmma_of_infinities_and_nan(hopper, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "d"), [(192, 64), (176, 128), (80, 256)])
-def test_product_of_a_product_that_stays_in_registers(hopper, n, d, dtype):
-    q, k, v = (torch.randn(rows, d).to(dtype) for rows in (64, n, n))
+@pytest.mark.parametrize(
+    ("n", "d", "tiles"),
+    [(192, 64, 1), (192, 64, 4), (176, 128, 1), (176, 128, 2), (80, 256, 1), (80, 256, 2)],
+)
+def test_product_of_a_product_that_stays_in_registers(hopper, n, d, tiles, dtype):
+    q, k, v = (torch.randn(rows, d).to(dtype) for rows in (64, tiles * n, tiles * n))
     q = q / math.sqrt(d)
     data = [x.to(hopper.where) for x in (q, k, v)]
 
     def run():
         out = torch.full((64, d), math.nan, device=hopper.where)
-        hopper("products", [out, *data], [DTYPES.index(dtype), n, d])
+        hopper("products", [out, *data], [DTYPES.index(dtype), n, d, tiles])
         return out
 
     p = (q.double() @ k.double().T).to(dtype)
@@ -357,9 +361,9 @@ IS_NAN = {
 }
 BARRIER = r"barrier at byte \d+"
 SAYS = {
-    "stage_filled_without_asking": r"(more often than is counted\nblock 0 thread 0|a phase ended while a thread "
-    r"waited for the one before\nblock 0 thread \d+|never complete\nblock 0 thread 0 has exited\nblock 0 "
-    rf"thread 128 waits at barrier_wait for phase \d of).* the {BARRIER}",
+    "stage_filled_without_asking": r"(more often than is counted\nblock 0 thread 0|a phase ended while a "
+    r"thread waited for the one before\nblock 0 thread \d+|never complete\nblock 0 thread 0 has exited\n"
+    rf"block 0 thread 128 waits at barrier_wait for phase \d of).* the {BARRIER}",
     "wrong_first_parity": r"barrier_wait waits for a phase that is never complete\nblock 0 thread 0 waits "
     rf"at barrier_wait for phase 0 of the {BARRIER}: 1 of 1 arrivals and 0 bytes are missing",
     "too_many_bytes_expected": r"never complete\nblock 0 thread 0 waits .* 0 of 1 arrivals and 128 bytes",
@@ -389,6 +393,7 @@ SAYS = {
     "product_not_committed": r"names accumulators that it does not cover\nblock 0 thread \d+: 1 products",
     "accumulators_written": r"accumulators were written between wgmma and its wait\nblock 0 thread \d+",
     "product_without_fence": r"wgmma without wgmma_fence\nblock 0 thread \d+",
+    "fence_before_another_wait": r"wgmma without wgmma_fence\nblock 0 thread \d+",
     "product_without_one_lane": r"different places\nblock 0 thread \d+ waits at wgmma\w*, thread \d+ came to "
     "wgmma",
     "product_without_one_warp": r"do not issue the same\nblock 0 warp 1 made 0 of 4 calls",
@@ -398,6 +403,71 @@ SAYS = {
     "product_left_under_way": r"exited while a wgmma was under way\nblock 0 warp \d",
 }
 FAULTS = sorted(DIFFERS | IS_OTHER | IS_NAN | set(SAYS))
+
+
+# ---------------------------------------------------- waits that correct kernels leave out, one after another
+
+
+@contextmanager
+def leaving_out(what, turn):
+    cuda_host.load().leave_out(what, turn)
+    try:
+        yield
+    finally:
+        cuda_host.load().leave_out("", 0)
+
+
+def bits_without(call, out, what, turn):
+    """In each schedule; None after an error."""
+    for order, seed in cuda_host.SCHEDULES:
+        out.fill_(-1)
+        try:
+            with schedule(order, seed), leaving_out(what, turn):
+                call()
+            yield out.numpy().tobytes()
+        except RuntimeError:
+            yield None
+
+
+def pipeline_call():
+    tiles = small_integers(6, 64, 64, dtype=torch.bfloat16)
+    return "pipeline", [torch.empty(2, 128), tiles], [6]
+
+
+def turns_call():
+    return "turns", [torch.empty(10, dtype=torch.int32)], [5]
+
+
+def products_call():
+    q, k, v = (small_integers(rows, 64, dtype=torch.bfloat16) for rows in (64, 576, 576))
+    return "products", [torch.empty(64, 64), q, k, v], [0, 192, 64, 3]
+
+
+@pytest.mark.cuda_host
+@pytest.mark.parametrize(
+    ("make", "what", "turns"),
+    [
+        (pipeline_call, "barrier_wait", 6),
+        (pipeline_call, "named_sync", 4),
+        (turns_call, "named_sync", 5),
+        (products_call, "barrier_wait", 6),
+        (products_call, "wgmma_wait", 6),
+    ],
+)
+def test_no_wait_can_be_left_out(make, what, turns):
+    """Of the first so many of each thread: bits change with the schedule, or it is an error."""
+    name, tensors, numbers = make()
+    addresses = [x.data_ptr() for x in tensors]
+
+    def call():
+        cuda_host.load().hopper_primitive(name, 0, 0, addresses, numbers)
+
+    expected, *others = bits_without(call, tensors[0], "", 0)
+    assert expected is not None
+    assert {*others} == {expected}
+    for turn in range(turns):
+        assert {*bits_without(call, tensors[0], what, turn)} != {expected}, f"without {what} number {turn}"
+    assert {*bits_without(call, tensors[0], what, 1000)} == {expected}
 
 
 @pytest.fixture

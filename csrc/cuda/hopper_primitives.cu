@@ -109,7 +109,7 @@ struct LoadTileKernel {
     auto* const full = reinterpret_cast<PhaseBarrier*>(tile + args.bytes);
     if (thread_index() == 0) barrier_begin(full, 1), barriers_begun();
     sync_block();
-    if (thread_index() == 0) {
+    if (thread_index() < kWarp && one_lane()) {
       barrier_expect(full, args.bytes);
       load_tile(tile, args.map, full, args.at);
     }
@@ -134,7 +134,7 @@ struct StoreTileKernel {
     for (int i = thread_index(); i < args.bytes / 4; i += kThreads) tile[i] = args.from[i];
     fence_async();
     sync_block();
-    if (thread_index() == 0) {
+    if (thread_index() < kWarp && one_lane()) {
       store_tile(args.map, tile, args.at);
       stores_commit();
       stores_wait<0>();
@@ -183,7 +183,7 @@ struct ReduceKernel {
     }
     fence_async();
     sync_block();
-    if (thread_index() == 0) {
+    if (thread_index() < kWarp && one_lane()) {
       reduce_add(args.to, sums, args.count * int(sizeof(float)));
       stores_commit();
       stores_wait_read<0>();

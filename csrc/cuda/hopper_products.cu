@@ -18,13 +18,16 @@ struct Matrix {
   int rows, columns;
   int tiles() const { return (columns + kTileColumns - 1) / kTileColumns; }
   int bytes() const { return tiles() * rows * kTileRowBytes; }
-  const char* make_map(TensorMap& map) const {
-    return make_tensor_map(map, {data, 2, {columns, rows}, {2, columns * 2}, {kTileColumns, rows}});
+  // Of so many of them, one below the other.
+  const char* make_map(TensorMap& map, int count = 1) const {
+    return make_tensor_map(map, {data, 2, {columns, rows * count}, {2, columns * 2}, {kTileColumns, rows}});
   }
 };
-FS_DEVICE void load_matrix(unsigned char* to, const TensorMap& map, PhaseBarrier* full, int rows, int bytes) {
+FS_DEVICE void load_matrix(unsigned char* to, const TensorMap& map, PhaseBarrier* full, int rows, int bytes,
+                           int first_row = 0) {
   const int tile = rows * kTileRowBytes;
-  for (int i = 0; i < bytes / tile; ++i) load_tile(to + i * tile, map, full, {i * kTileColumns, 0});
+  FS_NO_UNROLL
+  for (int i = 0; i < bytes / tile; ++i) load_tile(to + i * tile, map, full, {i * kTileColumns, first_row});
 }
 
 // "product": to [64][N] = from[0] [64][depth] times from[1] [depth][N], plus what `to` was if asked.
@@ -46,7 +49,7 @@ struct ProductKernel {
     auto* const full = reinterpret_cast<PhaseBarrier*>(b + args.b_bytes);
     if (thread_index() == 0) barrier_begin(full, 1), barriers_begun();
     sync_block();
-    if (thread_index() == 0) {
+    if (thread_index() < kWarp && one_lane()) {
       barrier_expect(full, args.b_bytes + args.a_bytes);
       load_matrix(a, args.a, full, args.a_rows, args.a_bytes);
       load_matrix(b, args.b, full, args.b_rows, args.b_bytes);
@@ -55,6 +58,8 @@ struct ProductKernel {
     FS_UNROLL
     for (int i = 0; i < kN / 2; ++i) d[i] = args.add ? *at(args, i) : 0;
     barrier_wait(full, 0);
+    const uint64_t first_a = operand_of_tiles<kA>(a, args.a_rows),
+                   first_b = operand_of_tiles<kB>(b, args.b_rows);
     FS_NO_UNROLL
     for (int step = 0; step < args.depth / 16; ++step) {
       uint32_t words[4];
@@ -65,13 +70,13 @@ struct ProductKernel {
           words[i] = *reinterpret_cast<const uint32_t*>(args.from + row * args.depth + column);
         }
       }
-      const uint64_t operand_b = operand_of_tiles<kB>(b, args.b_rows, step);
+      const uint64_t operand_b = at_step<kB>(first_b, args.b_rows, step);
       if constexpr (kFrom == From::registers) {
         wgmma_fence(d, words);
         wgmma<T, kN, kB>(d, words, operand_b, step > 0 || args.add);
       } else {
         wgmma_fence(d);
-        wgmma<T, kN, kA, kB>(d, operand_of_tiles<kA>(a, args.a_rows, step), operand_b, step > 0 || args.add);
+        wgmma<T, kN, kA, kB>(d, at_step<kA>(first_a, args.a_rows, step), operand_b, step > 0 || args.add);
       }
       wgmma_commit();
       wgmma_wait<0>(d);
@@ -132,52 +137,54 @@ const char* run_product_of_type(const HopperTest& test, std::integer_sequence<in
 using AllN = std::integer_sequence<int, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224,
                                    240, 248, 256>;
 
-// "products": from are Q [64][D], K [N][D] and V [N][D]; to [64][D] is P V, where P is Q K^T rounded to 16 bits and
-// kept in registers. number: 0 for bfloat16 or 1 for float16, N, D.
+// "products": from are Q [64][D], K [tiles][N][D] and V [tiles][N][D]; to [64][D] is the sum of all P V, where P is
+// Q K^T rounded to 16 bits and kept in registers. number: 0 for bfloat16 or 1 for float16, N, D, tiles.
+// In the order of attention: while P V of one tile is under way, Q K^T of the next one is.
 template <class T, int kN, int kD>
 struct ProductsKernel {
   struct Args {
     TensorMap q, k, v;
     float* to;
+    int tiles;
   };
   static constexpr int kThreads = kWarpgroup;
   static constexpr int kQBytes = 64 * kD * 2, kKBytes = kN * kD * 2;
-  static constexpr size_t kSharedBytes = kQBytes + 2 * kKBytes + 2 * sizeof(PhaseBarrier);
+  static size_t shared_bytes(int tiles) { return kQBytes + tiles * (2 * kKBytes + 2 * sizeof(PhaseBarrier)); }
+
+  struct Shared {
+    unsigned char *q, *k, *v;
+    PhaseBarrier* full;  // two for each tile
+  };
 
   static FS_DEVICE void run(const Args& args) {
-    unsigned char* const q = tile_memory();
-    unsigned char* const k = q + kQBytes;
-    unsigned char* const v = k + kKBytes;
-    auto* const full = reinterpret_cast<PhaseBarrier*>(v + kKBytes);
-    if (thread_index() == 0) barrier_begin(full, 1), barrier_begin(full + 1, 1), barriers_begun();
-    sync_block();
+    Shared shared;
+    shared.q = tile_memory();
+    shared.k = shared.q + kQBytes;
+    shared.v = shared.k + args.tiles * kKBytes;
+    shared.full = reinterpret_cast<PhaseBarrier*>(shared.v + args.tiles * kKBytes);
     if (thread_index() == 0) {
-      barrier_expect(full, kQBytes + kKBytes);
-      load_matrix(q, args.q, full, 64, kQBytes);
-      load_matrix(k, args.k, full, kN, kKBytes);
-      barrier_expect(full + 1, kKBytes);
-      load_matrix(v, args.v, full + 1, kN, kKBytes);
+      for (int i = 0; i < 2 * args.tiles; ++i) barrier_begin(shared.full + i, 1);
+      barriers_begun();
     }
+    sync_block();
+    if (thread_index() < kWarp && one_lane()) load(args, shared);
+
     float s[kN / 2], o[kD / 2];
-    barrier_wait(full, 0);
-    wgmma_fence(s);
-    FS_UNROLL
-    for (int step = 0; step < kD / 16; ++step) {
-      wgmma<T, kN, Major::k, Major::k>(s, operand_of_tiles<Major::k>(q, 64, step),
-                                       operand_of_tiles<Major::k>(k, kN, step), step > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<0>(s);
     uint32_t p[kN / 16][4];
     FS_UNROLL
-    for (int i = 0; i < kN / 4; ++i) p[i / 4][i % 4] = pack(s[2 * i], s[2 * i + 1], T{});
-    barrier_wait(full + 1, 0);
-    wgmma_fence(o, p);
-    FS_UNROLL
-    for (int step = 0; step < kN / 16; ++step) {
-      wgmma<T, kD, Major::mn>(o, p[step], operand_of_tiles<Major::mn>(v, kN, step), step > 0);
+    for (int i = 0; i < kD / 2; ++i) o[i] = 0;
+    multiply_by_k(s, shared, 0);
+    wgmma_wait<0>(s);
+    round(s, p);
+    FS_NO_UNROLL
+    for (int tile = 1; tile < args.tiles; ++tile) {
+      multiply_by_k(s, shared, tile);
+      multiply_by_v(o, p, shared, tile - 1);
+      wgmma_wait<1>(s);
+      wgmma_wait<0>(o, p);
+      round(s, p);
     }
-    wgmma_commit();
+    multiply_by_v(o, p, shared, args.tiles - 1);
     wgmma_wait<0>(o, p);
     FS_UNROLL
     for (int i = 0; i < kD / 2; ++i) {
@@ -185,16 +192,60 @@ struct ProductsKernel {
       args.to[row_of_accumulator(t, i) * kD + column_of_accumulator(t, i)] = o[i];
     }
   }
+
+  static FS_DEVICE void load(const Args& args, const Shared& shared) {
+    for (int tile = 0; tile < args.tiles; ++tile) {
+      PhaseBarrier* const full = shared.full + 2 * tile;
+      barrier_expect(full, kKBytes + (tile == 0 ? kQBytes : 0));
+      if (tile == 0) load_matrix(shared.q, args.q, full, 64, kQBytes);
+      load_matrix(shared.k + tile * kKBytes, args.k, full, kN, kKBytes, tile * kN);
+      barrier_expect(full + 1, kKBytes);
+      load_matrix(shared.v + tile * kKBytes, args.v, full + 1, kN, kKBytes, tile * kN);
+    }
+  }
+
+  // s = q k^T
+  static FS_DEVICE void multiply_by_k(float (&s)[kN / 2], const Shared& shared, int tile) {
+    const uint64_t q = operand_of_tiles<Major::k>(shared.q, 64);
+    const uint64_t k = operand_of_tiles<Major::k>(shared.k + tile * kKBytes, kN);
+    barrier_wait(shared.full + 2 * tile, 0);
+    wgmma_fence(s);
+    FS_UNROLL
+    for (int step = 0; step < kD / 16; ++step) {
+      wgmma<T, kN, Major::k, Major::k>(s, at_step<Major::k>(q, 64, step), at_step<Major::k>(k, kN, step),
+                                       step > 0);
+    }
+    wgmma_commit();
+  }
+
+  // o += p v
+  static FS_DEVICE void multiply_by_v(float (&o)[kD / 2], uint32_t (&p)[kN / 16][4], const Shared& shared,
+                                      int tile) {
+    const uint64_t v = operand_of_tiles<Major::mn>(shared.v + tile * kKBytes, kN);
+    barrier_wait(shared.full + 2 * tile + 1, 0);
+    wgmma_fence(o, p);
+    FS_UNROLL
+    for (int step = 0; step < kN / 16; ++step) {
+      wgmma<T, kD, Major::mn>(o, p[step], at_step<Major::mn>(v, kN, step), true);
+    }
+    wgmma_commit();
+  }
+
+  static FS_DEVICE void round(const float (&s)[kN / 2], uint32_t (&p)[kN / 16][4]) {
+    FS_UNROLL
+    for (int i = 0; i < kN / 4; ++i) p[i / 4][i % 4] = pack(s[2 * i], s[2 * i + 1], T{});
+  }
 };
 
 template <class T, int kN, int kD>
 const char* run_products(const HopperTest& test) {
   using Kernel = ProductsKernel<T, kN, kD>;
-  typename Kernel::Args args = {{}, {}, {}, static_cast<float*>(test.to)};
+  const int tiles = int(test.number[3]);
+  typename Kernel::Args args = {{}, {}, {}, static_cast<float*>(test.to), tiles};
   if (const char* error = Matrix{test.from[0], 64, kD}.make_map(args.q)) return error;
-  if (const char* error = Matrix{test.from[1], kN, kD}.make_map(args.k)) return error;
-  if (const char* error = Matrix{test.from[2], kN, kD}.make_map(args.v)) return error;
-  return launch<Kernel>({1, kWarpgroup, Kernel::kSharedBytes, 1, false, test.stream}, args);
+  if (const char* error = Matrix{test.from[1], kN, kD}.make_map(args.k, tiles)) return error;
+  if (const char* error = Matrix{test.from[2], kN, kD}.make_map(args.v, tiles)) return error;
+  return launch<Kernel>({1, kWarpgroup, Kernel::shared_bytes(tiles), 1, false, test.stream}, args);
 }
 
 template <class T>

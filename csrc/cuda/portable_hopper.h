@@ -35,7 +35,7 @@ constexpr int kTileColumns = 64, kTileRowBytes = 128;
 
 // Where element (row, column) of a tile lies, in bytes from its beginning.
 FS_DEVICE constexpr int tile_offset(int row, int column) {
-  return row * kTileRowBytes + ((column / 8 ^ row % 8) * 16 | column % 8 * 2);
+  return row * kTileRowBytes | (column >> 3 ^ (row & 7)) << 4 | (column & 7) << 1;
 }
 
 enum class Major { k, mn };
@@ -45,13 +45,17 @@ FS_DEVICE uint64_t operand(const void* first, int leading, int stride) {
   return uint64_t(1) << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 |
          (shared_address(first) & 0x3ffff) >> 4;
 }
-// Of tiles of `rows` rows, the operand for k from 16 * step on.
+// That of the first 16 k of tiles of `rows` rows, and of 16 k from 16 * step on: one addition, where step is known to
+// the compiler.
 template <Major kMajor>
-FS_DEVICE uint64_t operand_of_tiles(const void* tiles, int rows, int step) {
-  const auto* const first = static_cast<const unsigned char*>(tiles);
-  const int tile = rows * kTileRowBytes;
-  if constexpr (kMajor == Major::k) return operand(first + step / 4 * tile + step % 4 * 32, 16, 1024);
-  return operand(first + step * 2048, tile, 1024);
+FS_DEVICE uint64_t operand_of_tiles(const void* tiles, int rows) {
+  return operand(tiles, kMajor == Major::k ? 16 : rows * kTileRowBytes, 1024);
+}
+template <Major kMajor>
+FS_DEVICE uint64_t at_step(uint64_t operand, int rows, int step) {
+  const int offset = kMajor == Major::k ? (step >> 2) * rows * kTileRowBytes + (step & 3) * 32 : step * 2048;
+  return (operand & ~uint64_t(0xffffffff)) |
+         uint32_t(uint32_t(operand) + (offset >> 4));  // within the 14 bits
 }
 
 // Which lane holds what of d[64 x N] (PTX ISA, "Register fragments"): lane l of warp w of the warpgroup
@@ -60,9 +64,9 @@ FS_DEVICE uint64_t operand_of_tiles(const void* tiles, int rows, int step) {
 //   a[i]   row 16 w + l / 4 + 8 (i % 2), columns 2 (l % 4) + 8 (i / 2) and the next
 // so that a thread's d[8 s ... 8 s + 7], rounded, are its a[0 ... 3] of columns 16 s to 16 s + 15.
 FS_DEVICE int row_of_accumulator(int thread, int i) {
-  return thread % kWarpgroup / kWarp * 16 + thread % kWarp / 4 + i / 2 % 2 * 8;
+  return (thread & 96) / 2 + (thread & 28) / 4 + i / 2 % 2 * 8;
 }
-FS_DEVICE int column_of_accumulator(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
+FS_DEVICE int column_of_accumulator(int thread, int i) { return i / 4 * 8 + (thread & 3) * 2 + i % 2; }
 
 // What is asked of the second-level cache: to keep what will be read again, to drop what will not.
 enum class Keep { normal, first_to_go, last_to_go };

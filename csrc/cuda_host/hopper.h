@@ -69,8 +69,8 @@ struct Wgmmas {
   std::vector<std::unique_ptr<Accumulators>> accumulators;
   std::vector<Product> products;  // that are not done, in order
   int group = 0;
-  bool fenced = false;
-  size_t issued = 0;  // how many of the warpgroup's calls this warp has made
+  bool fenced = false;  // and has not waited for anything since
+  size_t issued = 0;    // how many of the warpgroup's calls this warp has made
 };
 
 // What all four warps of a warpgroup have to do alike.
@@ -117,7 +117,7 @@ void scatter_box(const TensorMap& map, const int* at, const unsigned char* from)
 void hopper_begin(int blocks);
 void hopper_thread_exits();
 void hopper_block_exits();
-bool wake_at_barriers();  // loads that could come late come now; whether there were any
+bool wake_at_barriers();  // loads that could come late come now; whether anybody waited for some
 std::string text_of_barrier(const Thread& thread);
 std::string text_of_named(const Thread& thread);
 

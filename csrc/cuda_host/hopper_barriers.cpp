@@ -97,6 +97,7 @@ void barrier_wait(PhaseBarrier* own, int parity) {
   if (parity != 0 && parity != 1) {
     fail("barrier_wait is given the parity " + std::to_string(parity) + "\n" + place(current()));
   }
+  warp_wgmmas().fenced = false;
   if (leaves_out(Wait::barrier_wait) || (state.phase & 1) != parity) return;
   Thread& self = current();
   const int64_t phase = state.phase;
@@ -135,13 +136,13 @@ void load_tile_at(void* to, const TensorMap& map, PhaseBarrier* full, const int*
   end_phase_if_complete(state);
 }
 
-// One of those that can come, as the order wants it.
+// One of those that can come and somebody waits for, as the order wants it.
 bool wake_at_barriers() {
   std::vector<std::pair<Thread*, PhaseState*>> late;
   for (Block& block : machine.blocks) {
     who = block.warp->thread;
     for (PhaseState& state : hopper().barriers) {
-      if (state.comes_late) late.emplace_back(block.warp->thread, &state);
+      if (state.comes_late && !state.waiting.empty()) late.emplace_back(block.warp->thread, &state);
     }
   }
   if (late.empty()) return false;
@@ -219,6 +220,7 @@ void check_named(void* const* operand) {
 }
 
 void come_in_warps(Named named) {
+  warp_wgmmas().fenced = false;
   if (named.waits && leaves_out(Wait::named_sync)) return;
   meet(Wait::named_barrier, &named, check_named);
   come(named);

@@ -53,10 +53,10 @@ struct HopperFault {
     return sum;
   }
   using Type = bfloat16;
-  // d += tile a times tile b, by the first warpgroup or both.
+  // d = tile a times tile b, the first 16 columns of both, plus d if `add`.
   static void multiply(float (&d)[32], int a, int b, bool add) {
-    wgmma<Type, 64, Major::k, Major::k>(d, operand_of_tiles<Major::k>(tile(a), kRows, 0),
-                                        operand_of_tiles<Major::k>(tile(b), kRows, 0), add);
+    wgmma<Type, 64, Major::k, Major::k>(d, operand_of_tiles<Major::k>(tile(a), kRows),
+                                        operand_of_tiles<Major::k>(tile(b), kRows), add);
   }
 };
 
@@ -488,6 +488,22 @@ struct ProductWithoutFence : HopperFault {
   }
 };
 
+// For which ptxas would put a fence of its own, and wait for each product.
+template <bool kFaulty>
+struct FenceBeforeAnotherWait : HopperFault {
+  static FS_DEVICE void run(const Args& args) {
+    load_and_wait(args, 0, 0, 0);
+    float d[32];
+    if (kFaulty) wgmma_fence(d);
+    barrier_wait(barrier(0), 0);
+    if (!kFaulty) wgmma_fence(d);
+    multiply(d, 0, 0, false);
+    wgmma_commit();
+    wgmma_wait<0>(d);
+    put(args, sum_of(d));
+  }
+};
+
 // Another tile comes into the place of the operand while it is being read.
 template <bool kFaulty>
 struct OperandOverwritten : HopperFault {
@@ -654,7 +670,7 @@ void offset_fault(const HopperFaultArgs& args) {
   F::load_and_wait(args, 1, 1, 1);
   float d[64];
   wgmma_fence(d);
-  wgmma<F::Type, 128, Major::k, kMajor>(d, operand_of_tiles<Major::k>(F::tile(0), kRows, 0),
+  wgmma<F::Type, 128, Major::k, kMajor>(d, operand_of_tiles<Major::k>(F::tile(0), kRows),
                                         operand(F::tile(0), kLeading, kStride), false);
   wgmma_commit();
   wgmma_wait<0>(d);
@@ -733,6 +749,7 @@ constexpr Entry kEntries[] = {
     entry<ProductNotCommitted>("product_not_committed"),
     entry<AccumulatorsWritten>("accumulators_written"),
     entry<ProductWithoutFence>("product_without_fence"),
+    entry<FenceBeforeAnotherWait>("fence_before_another_wait"),
     entry<OperandOverwritten>("operand_overwritten"),
     entry<OperandStoredInto>("operand_stored_into"),
     entry<OperandWithoutFence>("operand_without_fence"),

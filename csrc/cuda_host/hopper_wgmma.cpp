@@ -157,7 +157,7 @@ void issue(void* const* operand) {
   Wgmmas& warp = warp_wgmmas();
   if (!warp.fenced) {
     fail("wgmma without wgmma_fence\n" + place(current()) +
-         ": before the first, and again after each wgmma_wait");
+         ": before the first one, and again after a wait of any kind");
   }
   Product product{call, warp.group, accumulators_of(warp, operand, call), {}, {}};
   ++warp.accumulators[product.accumulators]->pending;

@@ -46,13 +46,15 @@ bool is_missing(const Thread& thread, const Thread& waiting) {
   return waiting.wait == Wait::cluster_wait ? !thread.cluster_arrived : thread.wait != waiting.wait;
 }
 
-// The first thread of each warp of the block that waits for something else than the one before it.
+// What the threads of a block wait for, where that is something else than the thread before waits for.
 std::string text_of_block(const Thread& waiting) {
+  constexpr int kMostLines = 12;
   std::string text, before;
   const Thread* const first = waiting.home->warp->thread;
-  for (int t = 0; t < waiting.threads; t += kWarp) {
+  int lines = 0;
+  for (int t = 0; t < waiting.threads && lines < kMostLines; ++t) {
     const std::string here = where(first[t]);
-    if (here != before) text += "\n" + place(first[t]) + " " + here;
+    if (here != before) text += "\n" + place(first[t]) + " " + here, ++lines;
     before = here;
   }
   return text;
