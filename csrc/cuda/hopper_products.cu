@@ -30,6 +30,18 @@ FS_DEVICE void load_matrix(unsigned char* to, const TensorMap& map, PhaseBarrier
   for (int i = 0; i < bytes / tile; ++i) load_tile(to + i * tile, map, full, {i * kTileColumns, first_row});
 }
 
+// Where accumulator 0 of this thread is in a matrix of N columns; the others are constant distances from it, which
+// the compiler has to find out.
+template <int kN>
+FS_DEVICE float* own_elements(float* matrix) {
+  const int t = thread_index();
+  return matrix + as_new(uint32_t(row_of_accumulator(t, 0) * kN + column_of_accumulator(t, 0)));
+}
+template <int kN>
+FS_DEVICE constexpr int distance(int i) {
+  return i / 2 % 2 * 8 * kN + i / 4 * 8 + i % 2;
+}
+
 // "product": to [64][N] = from[0] [64][depth] times from[1] [depth][N], plus what `to` was if asked.
 // number: 0 for bfloat16 or 1 for float16, N, depth (a multiple of 64 up to 256), 1 if a is in registers, 1 if a is
 // stored [depth][64] (Major::mn), 0 if b is stored [N][depth] (Major::k) or 1 if [depth][N], 1 to add.
@@ -54,9 +66,10 @@ struct ProductKernel {
       load_matrix(a, args.a, full, args.a_rows, args.a_bytes);
       load_matrix(b, args.b, full, args.b_rows, args.b_bytes);
     }
+    float* const own = own_elements<kN>(args.to);
     float d[kN / 2];
     FS_UNROLL
-    for (int i = 0; i < kN / 2; ++i) d[i] = args.add ? *at(args, i) : 0;
+    for (int i = 0; i < kN / 2; ++i) d[i] = args.add ? own[distance<kN>(i)] : 0;
     barrier_wait(full, 0);
     const uint64_t first_a = operand_of_tiles<kA>(a, args.a_rows),
                    first_b = operand_of_tiles<kB>(b, args.b_rows);
@@ -82,11 +95,7 @@ struct ProductKernel {
       wgmma_wait<0>(d);
     }
     FS_UNROLL
-    for (int i = 0; i < kN / 2; ++i) *at(args, i) = d[i];
-  }
-
-  static FS_DEVICE float* at(const Args& args, int i) {
-    return args.to + row_of_accumulator(thread_index(), i) * kN + column_of_accumulator(thread_index(), i);
+    for (int i = 0; i < kN / 2; ++i) own[distance<kN>(i)] = d[i];
   }
 };
 
@@ -186,11 +195,9 @@ struct ProductsKernel {
     }
     multiply_by_v(o, p, shared, args.tiles - 1);
     wgmma_wait<0>(o, p);
+    float* const own = own_elements<kD>(args.to);
     FS_UNROLL
-    for (int i = 0; i < kD / 2; ++i) {
-      const int t = thread_index();
-      args.to[row_of_accumulator(t, i) * kD + column_of_accumulator(t, i)] = o[i];
-    }
+    for (int i = 0; i < kD / 2; ++i) own[distance<kD>(i)] = o[i];
   }
 
   static FS_DEVICE void load(const Args& args, const Shared& shared) {
