@@ -255,17 +255,18 @@ def test_tensor_at_an_odd_address_is_an_error(hopper):
 # ---------------------------------------------------------------------------------------------- products
 
 ALL_N = [8, 16, 24, *range(32, 256, 16), 248, 256]
-A_FROM = {"registers": (1, 0), "shared": (0, 0), "shared, transposed": (0, 1)}
+A_FROM = {"registers": (1, 0), "tiles": (0, 0), "tiles, transposed": (0, 1), "stores": (2, 0)}
 # Of each N what attention needs; of some everything.
-PRODUCTS = [(n, "shared", False) for n in ALL_N] + [(n, "registers", True) for n in ALL_N]
-PRODUCTS += [(n, a, b) for n in (24, 64, 192) for a in A_FROM for b in (False, True)]
+PRODUCTS = [(n, "tiles", False) for n in ALL_N] + [(n, "registers", True) for n in ALL_N]
+WAYS = [(a, b) for a in A_FROM for b in (False, True) if (a, b) != ("stores", False)]
+PRODUCTS += [(n, *way) for n in (24, 64, 192) for way in WAYS]
 PRODUCTS = list(dict.fromkeys(PRODUCTS))
 
 
 def product(hopper, a, b, a_from, b_transposed, initial=None):
     """a [64, depth] times b [depth, N], plus `initial` if given."""
     (_, depth), n = a.shape, b.shape[1]
-    in_registers, a_transposed = A_FROM[a_from]
+    code, a_transposed = A_FROM[a_from]
     a_data = (a.T if a_transposed else a).contiguous().to(hopper.where)
     b_data = (b if b_transposed else b.T).contiguous().to(hopper.where)
     dtype = DTYPES.index(a.dtype)
@@ -273,7 +274,7 @@ def product(hopper, a, b, a_from, b_transposed, initial=None):
     def run():
         out = torch.full((64, n), math.nan) if initial is None else initial.clone()
         out = out.to(hopper.where)
-        numbers = [dtype, n, depth, in_registers, a_transposed, b_transposed, initial is not None]
+        numbers = [dtype, n, depth, code, a_transposed, b_transposed, initial is not None]
         hopper("product", [out, a_data, b_data], numbers)
         return out
 
@@ -291,7 +292,7 @@ def test_wgmma_is_the_product_of_the_matrices(hopper, n, a_from, b_transposed, d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("depth", [128, 192, 256])
-@pytest.mark.parametrize(("a_from", "b_transposed"), [*itertools.product(A_FROM, (False, True))])
+@pytest.mark.parametrize(("a_from", "b_transposed"), WAYS)
 def test_wgmma_adds_up_along_several_tiles(hopper, depth, a_from, b_transposed, dtype):
     a, b = torch.randn(64, depth).to(dtype), torch.randn(depth, 64).to(dtype)
     initial = torch.randn(64, 64)
@@ -305,7 +306,7 @@ def test_wgmma_adds_up_along_several_tiles(hopper, depth, a_from, b_transposed, 
 def test_wgmma_of_infinities_and_nan(hopper, dtype):
     a, b = small_integers(64, 64, dtype=dtype), small_integers(64, 64, dtype=dtype, seed=1)
     a[3, 5], a[20, 63], b[7, 9] = math.inf, math.nan, -math.inf
-    result = product(hopper, a, b, "shared", False)
+    result = product(hopper, a, b, "tiles", False)
     torch.testing.assert_close(result, a.float() @ b.float(), rtol=0, atol=0, equal_nan=True)
 
 

@@ -10,7 +10,7 @@
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
-enum class From { shared, registers };
+enum class From { tiles, registers, stores };  // of a: by load_tile, or by the threads
 
 // Tiles of all columns of a matrix of at most 256 rows, in shared memory.
 struct Matrix {
@@ -43,7 +43,7 @@ FS_DEVICE constexpr int distance(int i) {
 }
 
 // "product": to [64][N] = from[0] [64][depth] times from[1] [depth][N], plus what `to` was if asked.
-// number: 0 for bfloat16 or 1 for float16, N, depth (a multiple of 64 up to 256), 1 if a is in registers, 1 if a is
+// number: 0 for bfloat16 or 1 for float16, N, depth (a multiple of 64 up to 256), a's From, 1 if a is
 // stored [depth][64] (Major::mn), 0 if b is stored [N][depth] (Major::k) or 1 if [depth][N], 1 to add.
 template <class T, int kN, From kFrom, Major kA, Major kB>
 struct ProductKernel {
@@ -62,14 +62,23 @@ struct ProductKernel {
     if (thread_index() == 0) barrier_begin(full, 1), barriers_begun();
     sync_block();
     if (thread_index() < kWarp && one_lane()) {
-      barrier_expect(full, args.b_bytes + args.a_bytes);
-      load_matrix(a, args.a, full, args.a_rows, args.a_bytes);
+      barrier_expect(full, args.b_bytes + (kFrom == From::tiles ? args.a_bytes : 0));
+      if (kFrom == From::tiles) load_matrix(a, args.a, full, args.a_rows, args.a_bytes);
       load_matrix(b, args.b, full, args.b_rows, args.b_bytes);
     }
     float* const own = own_elements<kN>(args.to);
     float d[kN / 2];
     FS_UNROLL
     for (int i = 0; i < kN / 2; ++i) d[i] = args.add ? own[distance<kN>(i)] : 0;
+    if constexpr (kFrom == From::stores) {
+      for (int i = thread_index(); i < 64 * args.depth; i += kThreads) {
+        const int row = i / args.depth, column = i % args.depth;
+        const int offset = column / 64 * (64 * kTileRowBytes) + tile_offset(row, column % 64);
+        *reinterpret_cast<T*>(a + offset) = args.from[i];
+      }
+      fence_async();
+      sync_block();
+    }
     barrier_wait(full, 0);
     const uint64_t first_a = operand_of_tiles<kA>(a, args.a_rows),
                    first_b = operand_of_tiles<kB>(b, args.b_rows);
@@ -102,7 +111,6 @@ struct ProductKernel {
 template <class T, int kN, From kFrom, Major kA, Major kB>
 const char* run_product(const HopperTest& test) {
   const int depth = int(test.number[2]);
-  const bool in_registers = kFrom == From::registers;
   const Matrix a = kA == Major::k ? Matrix{test.from[0], 64, depth} : Matrix{test.from[0], depth, 64};
   const Matrix b = kB == Major::k ? Matrix{test.from[1], kN, depth} : Matrix{test.from[1], depth, kN};
   using Kernel = ProductKernel<T, kN, kFrom, kA, kB>;
@@ -112,7 +120,7 @@ const char* run_product(const HopperTest& test) {
                                 static_cast<float*>(test.to),
                                 depth,
                                 a.rows,
-                                in_registers ? 0 : a.bytes(),
+                                kFrom == From::registers ? 0 : a.bytes(),
                                 b.rows,
                                 b.bytes(),
                                 int(test.number[6])};
@@ -125,14 +133,16 @@ const char* run_product(const HopperTest& test) {
 // The two ways that attention has for every N; the others for a few.
 template <class T, int kN>
 const char* run_product_of_n(const HopperTest& test) {
-  const bool in_registers = test.number[3], a_mn = test.number[4], b_mn = test.number[5];
-  if (in_registers && b_mn) return run_product<T, kN, From::registers, Major::k, Major::mn>(test);
-  if (!in_registers && !a_mn && !b_mn) return run_product<T, kN, From::shared, Major::k, Major::k>(test);
+  const From from = From(test.number[3]);
+  const bool a_mn = test.number[4], b_mn = test.number[5];
+  if (from == From::registers && b_mn) return run_product<T, kN, From::registers, Major::k, Major::mn>(test);
+  if (from == From::tiles && !a_mn && !b_mn) return run_product<T, kN, From::tiles, Major::k, Major::k>(test);
   if constexpr (kN == 24 || kN == 64 || kN == 192) {
-    if (in_registers) return run_product<T, kN, From::registers, Major::k, Major::k>(test);
-    if (!a_mn) return run_product<T, kN, From::shared, Major::k, Major::mn>(test);
-    if (!b_mn) return run_product<T, kN, From::shared, Major::mn, Major::k>(test);
-    return run_product<T, kN, From::shared, Major::mn, Major::mn>(test);
+    if (from == From::registers) return run_product<T, kN, From::registers, Major::k, Major::k>(test);
+    if (from == From::stores) return run_product<T, kN, From::stores, Major::k, Major::mn>(test);
+    if (!a_mn) return run_product<T, kN, From::tiles, Major::k, Major::mn>(test);
+    if (!b_mn) return run_product<T, kN, From::tiles, Major::mn, Major::k>(test);
+    return run_product<T, kN, From::tiles, Major::mn, Major::mn>(test);
   }
   return "this product is not compiled";
 }

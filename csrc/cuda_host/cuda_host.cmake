@@ -26,7 +26,8 @@ set(twin_machine
   csrc/cuda_host/switch_stack.cpp)
 
 pybind11_add_module(_cuda_host MODULE NO_EXTRAS
-  csrc/cuda_host/faults.cpp csrc/cuda_host/hopper_faults.cpp csrc/cuda_host/module.cpp csrc/cuda_host/primitives.cpp ${twin_machine}
+  csrc/cuda_host/faults.cpp csrc/cuda_host/hopper_faults.cpp csrc/cuda_host/hopper_product_faults.cpp
+  csrc/cuda_host/module.cpp csrc/cuda_host/primitives.cpp ${twin_machine}
   csrc/cuda/bindings.cpp csrc/cuda/plan.cpp ${twin_kernels})
 target_link_libraries(_cuda_host PRIVATE fastseq_options)
 target_include_directories(_cuda_host PRIVATE csrc/cuda_host)
