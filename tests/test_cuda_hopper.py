@@ -381,9 +381,11 @@ SAYS = {
     "named_barrier_without_one_lane": r"named_sync or named_arrive is not reached by all threads\nblock 0 "
     "thread 32 waits there, block 0 thread 37 has exited",
     "named_barrier_of_two_counts": r"named_sync is given \d+ threads\nblock 0 thread \d+, others came",
-    "more_registers_than_there_are": r"registers that nobody gives up\nblock 0 thread \d+ asks for \d+, with "
-    "which the block has 66560 of 65536",
-    "registers_taken_to_be_fewer": r"registers_take more\nblock 0 thread \d+ has 240 and asks for 64",
+    "more_registers_than_there_are": r"registers that nobody gives up\nblock 0 thread \d+: the block has "
+    r"64512, its warps ask for \d+",
+    "registers_not_given": r"registers that nobody gives up\nblock 0 thread \d+: the block has 64512, its "
+    "warps ask for 82944",
+    "registers_taken_to_be_fewer": r"registers_take more\nblock 0 thread \d+ has 128 and asks for 64",
     "registers_of_three_warps": r"do not issue the same\nblock 0 warp 0 made 0 of 1 calls",
     "registers_without_one_lane": r"registers_take is not reached by all threads\nblock 0 thread 32 waits "
     "there, block 0 thread 37 waits at sync_block",

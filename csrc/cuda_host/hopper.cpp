@@ -16,7 +16,7 @@ HopperBlock& state_of(const Block& block) { return blocks[&block - machine.block
 
 HopperBlock& hopper() { return state_of(*current().home); }
 
-Wgmmas& warp_wgmmas() {
+WarpState& warp_state() {
   HopperBlock& block = hopper();
   if (block.warps.empty()) {
     block.warps.resize(who->threads / kWarp);
@@ -84,7 +84,7 @@ bool same(const GroupCall& x, const GroupCall& y) {
 }  // namespace
 
 void check_group_call(const GroupCall& call) {
-  Wgmmas& warp = warp_wgmmas();
+  WarpState& warp = warp_state();
   const int index = current().warp->index;
   if (index / 4 * kWarpgroup + kWarpgroup > who->threads) {
     fail(std::string(name(call.what)) + " is called by a warp that is not one of four\n" + place(current()));
@@ -109,25 +109,34 @@ struct Registers {
   bool more;
 };
 
-constexpr int kAllRegisters = 64 * 1024;
+// What a block of so many threads has when it begins, compiled for one block on a multiprocessor; taken registers can
+// only come from those.
+int registers_at_launch() { return std::min(256, 64 * 1024 / who->threads / 8 * 8); }
+
+// Of all warps, where those that have not said how many count `unsaid` a thread.
+int registers_of_block(int unsaid) {
+  int all = 0;
+  for (const WarpState& warp : hopper().warps) all += (warp.registers ? warp.registers : unsaid) * kWarp;
+  return all;
+}
+
+[[noreturn]] void fail_without_registers(int all) {
+  fail("registers_take waits for registers that nobody gives up\n" + place(current()) + ": the block has " +
+       std::to_string(registers_at_launch() * who->threads) + ", its warps ask for " + std::to_string(all));
+}
 
 void set_registers(void* const* operand) {
   const Registers& first = *static_cast<Registers*>(operand[0]);
   check_group_call({Wait::set_registers, first.count * 2 + first.more, {}});
-  HopperBlock& block = hopper();
-  const int before = block.warpgroups[current().warp->index / 4].registers;
-  block.warpgroups[current().warp->index / 4].registers = first.count;
-  int all = 0;
-  for (const Warpgroup& group : block.warpgroups) all += group.registers * kWarpgroup;
-  if (all > kAllRegisters) {
-    fail("registers_take waits for registers that nobody gives up\n" + place(current()) + " asks for " +
-         std::to_string(first.count) + ", with which the block has " + std::to_string(all) + " of " +
-         std::to_string(kAllRegisters));
-  }
-  if (before != 0 && before != first.count && (before < first.count) != first.more) {
+  int& own = warp_state().registers;
+  const int before = own ? own : registers_at_launch();
+  if (before != first.count && (before < first.count) != first.more) {
     fail("registers_give makes them fewer, registers_take more\n" + place(current()) + " has " +
          std::to_string(before) + " and asks for " + std::to_string(first.count));
   }
+  own = first.count;
+  const int all = registers_of_block(0);
+  if (all > registers_at_launch() * who->threads) fail_without_registers(all);
 }
 
 }  // namespace
@@ -142,6 +151,8 @@ void registers_become(int count, bool more) {
 void hopper_block_exits() {
   HopperBlock& block = hopper();
   const std::string number = "block " + std::to_string(who->block);
+  const int registers = registers_of_block(registers_at_launch());
+  if (registers > registers_at_launch() * who->threads) fail_without_registers(registers);
   for (const PhaseState& barrier : block.barriers) {
     const std::string which =
         number + ", the barrier at byte " +

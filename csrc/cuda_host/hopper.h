@@ -65,23 +65,23 @@ struct Product {
   size_t accumulators;
   std::vector<float> a, b;  // [16][16], [16][n]; empty if they will be read later
 };
-struct Wgmmas {
+struct WarpState {
   std::vector<std::unique_ptr<Accumulators>> accumulators;
   std::vector<Product> products;  // that are not done, in order
   int group = 0;
   bool fenced = false;  // and has not waited for anything since
   size_t issued = 0;    // how many of the warpgroup's calls this warp has made
+  int registers = 0;    // of a thread, as last set; 0: as at the launch
 };
 
 // What all four warps of a warpgroup have to do alike.
 struct GroupCall {
   Wait what;
-  int number;  // registers
+  int number;
   WgmmaCall call;
 };
 struct Warpgroup {
   std::vector<GroupCall> calls;  // as the first of its warps made them
-  int registers = 0;             // as last set
 };
 
 struct HopperBlock {
@@ -90,13 +90,13 @@ struct HopperBlock {
       seen;                    // shared memory, as asynchronous reads see it; empty until something is there
   std::vector<Stores> stores;  // of each thread
   NamedState named[16] = {};
-  std::vector<Wgmmas> warps;
+  std::vector<WarpState> warps;
   std::vector<Warpgroup> warpgroups;
 };
 
 // Of the current thread's block.
 HopperBlock& hopper();
-Wgmmas& warp_wgmmas();
+WarpState& warp_state();
 
 // The picture that asynchronous reads see.
 unsigned char* seen_memory();

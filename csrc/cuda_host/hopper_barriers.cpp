@@ -97,7 +97,7 @@ void barrier_wait(PhaseBarrier* own, int parity) {
   if (parity != 0 && parity != 1) {
     fail("barrier_wait is given the parity " + std::to_string(parity) + "\n" + place(current()));
   }
-  warp_wgmmas().fenced = false;
+  warp_state().fenced = false;
   if (leaves_out(Wait::barrier_wait) || (state.phase & 1) != parity) return;
   Thread& self = current();
   const int64_t phase = state.phase;
@@ -220,7 +220,7 @@ void check_named(void* const* operand) {
 }
 
 void come_in_warps(Named named) {
-  warp_wgmmas().fenced = false;
+  warp_state().fenced = false;
   if (named.waits && leaves_out(Wait::named_sync)) return;
   meet(Wait::named_barrier, &named, check_named);
   come(named);

@@ -228,10 +228,24 @@ struct MoreRegistersThanThereAre : HopperFault {
   }
 };
 
+// The producer keeps what it has.
+template <bool kFaulty>
+struct RegistersNotGiven : HopperFault {
+  static constexpr int kThreads = 3 * kWarpgroup;
+  static FS_DEVICE void run(const Args& args) {
+    if (thread_index() >= kWarpgroup) {
+      registers_take<240>();
+    } else if (!kFaulty) {
+      registers_give<24>();
+    }
+    put(args, 1);
+  }
+};
+
 template <bool kFaulty>
 struct RegistersTakenToBeFewer : HopperFault {
   static FS_DEVICE void run(const Args& args) {
-    registers_take<240>();
+    registers_give<128>();
     kFaulty ? registers_take<64>() : registers_give<64>();
     put(args, 1);
   }
@@ -366,6 +380,7 @@ std::vector<HopperFaultEntry> hopper_faults() {
       hopper_fault<NamedBarrierOfTwoCounts>("named_barrier_of_two_counts"),
       hopper_fault<TurnGivenTooEarly>("turn_given_too_early"),
       hopper_fault<MoreRegistersThanThereAre>("more_registers_than_there_are"),
+      hopper_fault<RegistersNotGiven>("registers_not_given"),
       hopper_fault<RegistersTakenToBeFewer>("registers_taken_to_be_fewer"),
       hopper_fault<RegistersOfThreeWarps>("registers_of_three_warps"),
       hopper_fault<RegistersWithoutOneLane>("registers_without_one_lane"),

@@ -112,7 +112,7 @@ bool untouched(const float* d, int count) {
 }
 
 // Those that the lanes hand in: still under way, or read from their registers now.
-size_t accumulators_of(Wgmmas& warp, void* const* operand, const WgmmaCall& call) {
+size_t accumulators_of(WarpState& warp, void* const* operand, const WgmmaCall& call) {
   auto& all = warp.accumulators;
   const auto own = [&](const auto& x) { return x->of_lane[0] == static_cast<Lane*>(operand[0])->d; };
   size_t index = std::find_if(all.begin(), all.end(), own) - all.begin();
@@ -154,7 +154,7 @@ void issue(void* const* operand) {
       fail("the lanes of a warp give wgmma different operands\n" + place(current()));
     }
   }
-  Wgmmas& warp = warp_wgmmas();
+  WarpState& warp = warp_state();
   if (!warp.fenced) {
     fail("wgmma without wgmma_fence\n" + place(current()) +
          ": before the first one, and again after a wait of any kind");
@@ -173,7 +173,7 @@ void issue(void* const* operand) {
   warp.products.push_back(std::move(product));
 }
 
-void finish(Wgmmas& warp, Product& product) {
+void finish(WarpState& warp, Product& product) {
   if (product.a.empty()) read_a(product);
   if (product.b.empty()) read_b(product);
   Accumulators& to = *warp.accumulators[product.accumulators];
@@ -193,7 +193,7 @@ void finish(Wgmmas& warp, Product& product) {
 }
 
 void wait(void* const* operand) {
-  Wgmmas& warp = warp_wgmmas();
+  WarpState& warp = warp_state();
   const int pending = *static_cast<int*>(operand[0]);
   check_group_call({Wait::wgmma_wait, pending, {}});
   size_t done = 0;
@@ -206,12 +206,12 @@ void wait(void* const* operand) {
 
 void fence(void* const*) {
   check_group_call({Wait::wgmma_fence, 0, {}});
-  warp_wgmmas().fenced = true;
+  warp_state().fenced = true;
 }
 
 void commit(void* const*) {
   check_group_call({Wait::wgmma_commit, 0, {}});
-  ++warp_wgmmas().group;
+  ++warp_state().group;
 }
 
 }  // namespace
@@ -229,7 +229,7 @@ void wgmma_wait_for(int pending) {
 
 // Lane by lane, so that one that does not name them has nothing.
 void wgmma_use(float* d, int count) {
-  Wgmmas& warp = warp_wgmmas();
+  WarpState& warp = warp_state();
   const int lane = who->thread % kWarp;
   for (const auto& accumulators : warp.accumulators) {
     Accumulators& x = *accumulators;

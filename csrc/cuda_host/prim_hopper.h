@@ -15,7 +15,8 @@
 //               that is missing altogether is seen, one that a single thread leaves out may not be. Where the two
 //               pictures differ, words are read as 0xFF: stored and not fenced, or stored while being read.
 // What it does not see: registers of a, or d read through another name, that change between wgmma() and its wait (the
-// compiler ptxas serialises such products, and says so); bank conflicts; what anything costs.
+// compiler ptxas serialises such products, and says so); a named barrier at which threads have arrived and nobody comes
+// to wait; bank conflicts; what anything costs.
 #pragma once
 
 #include <prim.h>
