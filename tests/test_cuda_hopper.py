@@ -208,6 +208,19 @@ def test_store_tile_writes_what_lies_inside(hopper, name, at):
     assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("count", [4, 64, 10000])
+def test_load_bytes_brings_them_all(hopper, count):
+    source = torch.randn(count)
+    data = source.to(hopper.where)
+
+    def run():
+        out = torch.zeros(count, device=hopper.where)
+        hopper("load_bytes", [out, data], [count])
+        return out
+
+    assert torch.equal(in_every_schedule(hopper, run), source)
+
+
 @pytest.mark.parametrize(("blocks", "count"), [(1, 4), (3, 64), (20, 4096)])
 def test_reduce_add_sums_over_blocks(hopper, blocks, count):
     source = small_integers(blocks, count, dtype=torch.float32)

@@ -197,6 +197,35 @@ const char* run_reduce(const HopperTest& test) {
                               {static_cast<const float*>(test.from[0]), static_cast<float*>(test.to), count});
 }
 
+// "load_bytes": number[0] floats from from[0] to `to`, by way of shared memory.
+struct LoadBytesKernel {
+  struct Args {
+    const float* from;
+    float* to;
+    int count;
+  };
+  static constexpr int kThreads = kWarpgroup;
+  static FS_DEVICE void run(const Args& args) {
+    auto* const full = reinterpret_cast<PhaseBarrier*>(shared_memory());
+    auto* const numbers = reinterpret_cast<float*>(shared_memory()) + 4;
+    if (thread_index() == 0) barrier_begin(full, 1), barriers_begun();
+    sync_block();
+    if (thread_index() < kWarp && one_lane()) {
+      barrier_expect(full, args.count * int(sizeof(float)));
+      load_bytes(numbers, args.from, args.count * int(sizeof(float)), full);
+    }
+    barrier_wait(full, 0);
+    for (int i = thread_index(); i < args.count; i += kThreads) args.to[i] = numbers[i];
+  }
+};
+
+const char* run_load_bytes(const HopperTest& test) {
+  const int count = int(test.number[0]);
+  return launch<LoadBytesKernel>(
+      {1, kWarpgroup, 16 + count * sizeof(float), 1, false, test.stream},
+      {static_cast<const float*>(test.from[0]), static_cast<float*>(test.to), count});
+}
+
 // "turns": two warpgroups, one after the other, number[0] times each. `to` is [2 number[0]] ints: entry i is twice the
 // one before plus the number of the warpgroup plus 1, modulo 9973.
 struct TurnsKernel {
@@ -251,6 +280,7 @@ const char* run_hopper_primitive(const std::string& name, const HopperTest& test
   if (name == "store_tile") {
     return run_tile_of_rank<StoreTileKernel>(test, test.to, static_cast<const uint32_t*>(test.from[0]));
   }
+  if (name == "load_bytes") return run_load_bytes(test);
   if (name == "reduce_add") return run_reduce(test);
   if (name == "turns") return run_turns(test);
   if (name == "one_lane") {

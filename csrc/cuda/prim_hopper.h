@@ -3,8 +3,8 @@
 // from one warpgroup to another. Sources that include <prim_hopper.h> are compiled for sm_90a alone
 // (cuda_cluster_sources in cuda.cmake). csrc/cuda_host/prim_hopper.h implements the same names on the CPU.
 //
-// There are two ways to memory. Ordinary loads and stores take the generic one; load_tile, store_tile, reduce_add and
-// wgmma take the asynchronous one. What the threads have stored to shared memory is seen by the second only after
+// There are two ways to memory. Ordinary loads and stores take the generic one; load_tile, load_bytes, store_tile,
+// reduce_add and wgmma take the asynchronous one. What the threads have stored to shared memory is seen by the second only after
 // fence_async(), of each thread that has stored, and then a barrier. The other way round, to have waited is enough.
 #pragma once
 
@@ -166,6 +166,15 @@ FS_DEVICE void load_tile(void* to, const TensorMap& map, PhaseBarrier* full, con
         "l"(&map), "r"(barrier), "l"(policy), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
         : "memory");
   }
+}
+
+// The same for `bytes`, a multiple of 16, that lie one after the other in both memories, at multiples of 16.
+FS_DEVICE void load_bytes(void* to, const void* from, int bytes, PhaseBarrier* full) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(full))
+      : "memory");
 }
 
 // The box from shared memory to the tensor; what lies outside is not written. One thread calls it, after fence_async()

@@ -11,10 +11,12 @@
 
 namespace fastseq::FASTSEQ_ISA {
 
-// A box of a tensor, and what was in it when it was asked for, if that is what will be seen.
+// A box of a tensor, or bytes, and what was there when it was asked for, if that is what will be seen.
 struct Load {
   TensorMap map;
   int at[5];
+  const unsigned char* from;  // null: by the map
+  size_t count;
   unsigned char* to;
   std::vector<unsigned char> early;
 };
@@ -86,9 +88,8 @@ struct Warpgroup {
 
 struct HopperBlock {
   std::vector<PhaseState> barriers;
-  std::vector<unsigned char>
-      seen;                    // shared memory, as asynchronous reads see it; empty until something is there
-  std::vector<Stores> stores;  // of each thread
+  std::vector<unsigned char> seen;  // shared memory as asynchronous reads see it, once there is anything
+  std::vector<Stores> stores;       // of each thread
   NamedState named[16] = {};
   std::vector<WarpState> warps;
   std::vector<Warpgroup> warpgroups;

@@ -27,12 +27,20 @@ PhaseState& state_of(const PhaseBarrier* barrier, const char* function) {
   return state;
 }
 
+std::vector<unsigned char> source_of(const Load& load) {
+  std::vector<unsigned char> bytes(load.count);
+  if (load.from) {
+    std::memcpy(bytes.data(), load.from, load.count);
+  } else {
+    gather_box(load.map, load.at, bytes.data());
+  }
+  return bytes;
+}
+
 void end_phase(PhaseState& state) {
-  std::vector<unsigned char> bytes;
-  for (const Load& load : state.loads) {
-    bytes.resize(box_bytes(load.map));
-    if (load.early.empty()) gather_box(load.map, load.at, bytes.data());
-    write_asynchronously(load.to, load.early.empty() ? bytes.data() : load.early.data(), bytes.size());
+  for (Load& load : state.loads) {
+    if (load.early.empty()) load.early = source_of(load);
+    write_asynchronously(load.to, load.early.data(), load.count);
   }
   state.loads.clear();
   state.comes_late = false;
@@ -111,29 +119,45 @@ void barrier_wait(PhaseBarrier* own, int parity) {
   }
 }
 
+namespace {
+
+void begin(Load load, PhaseBarrier* full, const char* function) {
+  check_own_shared(load.to, load.count, function);
+  PhaseState& state = state_of(full, function);
+  const auto bytes = int64_t(load.count);
+  if (state.bytes_left < bytes) {
+    fail(std::string(function) + " brings more bytes than are expected\n" + place(current()) + ", " +
+         place_of(full) + ": " + std::to_string(bytes) + " bytes, expected are " +
+         std::to_string(state.bytes_left));
+  }
+  state.bytes_left -= bytes;
+  fill_asynchronously(load.to, load.count);
+  if (coin()) load.early = source_of(load);
+  state.loads.push_back(std::move(load));
+  end_phase_if_complete(state);
+}
+
+}  // namespace
+
 void load_tile_at(void* to, const TensorMap& map, PhaseBarrier* full, const int* at, int rank) {
   check_alignment(to, kTileAlignment, "load_tile");
-  const size_t bytes = box_bytes(map);
-  check_own_shared(to, bytes, "load_tile");
   if (rank != map.rank) {
     fail("load_tile is given " + std::to_string(rank) + " coordinates for a tensor of " +
          std::to_string(map.rank) + " dimensions\n" + place(current()));
   }
-  PhaseState& state = state_of(full, "load_tile");
-  state.bytes_left -= int64_t(bytes);
-  if (state.bytes_left < 0) {
-    fail("load_tile brings more bytes than are expected\n" + place(current()) + ", " + place_of(full) + ": " +
-         std::to_string(bytes) + " bytes, expected are " + std::to_string(state.bytes_left + int64_t(bytes)));
-  }
-  fill_asynchronously(to, bytes);
-  Load load{map, {}, static_cast<unsigned char*>(to), {}};
+  Load load{map, {}, nullptr, box_bytes(map), static_cast<unsigned char*>(to), {}};
   std::copy(at, at + rank, load.at);
-  if (coin()) {
-    load.early.resize(bytes);
-    gather_box(map, at, load.early.data());
+  begin(std::move(load), full, "load_tile");
+}
+
+void load_bytes(void* to, const void* from, int bytes, PhaseBarrier* full) {
+  check_alignment(to, 16, "load_bytes");
+  check_alignment(from, 16, "load_bytes");
+  if (bytes < 16 || bytes % 16 != 0) {
+    fail("load_bytes is given " + std::to_string(bytes) + " bytes\naccepted is a multiple of 16");
   }
-  state.loads.push_back(std::move(load));
-  end_phase_if_complete(state);
+  begin({{}, {}, static_cast<const unsigned char*>(from), size_t(bytes), static_cast<unsigned char*>(to), {}},
+        full, "load_bytes");
 }
 
 // One of those that can come and somebody waits for, as the order wants it.

@@ -88,6 +88,8 @@ FS_DEVICE void load_tile(void* to, const TensorMap& map, PhaseBarrier* full, con
   load_tile_at(to, map, full, at, kRank);
 }
 
+void load_bytes(void* to, const void* from, int bytes, PhaseBarrier* full);
+
 void store_tile_at(const TensorMap& map, const void* from, const int* at, int rank);
 template <int kRank>
 FS_DEVICE void store_tile(const TensorMap& map, const void* from, const int (&at)[kRank]) {
