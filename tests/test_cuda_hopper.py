@@ -3,6 +3,7 @@ compute capability 9.0; and that the twin finds kernels that use them wrongly.""
 
 import itertools
 import math
+import re
 from contextlib import contextmanager
 
 import numpy
@@ -363,6 +364,7 @@ DIFFERS = {
     "tile_source_overwritten",
     "overwritten_while_stored",
     "operand_overwritten",
+    "operand_released_too_early",
     "operand_stored_into",
     "operand_of_other_warps",
 }
@@ -412,7 +414,8 @@ SAYS = {
     "fence_before_another_wait": r"wgmma without wgmma_fence\nblock 0 thread \d+",
     "product_without_one_lane": r"different places\nblock 0 thread \d+ waits at wgmma\w*, thread \d+ came to "
     "wgmma",
-    "product_without_one_warp": r"do not issue the same\nblock 0 warp 1 made 0 of 4 calls",
+    "product_without_one_warp": r"wgmma_wait waits for products that other warps do not issue\nblock 0 "
+    r"thread 0 waits at wgmma_wait, for other warps\nblock 0 thread 32 has exited",
     "operands_of_different_warps": r"do not issue the same\nblock 0 thread \d+ came to wgmma",
     "operand_out_of_bounds": r"wgmma reads what is not .* own shared memory\nblock 0 thread \d+: byte",
     "operand_misaligned": r"wgmma is given a descriptor that the twin does not know\nblock 0 thread \d+",
@@ -492,12 +495,14 @@ def faults():
     cuda_host.set_schedule("forward")
 
 
-def results(faults, name, faulty):
-    found = []
+def in_schedules(run):
     for order, seed in cuda_host.SCHEDULES:
         cuda_host.set_schedule(order, seed)
-        found.append(numpy.array(faults.run_hopper_fault(name, faulty), numpy.float32))
-    return found
+        yield run()
+
+
+def results(faults, name, faulty):
+    return list(in_schedules(lambda: numpy.array(faults.run_hopper_fault(name, faulty), numpy.float32)))
 
 
 @pytest.mark.cuda_host
@@ -516,7 +521,15 @@ def test_correct_kernel_gives_the_same_bits_in_every_schedule(faults, name):
 @pytest.mark.cuda_host
 @pytest.mark.parametrize("name", sorted(DIFFERS))
 def test_missing_wait_changes_the_result_with_the_schedule(faults, name):
-    assert len({result.tobytes() for result in results(faults, name, faulty=True)}) > 1
+    """Or is an error in some of them, where nobody can go on."""
+
+    def run():
+        try:
+            return numpy.array(faults.run_hopper_fault(name, True), numpy.float32).tobytes()
+        except RuntimeError as error:
+            return re.sub(r"\d+", "", str(error))
+
+    assert len(set(in_schedules(run))) > 1
 
 
 @pytest.mark.cuda_host

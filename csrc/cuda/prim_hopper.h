@@ -240,6 +240,8 @@ FS_DEVICE void stores_wait() {
 // Between wgmma and its wait neither d nor the registers of a nor the shared memory of the operands is to be touched.
 // The fence and the wait name the arrays of registers (d, or words of a) that they are for, or the compiler may move
 // what is done with them to the other side. Arrays have to stay in registers: every index a constant once unrolled.
+// A group is one of the whole warpgroup (PTX ISA, wgmma.commit_group): when the wait of one of its warps is over, all
+// four have read, and one thread may give the shared memory back.
 // The fence comes directly before its products, after waiting for their operands: with a branch between, such as the
 // loop of barrier_wait, ptxas adds another and waits for each product by itself (C7520, "wgmma serialized").
 template <class T, int kN, Major kA, Major kB>

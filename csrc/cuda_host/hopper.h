@@ -64,6 +64,7 @@ struct Accumulators {
 struct Product {
   WgmmaCall call;
   int group;
+  int first_row;  // of the warp's
   size_t accumulators;
   std::vector<float> a, b;  // [16][16], [16][n]; empty if they will be read later
 };
@@ -84,6 +85,7 @@ struct GroupCall {
 };
 struct Warpgroup {
   std::vector<GroupCall> calls;  // as the first of its warps made them
+  std::vector<Thread*> waiting;  // for other warps to issue
 };
 
 struct HopperBlock {

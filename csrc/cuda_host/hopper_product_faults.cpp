@@ -134,7 +134,36 @@ struct OperandOverwritten : HopperFault {
   }
 };
 
-// The same by ordinary stores.
+// One stage, which one thread gives back for its warpgroup: after its own wait, which is over when all four warps have
+// read.
+template <bool kFaulty>
+struct OperandReleasedTooEarly : HopperFault {
+  static FS_DEVICE void run(const Args& args) {
+    PhaseBarrier *const full = barrier(0), *const empty = barrier(1);
+    begin(0, 1);
+    begin(1, 1);
+    float d[32] = {};
+    for (int i = 0; i < kTiles; ++i) {
+      if (first()) {
+        barrier_wait(empty, (i + 1) & 1);
+        load(args, 0, i, 0);
+      }
+      if (thread_index() < kWarpgroup) continue;
+      barrier_wait(full, i & 1);
+      wgmma_fence(d);
+      multiply(d, 0, 0, i > 0);
+      wgmma_commit();
+      const bool releases = thread_index() == kWarpgroup + 37;
+      if (kFaulty && releases) barrier_arrive(empty);
+      sync_warp();
+      wgmma_wait<0>(d);
+      if (!kFaulty && releases) barrier_arrive(empty);
+    }
+    put(args, sum_of(d));
+  }
+};
+
+// Ordinary stores into an operand.
 template <bool kFaulty>
 struct OperandStoredInto : HopperFault {
   static FS_DEVICE void run(const Args& args) {
@@ -322,6 +351,7 @@ std::vector<HopperFaultEntry> hopper_product_faults() {
       hopper_fault<ProductWithoutFence>("product_without_fence"),
       hopper_fault<FenceBeforeAnotherWait>("fence_before_another_wait"),
       hopper_fault<OperandOverwritten>("operand_overwritten"),
+      hopper_fault<OperandReleasedTooEarly>("operand_released_too_early"),
       hopper_fault<OperandStoredInto>("operand_stored_into"),
       hopper_fault<OperandWithoutFence>("operand_without_fence"),
       hopper_fault<OperandOfOtherWarps>("operand_of_other_warps"),

@@ -1,4 +1,5 @@
-// Products of a warpgroup, warp by warp: each has 16 of the 64 rows, all of B, and a queue of what it has issued.
+// Products of a warpgroup, warp by warp: each has 16 of the 64 rows, all of B, and a queue of what it has issued. They
+// are done together, when the first warp waits for them and the last one has issued them.
 #include <algorithm>
 
 #include "hopper.h"
@@ -73,8 +74,8 @@ class Descriptor {
 void read_a(Product& product) {
   const WgmmaCall& call = product.call;
   product.a.resize(kRows * kDepth);
-  const int first = current().warp->index % 4 * kRows;
-  Descriptor(call.a, call.major_a, call.is_bfloat16).read(first, kRows, product.a.data(), kDepth, 1);
+  Descriptor(call.a, call.major_a, call.is_bfloat16)
+      .read(product.first_row, kRows, product.a.data(), kDepth, 1);
 }
 
 void read_b(Product& product) {
@@ -159,7 +160,8 @@ void issue(void* const* operand) {
     fail("wgmma without wgmma_fence\n" + place(current()) +
          ": before the first one, and again after a wait of any kind");
   }
-  Product product{call, warp.group, accumulators_of(warp, operand, call), {}, {}};
+  const int first_row = current().warp->index % 4 * kRows;
+  Product product{call, warp.group, first_row, accumulators_of(warp, operand, call), {}, {}};
   ++warp.accumulators[product.accumulators]->pending;
   // What is not the block's own memory shows at once, whenever the operand is read.
   if (call.a_in_registers) {
@@ -192,17 +194,14 @@ void finish(WarpState& warp, Product& product) {
   --to.pending;
 }
 
-void wait(void* const* operand) {
-  WarpState& warp = warp_state();
-  const int pending = *static_cast<int*>(operand[0]);
-  check_group_call({Wait::wgmma_wait, pending, {}});
-  size_t done = 0;
-  while (done < warp.products.size() && warp.products[done].group + pending < warp.group) {
-    finish(warp, warp.products[done++]);
-  }
-  warp.products.erase(warp.products.begin(), warp.products.begin() + done);
-  warp.fenced = false;
+void begin_wait(void* const* operand) {
+  check_group_call({Wait::wgmma_wait, *static_cast<int*>(operand[0]), {}});
+  warp_state().fenced = false;
 }
+
+// The warpgroup that the current thread belongs to.
+Warpgroup& warpgroup() { return hopper().warpgroups[current().warp->index / 4]; }
+WarpState* warps_of_group() { return &hopper().warps[current().warp->index / 4 * 4]; }
 
 void fence(void* const*) {
   check_group_call({Wait::wgmma_fence, 0, {}});
@@ -212,6 +211,8 @@ void fence(void* const*) {
 void commit(void* const*) {
   check_group_call({Wait::wgmma_commit, 0, {}});
   ++warp_state().group;
+  for (Thread* thread : warpgroup().waiting) set_ready(*thread);
+  warpgroup().waiting.clear();
 }
 
 }  // namespace
@@ -224,7 +225,23 @@ void wgmma_fence_all() { meet(Wait::wgmma_fence, nullptr, fence); }
 void wgmma_commit() { meet(Wait::wgmma_commit, nullptr, commit); }
 void wgmma_wait_for(int pending) {
   if (leaves_out(Wait::wgmma_wait)) return;
-  meet(Wait::wgmma_wait, &pending, wait);
+  meet(Wait::wgmma_wait, &pending, begin_wait);
+  const int first_not_done = warp_state().group - pending;
+  WarpState* const warps = warps_of_group();
+  const auto has_not_issued = [=](const WarpState& warp) { return warp.group < first_not_done; };
+  while (std::any_of(warps, warps + 4, has_not_issued)) {
+    warpgroup().waiting.push_back(&current());
+    set_waiting(current(), Wait::wgmma_others);
+    give_way();
+  }
+  for (int w = 0; w < 4; ++w) {
+    auto& products = warps[w].products;
+    size_t done = 0;
+    while (done < products.size() && products[done].group < first_not_done) {
+      finish(warps[w], products[done++]);
+    }
+    products.erase(products.begin(), products.begin() + done);
+  }
 }
 
 // Lane by lane, so that one that does not name them has nothing.

@@ -41,6 +41,7 @@ enum class Wait : uint8_t {
   sync_block,
   barrier_wait,
   named_sync,
+  wgmma_others,  // a wait for products that other warps have not issued
   cluster_wait,
   arrivals_wait,
   wait_flag,

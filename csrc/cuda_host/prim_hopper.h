@@ -8,8 +8,9 @@
 //   tiles       are 0xFF from load_tile() to the end of the phase; all loads of a phase come at once, at the last
 //               moment or the first; so are tensors in global memory read and written
 //   products    accumulators are NaN from wgmma() to a wgmma_wait() that covers and names them, and must not have been
-//               written meanwhile; operands in shared memory are decoded from the descriptor, and read when issued or
-//               when waited for. The four warps of a warpgroup do not wait for each other, but have to issue the same.
+//               written meanwhile; operands in shared memory are decoded from the descriptor, and read, for each warp,
+//               when it issues the product or when the first warp of the warpgroup waits for it. That wait is over when
+//               all four have issued it, as they have to in the same order; otherwise they do not wait for each other.
 //   fences      There is a second picture of the block's shared memory: what asynchronous reads see. fence_async()
 //               brings it up to date with everything that the block has stored, not only the calling thread; so a fence
 //               that is missing altogether is seen, one that a single thread leaves out may not be. Where the two

@@ -72,27 +72,17 @@ std::string text_of_flag(const Thread& waiting, int blocks_to_go) {
 }  // namespace
 
 const char* name(Wait wait) {
-  constexpr const char* kNames[] = {"nothing",
-                                    "sync_warp",
-                                    "shuffle_xor",
-                                    "load_matrices",
-                                    "mma of bfloat16",
-                                    "mma of float16",
-                                    "mma of float",
-                                    "wgmma",
-                                    "wgmma_fence",
-                                    "wgmma_commit",
-                                    "wgmma_wait",
-                                    "registers_give or registers_take",
-                                    "one_lane",
-                                    "named_sync or named_arrive",
-                                    "sync_block",
-                                    "barrier_wait",
-                                    "named_sync",
-                                    "cluster_wait",
-                                    "arrivals_wait",
-                                    "wait_flag",
-                                    "exit"};
+  constexpr const char* kNames[] = {"nothing",         "sync_warp",
+                                    "shuffle_xor",     "load_matrices",
+                                    "mma of bfloat16", "mma of float16",
+                                    "mma of float",    "wgmma",
+                                    "wgmma_fence",     "wgmma_commit",
+                                    "wgmma_wait",      "registers_give or registers_take",
+                                    "one_lane",        "named_sync or named_arrive",
+                                    "sync_block",      "barrier_wait",
+                                    "named_sync",      "wgmma_wait, for other warps",
+                                    "cluster_wait",    "arrivals_wait",
+                                    "wait_flag",       "exit"};
   return kNames[int(wait)];
 }
 
@@ -125,6 +115,9 @@ std::string text_of_deadlock(int blocks_to_go) {
   }
   if (waiting->wait == Wait::named_sync) {
     return "named_sync waits for threads that never come" + text_of_block(*waiting);
+  }
+  if (waiting->wait == Wait::wgmma_others) {
+    return "wgmma_wait waits for products that other warps do not issue" + text_of_block(*waiting);
   }
   const Company all = company(*waiting);
   const Thread* missing =
