@@ -4,8 +4,9 @@
 // (cuda_cluster_sources in cuda.cmake). csrc/cuda_host/prim_hopper.h implements the same names on the CPU.
 //
 // There are two ways to memory. Ordinary loads and stores take the generic one; load_tile, load_bytes, store_tile,
-// reduce_add and wgmma take the asynchronous one. What the threads have stored to shared memory is seen by the second only after
-// fence_async(), of each thread that has stored, and then a barrier. The other way round, to have waited is enough.
+// reduce_add and wgmma take the asynchronous one. What the threads have stored to shared memory is seen by the second
+// only after fence_async(), of each thread that has stored, and then a barrier. The other way round, to have waited is
+// enough.
 #pragma once
 
 #include <prim.h>

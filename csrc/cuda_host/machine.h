@@ -122,7 +122,8 @@ struct Cluster {
   unsigned phase;  // counts the barriers
 };
 
-// Blocks' shared memory, 1024-byte aligned, each between guards: poisoned under AddressSanitizer, else bytes that are checked.
+// Blocks' shared memory, 1024-byte aligned, each between guards: poisoned under AddressSanitizer, else bytes that are
+// checked.
 class SharedMemory {
  public:
   bool reserve(int blocks, size_t bytes_each);  // of all blocks that have room at the same time
@@ -179,7 +180,8 @@ inline bool coin() {
 inline Thread& current() { return *static_cast<Thread*>(who); }
 
 // A fault for kernels that have none: each thread leaves out its sync_block, arrivals_wait, wait_flag, barrier_wait,
-// named_sync or wgmma_wait of this turn, counted from 0 in each launch. It stays until the next call; "" plants nothing.
+// named_sync or wgmma_wait of this turn, counted from 0 in each launch. It stays until the next call; "" plants
+// nothing.
 void leave_out(const std::string& what, int turn);
 inline bool leaves_out(Wait what) { return machine.left_out == what && current().leaves_out-- == 0; }
 
