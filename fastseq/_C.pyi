@@ -308,6 +308,14 @@ def cell_backward(
     rows: tuple[tuple[int, ...], ...],
     /,
 ) -> None: ...
+def hopper_primitive(
+    name: str,  # of a kernel of csrc/cuda/hopper_primitives.cu or hopper_products.cu, for the tests
+    device: int,
+    stream: int,
+    addresses: list[int],  # what it writes, then what it reads
+    numbers: list[int],
+    /,
+) -> None: ...
 def cuda_device_facts(device: int, /) -> tuple[int, ...]: ...  # as loop_plan takes them
 def cpu_info() -> dict[str, Any]: ...  # isa: str, isas: list[str], compiled_isas: list[str]
 def cuda_info() -> dict[str, Any]: ...  # built: bool, reason: str, devices: int, architectures: list[str]

@@ -1,10 +1,17 @@
 // The CUDA engine's functions in Python: addresses and sizes in, structs filled, the GIL released. Compiled into
 // fastseq._C, and into the module of the host twin.
+#include <pybind11/stl.h>
+
+#include <algorithm>
 #include <cstring>
+#include <iterator>
+#include <string>
+#include <vector>
 
 #include "../attention_arguments.h"
 #include "attention.h"
 #include "attention_plan_bindings.h"
+#include "hopper_primitives.h"
 #include "plan_bindings.h"
 #include "recurrent.h"
 
@@ -170,6 +177,26 @@ void run_attention(const py::handle& plan, const py::args& numbers) {
   check(error, args.device, "attention");
 }
 
+// For the tests of prim_hopper.h.
+void hopper_primitive(const std::string& name, int device, uintptr_t stream,
+                      const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& numbers) {
+  HopperTest test = {};
+  test.device = device, test.stream = reinterpret_cast<void*>(stream);
+  if (addresses.empty() || addresses.size() > 1 + std::size(test.from) ||
+      numbers.size() > std::size(test.number)) {
+    throw py::value_error("hopper_primitive: too many addresses or numbers, or none");
+  }
+  test.to = reinterpret_cast<void*>(addresses[0]);
+  for (size_t i = 1; i < addresses.size(); ++i) test.from[i - 1] = reinterpret_cast<void*>(addresses[i]);
+  std::copy(numbers.begin(), numbers.end(), test.number);
+  if (const char* error = run_hopper_primitive(name, test)) {
+    throw std::runtime_error("given: hopper_primitive \"" + name + "\" on CUDA device " +
+                             std::to_string(device) +
+                             "\naccepted: a GPU of compute capability 9.0; CUDA says: " + error +
+                             "\ntry: python -m fastseq, which tells which GPUs there are");
+  }
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -181,6 +208,7 @@ void bind(py::module_& m) {
   m.def("loop_backward", &run_loop<true>);
   m.def("cell_forward", &run_cell_forward);
   m.def("cell_backward", &run_cell_backward);
+  m.def("hopper_primitive", &hopper_primitive, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -5,8 +5,10 @@
 #   FASTSEQ_CUDA_ARCHITECTURES  string literals separated by commas, nothing if it is not built
 #
 # The kernels, listed here once; csrc/cuda_host/cuda_host.cmake compiles the same for the CPU.
-set(cuda_sources csrc/cuda/recurrent.cu csrc/cuda/recurrent_cell.cu csrc/cuda/attention.cu)  # for every architecture
-set(cuda_cluster_sources "")  # those that need thread-block clusters: for sm_90a alone
+# For every architecture.
+set(cuda_sources csrc/cuda/recurrent.cu csrc/cuda/recurrent_cell.cu csrc/cuda/attention.cu)
+# Those that need thread-block clusters, or include prim_hopper.h: for sm_90a alone.
+set(cuda_cluster_sources csrc/cuda/hopper_primitives.cu csrc/cuda/hopper_products.cu)
 foreach(arithmetic IN ITEMS bfloat16 float16 tf32 float32 float64)
   list(APPEND cuda_sources csrc/cuda/recurrent_${arithmetic}.cu csrc/cuda/attention_forward_${arithmetic}.cu
     csrc/cuda/attention_backward_${arithmetic}.cu)
@@ -94,7 +96,7 @@ if(cuda_reason STREQUAL "")
   endfunction()
   add_kernels(fastseq_cuda csrc/cuda/device.cu ${cuda_sources})
   if(cuda_cluster_sources)
-    add_kernels(fastseq_cuda_cluster ${cuda_cluster_sources})
+    add_kernels(fastseq_cuda_cluster csrc/cuda/tensor_map.cu ${cuda_cluster_sources})
     set_target_properties(fastseq_cuda_cluster PROPERTIES CUDA_ARCHITECTURES 90a-real)
   endif()
   set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static)

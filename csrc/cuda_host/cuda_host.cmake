@@ -14,6 +14,10 @@ set(twin_machine
   csrc/cuda_host/arrivals.cpp
   csrc/cuda_host/copies.cpp
   csrc/cuda_host/fibers.cpp
+  csrc/cuda_host/hopper.cpp
+  csrc/cuda_host/hopper_barriers.cpp
+  csrc/cuda_host/hopper_tiles.cpp
+  csrc/cuda_host/hopper_wgmma.cpp
   csrc/cuda_host/machine.cpp
   csrc/cuda_host/meeting.cpp
   csrc/cuda_host/mma.cpp
@@ -22,16 +26,17 @@ set(twin_machine
   csrc/cuda_host/switch_stack.cpp)
 
 pybind11_add_module(_cuda_host MODULE NO_EXTRAS
-  csrc/cuda_host/faults.cpp csrc/cuda_host/module.cpp csrc/cuda_host/primitives.cpp ${twin_machine}
+  csrc/cuda_host/faults.cpp csrc/cuda_host/hopper_faults.cpp csrc/cuda_host/hopper_product_faults.cpp
+  csrc/cuda_host/module.cpp csrc/cuda_host/primitives.cpp ${twin_machine}
   csrc/cuda/bindings.cpp csrc/cuda/plan.cpp csrc/cuda/attention_plan.cpp ${twin_kernels})
 target_link_libraries(_cuda_host PRIVATE fastseq_options)
 target_include_directories(_cuda_host PRIVATE csrc/cuda_host)
 target_compile_definitions(_cuda_host PRIVATE FASTSEQ_ISA=cuda_host)
 
 # The kernels are many templates and run a few steps: compiling them takes longer than running them. The machine
-# runs at every meeting, and mma() needs the vectors of -O3.
+# runs at every meeting, and mma() and wgmma() need the vectors of -O3.
 if(NOT FASTSEQ_SANITIZE)
   target_compile_options(_cuda_host PRIVATE -O1)
   set_source_files_properties(${twin_machine} PROPERTIES COMPILE_OPTIONS -O2)
 endif()
-set_source_files_properties(csrc/cuda_host/mma.cpp PROPERTIES COMPILE_OPTIONS -O3)
+set_source_files_properties(csrc/cuda_host/mma.cpp csrc/cuda_host/hopper_wgmma.cpp PROPERTIES COMPILE_OPTIONS -O3)

@@ -15,4 +15,8 @@ struct FaultResult {
 };
 FaultResult run_fault(const std::string& name, bool faulty);
 
+// The same for the primitives of prim_hopper.h.
+std::vector<std::string> hopper_fault_names();
+FaultResult run_hopper_fault(const std::string& name, bool faulty);
+
 }  // namespace fastseq::FASTSEQ_ISA

@@ -1,9 +1,9 @@
-#include "machine.h"
-
 #include <algorithm>
 #include <mutex>
 #include <stdexcept>
 #include <utility>
+
+#include "hopper.h"
 
 namespace fastseq::FASTSEQ_ISA {
 
@@ -67,6 +67,7 @@ void thread_exits() {
   if (self.cluster_arrived) {
     fail("cluster_arrive without cluster_wait\n" + place(self) + " arrived and then exited");
   }
+  hopper_thread_exits();
   set_waiting(self, Wait::exit);
   if (++block.exited == self.threads) {
     const int slot = int(&block - machine.blocks.data());
@@ -74,6 +75,7 @@ void thread_exits() {
       fail("shared memory was written out of bounds\nbelow or above the " +
            std::to_string(machine.shape.shared_bytes) + " bytes of block " + std::to_string(self.block));
     }
+    hopper_block_exits();
     machine.shared.end(slot);
     --machine.running_blocks;
   }
@@ -102,6 +104,7 @@ void make_blocks(int64_t first, int count) {
   machine.at_flag.clear();
   machine.arrivals.clear();
   machine.clusters.assign(count / shape.cluster, {});
+  hopper_begin(count);
   for (int b = 0; b < count; ++b) {
     Block& block = machine.blocks[b];
     Cluster& cluster = machine.clusters[b / shape.cluster];
@@ -145,7 +148,7 @@ void run_blocks(int blocks_to_go) {
       switch_fiber(machine.scheduler, next->fiber);
     } else if (machine.running_blocks == 0) {
       break;
-    } else if (!wake_at_flags()) {
+    } else if (!wake_at_flags() && !wake_at_barriers()) {
       machine.error = text_of_deadlock(blocks_to_go);
     }
   }
@@ -254,7 +257,8 @@ void leave_out(const std::string& what, int turn) {
   const std::lock_guard<std::mutex> lock(one_launch);
   machine.left_out = Wait::nothing;
   machine.left_out_turn = turn;
-  for (const Wait wait : {Wait::sync_block, Wait::arrivals_wait, Wait::wait_flag}) {
+  for (const Wait wait : {Wait::sync_block, Wait::arrivals_wait, Wait::wait_flag, Wait::barrier_wait,
+                          Wait::named_sync, Wait::wgmma_wait}) {
     if (what == name(wait)) machine.left_out = wait;
   }
   if (!what.empty() && machine.left_out == Wait::nothing) {

@@ -20,6 +20,7 @@ namespace fastseq::FASTSEQ_ISA {
 struct Warp;
 struct Block;
 struct Cluster;
+struct PhaseBarrier;
 
 // What a thread waits for. The lanes of a warp may only meet at the same one.
 enum class Wait : uint8_t {
@@ -33,7 +34,17 @@ enum class Wait : uint8_t {
   mma_float16,
   mma_float,
   mma_double,
+  wgmma,
+  wgmma_fence,
+  wgmma_commit,
+  wgmma_wait,
+  set_registers,
+  one_lane,
+  named_barrier,  // the lanes of a warp before they come to one
   sync_block,
+  barrier_wait,
+  named_sync,
+  wgmma_others,  // a wait for products that other warps have not issued
   cluster_wait,
   arrivals_wait,
   wait_flag,
@@ -77,6 +88,8 @@ struct Thread : Who {
   const int* flag;
   int flag_value;
   Arrivals* arrivals;
+  const PhaseBarrier* barrier;
+  int named;  // barrier
 
   int leaves_out;  // until its turn, as leave_out() counts
 
@@ -114,7 +127,8 @@ struct Cluster {
   unsigned phase;  // counts the barriers
 };
 
-// Blocks' shared memory, each between guards: poisoned under AddressSanitizer, else bytes that are checked.
+// Blocks' shared memory, 1024-byte aligned, each between guards: poisoned under AddressSanitizer, else bytes that are
+// checked.
 class SharedMemory {
  public:
   bool reserve(int blocks, size_t bytes_each);  // of all blocks that have room at the same time
@@ -170,8 +184,9 @@ inline bool coin() {
 
 inline Thread& current() { return *static_cast<Thread*>(who); }
 
-// A fault for kernels that have none: each thread leaves out its sync_block, arrivals_wait or wait_flag of this turn,
-// counted from 0 in each launch. It stays until the next call; "" plants nothing.
+// A fault for kernels that have none: each thread leaves out its sync_block, arrivals_wait, wait_flag, barrier_wait,
+// named_sync or wgmma_wait of this turn, counted from 0 in each launch. It stays until the next call; "" plants
+// nothing.
 void leave_out(const std::string& what, int turn);
 inline bool leaves_out(Wait what) { return machine.left_out == what && current().leaves_out-- == 0; }
 

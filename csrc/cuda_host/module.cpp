@@ -28,6 +28,13 @@ void check(const char* error) {
   if (error) throw std::runtime_error(error);
 }
 
+template <FaultResult (*run)(const std::string&, bool)>
+std::vector<float> values_of(const std::string& name, bool faulty) {
+  FaultResult result = run(name, faulty);
+  if (!result.error.empty()) throw std::runtime_error(result.error);
+  return std::move(result.values);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda_host, m) {
@@ -41,14 +48,9 @@ PYBIND11_MODULE(_cuda_host, m) {
 
   m.def("leave_out", leave_out, py::arg("what"), py::arg("turn") = 0, Unlocked());
   m.def("fault_names", fault_names);
-  m.def(
-      "run_fault",
-      [](const std::string& name, bool faulty) {
-        FaultResult result = run_fault(name, faulty);
-        if (!result.error.empty()) throw std::runtime_error(result.error);
-        return std::move(result.values);
-      },
-      py::arg("name"), py::arg("faulty"), Unlocked());
+  m.def("run_fault", values_of<run_fault>, py::arg("name"), py::arg("faulty"), Unlocked());
+  m.def("hopper_fault_names", hopper_fault_names);
+  m.def("run_hopper_fault", values_of<run_hopper_fault>, py::arg("name"), py::arg("faulty"), Unlocked());
 
   m.def(
       "mma",

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "machine.h"
+#include "hopper.h"
 
 namespace fastseq::FASTSEQ_ISA {
 namespace {
@@ -18,6 +18,10 @@ std::string where(const Thread& thread) {
              std::to_string(*thread.flag);
     case Wait::arrivals_wait:
       return "waits at arrivals_wait for " + std::to_string(bytes_missing(thread)) + " bytes more";
+    case Wait::barrier_wait:
+      return "waits at barrier_wait " + text_of_barrier(thread);
+    case Wait::named_sync:
+      return "waits at named_sync " + text_of_named(thread);
     default:
       return std::string("waits at ") + name(thread.wait);
   }
@@ -42,6 +46,20 @@ bool is_missing(const Thread& thread, const Thread& waiting) {
   return waiting.wait == Wait::cluster_wait ? !thread.cluster_arrived : thread.wait != waiting.wait;
 }
 
+// What the threads of a block wait for, where that is something else than the thread before waits for.
+std::string text_of_block(const Thread& waiting) {
+  constexpr int kMostLines = 12;
+  std::string text, before;
+  const Thread* const first = waiting.home->warp->thread;
+  int lines = 0;
+  for (int t = 0; t < waiting.threads && lines < kMostLines; ++t) {
+    const std::string here = where(first[t]);
+    if (here != before) text += "\n" + place(first[t]) + " " + here, ++lines;
+    before = here;
+  }
+  return text;
+}
+
 std::string text_of_flag(const Thread& waiting, int blocks_to_go) {
   std::string text = "wait_flag waits for what nobody sets\n" + place(waiting) + " " + where(waiting);
   if (blocks_to_go > 0) {
@@ -54,11 +72,31 @@ std::string text_of_flag(const Thread& waiting, int blocks_to_go) {
 }  // namespace
 
 const char* name(Wait wait) {
-  constexpr const char* kNames[] = {"nothing",         "sync_warp",      "shuffle_xor",
-                                    "any_in_warp",     "load_matrices",  "load_matrices_transposed",
-                                    "mma of bfloat16", "mma of float16", "mma of float",
-                                    "mma of double",   "sync_block",     "cluster_wait",
-                                    "arrivals_wait",   "wait_flag",      "exit"};
+  constexpr const char* kNames[] = {"nothing",
+                                    "sync_warp",
+                                    "shuffle_xor",
+                                    "any_in_warp",
+                                    "load_matrices",
+                                    "load_matrices_transposed",
+                                    "mma of bfloat16",
+                                    "mma of float16",
+                                    "mma of float",
+                                    "mma of double",
+                                    "wgmma",
+                                    "wgmma_fence",
+                                    "wgmma_commit",
+                                    "wgmma_wait",
+                                    "registers_give or registers_take",
+                                    "one_lane",
+                                    "named_sync or named_arrive",
+                                    "sync_block",
+                                    "barrier_wait",
+                                    "named_sync",
+                                    "wgmma_wait, for other warps",
+                                    "cluster_wait",
+                                    "arrivals_wait",
+                                    "wait_flag",
+                                    "exit"};
   return kNames[int(wait)];
 }
 
@@ -85,6 +123,15 @@ std::string text_of_deadlock(int blocks_to_go) {
   if (waiting->wait == Wait::wait_flag) return text_of_flag(*waiting, blocks_to_go);
   if (waiting->wait == Wait::arrivals_wait) {
     return "arrivals_wait waits for what nobody sends\n" + place(*waiting) + " " + where(*waiting);
+  }
+  if (waiting->wait == Wait::barrier_wait) {
+    return "barrier_wait waits for a phase that is never complete" + text_of_block(*waiting);
+  }
+  if (waiting->wait == Wait::named_sync) {
+    return "named_sync waits for threads that never come" + text_of_block(*waiting);
+  }
+  if (waiting->wait == Wait::wgmma_others) {
+    return "wgmma_wait waits for products that other warps do not issue" + text_of_block(*waiting);
   }
   const Company all = company(*waiting);
   const Thread* missing =

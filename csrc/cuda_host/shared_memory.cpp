@@ -6,6 +6,7 @@
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
+constexpr size_t kAlignment = 1024;  // for tiles
 constexpr unsigned char kGuard = 0xa5, kUnwritten = 0xff;
 
 bool all_bytes(const unsigned char* p, size_t bytes, unsigned char value) {
@@ -15,7 +16,9 @@ bool all_bytes(const unsigned char* p, size_t bytes, unsigned char value) {
 }  // namespace
 
 // The upper guard begins at the first byte beyond the memory.
-size_t SharedMemory::upper_guard() const { return (bytes_ + 127) / 128 * 128 - bytes_ + kGuardBytes; }
+size_t SharedMemory::upper_guard() const {
+  return (bytes_ + kAlignment - 1) / kAlignment * kAlignment - bytes_ + kGuardBytes;
+}
 size_t SharedMemory::step() const { return kGuardBytes + bytes_ + upper_guard(); }
 
 bool SharedMemory::reserve(int blocks, size_t bytes_each) {
@@ -24,7 +27,7 @@ bool SharedMemory::reserve(int blocks, size_t bytes_each) {
   if (needed > capacity_) {
     if (arena_) unpoison(arena_, capacity_);
     std::free(arena_);
-    arena_ = static_cast<unsigned char*>(std::aligned_alloc(128, needed));
+    arena_ = static_cast<unsigned char*>(std::aligned_alloc(kAlignment, needed));
     capacity_ = arena_ ? needed : 0;
   }
   if (arena_) poison(arena_, capacity_);
