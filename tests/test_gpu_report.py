@@ -43,8 +43,9 @@ def modules(monkeypatch):
     import gpu_summary
     import gpu_table
     import registers
+    import timers
 
-    return {m.__name__: m for m in (calibration, gpu_run, gpu_summary, gpu_table, registers)}
+    return {m.__name__: m for m in (calibration, gpu_run, gpu_summary, gpu_table, registers, timers)}
 
 
 def test_grid_has_the_cases_that_the_project_is_judged_by(modules):
@@ -250,7 +251,7 @@ def test_calibration_times_what_fits_once_beside_what_the_plan_says(modules, mon
 def calibrating(modules, tmp_path):
     """A run in which nothing but the calibration is done."""
     arguments = SimpleNamespace(seconds=100, hang=30, dry_run_on_cpu=True, resume=True)
-    return lambda: modules["gpu_run"].Run(arguments, tmp_path, [], "cpu", Clock(), 2)
+    return lambda: modules["gpu_run"].RecurrentRun(arguments, tmp_path, [], "cpu", Clock(), 2)
 
 
 def test_calibration_goes_on_after_a_failure_and_with_resume(modules, calibrating, monkeypatch, capsys):
@@ -361,7 +362,7 @@ def test_one_step_of_a_cell_is_measured_with_its_gradients(modules):
         for mode in ("inference", "training"):
             shape = gpu_run.grid.Shape(1, 3, 8, 8)
             case = gpu_run.gpu_grid.Case("cells", cell, mode, shape)
-            found = gpu_run.measure_case(case, "cpu", gpu_run.HostTimer(), 1e-4, 5)
+            found = gpu_run.measure_case(case, "cpu", modules["timers"].HostTimer(), 1e-4, 5)
             assert found["difference"] < 1e-5
             assert found["plan"].startswith("forward cell")
             assert ("backward" in found["plan"]) == (mode == "training")
