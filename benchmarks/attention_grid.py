@@ -189,8 +189,7 @@ class Case:
                     return results_of(function(*inputs, **options))
 
             return infers
-        torch.manual_seed(1)
-        grad = torch.randn_like(inputs[0])  # the output has the query's shape
+        grad = grad_of_output(inputs)
         for tensor in wanted:
             tensor.requires_grad_()
 
@@ -199,6 +198,12 @@ class Case:
             return output.detach(), *torch.autograd.grad(output, wanted, grad)
 
         return trains
+
+
+def grad_of_output(inputs):
+    """The same at every call; the output has the query's shape."""
+    torch.manual_seed(1)
+    return torch.randn_like(inputs[0])
 
 
 def results_of(result):
