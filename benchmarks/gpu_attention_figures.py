@@ -43,9 +43,10 @@ def draw_mode(results, records, mode, path):
     figure, places = plt.subplots(
         len(KINDS), len(COLUMNS), figsize=(14, 7.4), sharex=True, squeeze=False, layout="constrained"
     )
+    lengths = sorted({r["queries"] for r in records})
     for kind, row in zip(KINDS, places, strict=True):
         for (dtype, size), axes in zip(COLUMNS, row, strict=True):
-            draw_panel(axes, grid_of(records, kind=kind, mode=mode, dtype=dtype, head_size=size))
+            draw_panel(axes, grid_of(records, kind=kind, mode=mode, dtype=dtype, head_size=size), lengths)
             axes.set_title(f"{kind}, {dtype}, D = {size}", fontsize=10)
         row[0].set_ylabel("TFLOP/s")
     for column in places.T:
@@ -68,8 +69,7 @@ def draw_mode(results, records, mode, path):
     finish(figure, caption(results, records[0]["batch"] * records[0]["queries"]), path)
 
 
-def draw_panel(axes, records):
-    lengths = [r["queries"] for r in records]
+def draw_panel(axes, records, lengths):
     for name, (_, color, dashes, width) in LINES.items():
         ran = [r for r in records if name in r["tflops"]]
         if ran:

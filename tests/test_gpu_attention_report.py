@@ -496,6 +496,26 @@ def test_figures_are_drawn_of_what_there_is(modules, grid, tmp_path):
     assert path.read_bytes().startswith(PNG)
 
 
+def test_panels_have_the_lines_that_were_measured_and_the_lengths_of_all(modules, grid, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import gpu_attention_figures
+
+    figures = []
+    monkeypatch.setattr(gpu_attention_figures, "finish", lambda figure, *_: figures.append(figure))
+    records = [r for r in measured(grid) if r["mode"] == "training"]
+    records = [r for r in records if (r["dtype"], r["kind"]) != ("float32", "causal")]
+    gpu_attention_figures.draw(results_of(records), BENCHMARKS)
+    panels = {axes.get_title(): axes for axes in figures[0].axes}
+    lines = {title: len(axes.lines) for title, axes in panels.items()}
+    assert lines == {
+        **{f"{kind}, bfloat16, D = {size}": 4 for kind in ("full", "causal") for size in (64, 128, 256)},
+        "full, float32, D = 64": 2,
+        "causal, float32, D = 64": 0,
+    }
+    for axes in panels.values():
+        assert axes.get_xticks().tolist() == list(LENGTHS)
+
+
 def test_readme_says_so_where_attention_was_not_measured_on_a_gpu(modules):
     kept = [json.loads(path.read_text()) for path in (BENCHMARKS / "results").glob("*/attention.json")]
     text = README.read_text(encoding="utf-8")
