@@ -138,39 +138,46 @@ class Case:
         return called(theirs), called(ours)
 
     def calls(self):
-        shape, dtype = self.shape, getattr(torch, self.dtype)
-        kv = (shape.batch, shape.kv_heads or shape.heads, self.keys, shape.head_size)
-        inputs = [torch.randn(shape.batch, shape.heads, shape.queries, shape.head_size, dtype=dtype)]
-        inputs += [torch.randn(kv, dtype=dtype) for _ in range(2)]
-        options = self.options(dtype)
-        wanted = [*inputs, options["attn_mask"]] if self.kind == TRAINED else inputs
+        inputs, options = self.arguments()
+        wanted = self.wanted(inputs, options)
         ours = self.function(fastseq.scaled_dot_product_attention, inputs, options, wanted)
         if self.against == "unmasked":
             return self.function(fastseq.scaled_dot_product_attention, inputs, {}, inputs), ours
         torchs = torch.nn.functional.scaled_dot_product_attention
         return self.function(torchs, inputs, options, wanted), ours
 
-    def options(self, dtype):
-        """The keyword arguments that make this kind of attention."""
+    def arguments(self, device="cpu"):
+        """([query, key, value], the keyword arguments that make this kind of attention)"""
+        shape, dtype = self.shape, getattr(torch, self.dtype)
+        kv = (shape.batch, shape.kv_heads or shape.heads, self.keys, shape.head_size)
+        sizes = [(shape.batch, shape.heads, shape.queries, shape.head_size), kv, kv]
+        inputs = [torch.randn(size, dtype=dtype, device=device) for size in sizes]
+        return inputs, self.options(dtype, device)
+
+    def wanted(self, inputs, options):
+        """What gets a gradient in training."""
+        return [*inputs, options["attn_mask"]] if self.kind == TRAINED else inputs
+
+    def options(self, dtype, device="cpu"):
         batch, heads, rows, keys = self.shape.batch, self.shape.heads, self.shape.queries, self.keys
         options = {"enable_gqa": True} if self.shape.kv_heads else {}
         if self.kind == "causal":
             options["is_causal"] = True
         elif self.kind == "boolean mask":
-            options["attn_mask"] = torch.rand(batch, 1, rows, keys) < 0.5
+            options["attn_mask"] = torch.rand(batch, 1, rows, keys, device=device) < 0.5
         elif self.kind == "padding mask":
-            seen = torch.arange(keys) < torch.tensor(self.lengths)[:, None]
+            seen = torch.arange(keys, device=device) < torch.tensor(self.lengths, device=device)[:, None]
             options["attn_mask"] = seen[:, None, None]
         elif self.kind in ("additive mask", TRAINED):
-            options["attn_mask"] = torch.randn(1, heads, rows, keys, dtype=dtype)
+            options["attn_mask"] = torch.randn(1, heads, rows, keys, dtype=dtype, device=device)
         elif self.kind == OPTIONS[0]:
             options |= {"causal": "top_left", "window": (WINDOW, 0)}
         elif self.kind == "softcap":
             options["softcap"] = 30.0
         elif self.kind == "alibi":
-            options["alibi_slopes"] = 2.0 ** -torch.arange(1.0, heads + 1)
+            options["alibi_slopes"] = 2.0 ** -torch.arange(1.0, heads + 1, device=device)
         elif self.kind == "key_lengths":
-            options["key_lengths"] = torch.tensor(self.lengths)
+            options["key_lengths"] = torch.tensor(self.lengths, device=device)
         return options
 
     def function(self, function, inputs, options, wanted):
@@ -182,8 +189,7 @@ class Case:
                     return results_of(function(*inputs, **options))
 
             return infers
-        torch.manual_seed(1)
-        grad = torch.randn_like(inputs[0])  # the output has the query's shape
+        grad = grad_of_output(inputs)
         for tensor in wanted:
             tensor.requires_grad_()
 
@@ -192,6 +198,12 @@ class Case:
             return output.detach(), *torch.autograd.grad(output, wanted, grad)
 
         return trains
+
+
+def grad_of_output(inputs):
+    """The same at every call; the output has the query's shape."""
+    torch.manual_seed(1)
+    return torch.randn_like(inputs[0])
 
 
 def results_of(result):

@@ -1,8 +1,8 @@
-"""Two functions timed against each other on a machine that may be busy with other things, CPU or GPU.
+"""Functions timed against each other on a machine that may be busy with other things, CPU or GPU.
 
-They are called in turn, A B A B, so that whatever slows the machine down slows both, and the result is the
-median of the ratios of neighbouring samples. Absolute times are kept as well, but only the ratio, and the
-share of a peak that is measured in between, mean the same thing tomorrow.
+They are called in turn, A B A B, or A B C A B C, so that whatever slows the machine down slows all of them,
+and the result is the median of the ratios of neighbouring samples. Absolute times are kept as well, but only
+the ratio, and the share of a peak that is measured in between, mean the same thing tomorrow.
 """
 
 from __future__ import annotations
@@ -14,20 +14,28 @@ from pathlib import Path
 
 from timers import HostTimer
 
-MOST_PAIRS = 41
+MOST_ROUNDS = 41
 MOST_PEAKS = 5  # readings of the peak, spread over a case
 
 
 @dataclass
-class Pairs:
-    a: list[float] = field(default_factory=list)  # seconds per call, one entry per pair
-    b: list[float] = field(default_factory=list)
-    peaks: list[float] = field(default_factory=list)  # what `peak` returned, measured between the pairs
+class Rounds:
+    seconds: dict[str, list[float]]  # per call, one entry per round
+    peaks: list[float] = field(default_factory=list)  # what `peak` returned, measured between the rounds
     others: float | None = None  # cores that other programs kept busy meanwhile, if the system tells
 
-    @property
-    def ratios(self):
-        return [a / b for a, b in zip(self.a, self.b, strict=True)]
+    def ratios(self, a, b):
+        """How many times as long as b, its neighbour in every round, a took."""
+        return [x / y for x, y in zip(self.seconds[a], self.seconds[b], strict=True)]
+
+
+@dataclass
+class Pairs:
+    a: list[float]  # seconds per call, one entry per pair
+    b: list[float]
+    ratios: list[float]
+    peaks: list[float]
+    others: float | None
 
 
 def repeats_for(function, timer):
@@ -53,22 +61,27 @@ def busy_seconds():
     return total, time.process_time()
 
 
-def measure(a, b, peak, budget, least_pairs, timer=None):
-    """Time `a` and `b` in turn for about `budget` seconds, but for at least `least_pairs` pairs.
+def in_turn(functions, peak, budget, least_rounds, timer):
+    """Time {name: function} in turn for about `budget` seconds, but for at least `least_rounds` rounds.
 
-    Both should have been called before: a first call may load, allocate or pack. `peak` may be None.
+    All should have been called before: a first call may load, allocate or pack. `peak` may be None.
     """
-    timer = timer or HostTimer()
-    repeats_a, repeats_b = repeats_for(a, timer), repeats_for(b, timer)
-    result, before, start = Pairs(), busy_seconds(), time.perf_counter()
-    elapsed = 0.0
-    while len(result.a) < least_pairs or (elapsed < budget and len(result.a) < MOST_PAIRS):
+    repeats = {name: repeats_for(function, timer) for name, function in functions.items()}
+    result, before, start = Rounds({name: [] for name in functions}), busy_seconds(), time.perf_counter()
+    elapsed, rounds = 0.0, 0
+    while rounds < least_rounds or (elapsed < budget and rounds < MOST_ROUNDS):
         if peak and len(result.peaks) < MOST_PEAKS and elapsed >= budget * len(result.peaks) / MOST_PEAKS:
             result.peaks.append(peak())
-        result.a.append(timer.sample(a, repeats_a))
-        result.b.append(timer.sample(b, repeats_b))
-        elapsed = time.perf_counter() - start
+        for name, function in functions.items():
+            result.seconds[name].append(timer.sample(function, repeats[name]))
+        elapsed, rounds = time.perf_counter() - start, rounds + 1
     if before:
         total, own = (now - then for now, then in zip(busy_seconds(), before, strict=True))
         result.others = max(0.0, (total - own) / elapsed)
     return result
+
+
+def measure(a, b, peak, budget, least_pairs, timer=None):
+    """Two functions in turn, as in_turn() does it."""
+    rounds = in_turn({"a": a, "b": b}, peak, budget, least_pairs, timer or HostTimer())
+    return Pairs(**rounds.seconds, ratios=rounds.ratios("a", "b"), peaks=rounds.peaks, others=rounds.others)

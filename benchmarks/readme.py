@@ -17,8 +17,11 @@ def table(header, rows):
 
 def ratio(records, **wanted):
     chosen = summary.select(records, **wanted)
-    value = summary.geometric_mean(chosen) if chosen else None
-    return "" if value is None else f"{value:.2f}x" if value < 2 else f"{value:.1f}x"
+    return times(summary.geometric_mean(chosen)) if chosen else ""
+
+
+def times(value):
+    return f"{value:.2f}x" if value < 2 else f"{value:.1f}x"
 
 
 def measured_on(results):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-RECURRENT, ATTENTION = "results.json", "attention.json"  # what a run on a CPU leaves; on a GPU results.json
+RECURRENT, ATTENTION = "results.json", "attention.json"  # what a run leaves, on a CPU or a GPU
 
 
 def choose(parser, cases, cells=None, pattern=None):

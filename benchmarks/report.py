@@ -1,7 +1,8 @@
-"""Write the speed tables of README.md anew: recurrent networks and attention on a CPU, and a GPU's.
+"""Write the speed tables of README.md anew: recurrent networks and attention, on a CPU and on a GPU.
 
 python benchmarks/report.py                  # from the latest runs under benchmarks/results
-python benchmarks/report.py --results DIR --attention-results DIR --gpu-results DIR
+python benchmarks/report.py --results DIR --attention-results DIR
+python benchmarks/report.py --gpu-results DIR --gpu-attention-results DIR
 python benchmarks/report.py --check          # change nothing; fail if a table is not up to date
 """
 
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import attention_table
+import gpu_attention_table
 import gpu_table
 import grid
 import summary
@@ -44,15 +46,15 @@ def full_results(name=RECURRENT):
     }
 
 
-def gpu_runs(folder):
+def gpu_runs(folder, name=RECURRENT):
     """(folder from README's view, results) of the given run, or of all that are kept, the newest first.
 
     A run on a GPU need not be complete: its cases are in a shuffled order, so that a part is a fair sample.
     """
     if folder:
-        found = {folder / "results.json": read_results(folder)[1]}
+        found = {folder / name: read_results(folder, name)[1]}
     else:
-        found = {p: r for p, r in kept_results().items() if is_gpu(r) and r["cases"] and not r["dry_run"]}
+        found = {p: r for p, r in kept_results(name).items() if is_gpu(r) and r["cases"] and not r["dry_run"]}
     return [(relative(path.parent.resolve()), results) for path, results in found.items()]
 
 
@@ -157,6 +159,12 @@ def main():
         "--gpu-results", type=Path, metavar="DIR", help="a folder that benchmarks/gpu_run.py wrote"
     )
     parser.add_argument(
+        "--gpu-attention-results",
+        type=Path,
+        metavar="DIR",
+        help="a folder that benchmarks/gpu_attention_run.py wrote",
+    )
+    parser.add_argument(
         "--readme", type=Path, metavar="FILE", default=ROOT / "README.md", help=argparse.SUPPRESS
     )
     parser.add_argument(
@@ -177,12 +185,13 @@ def main():
             f"given {arguments.readme}: {error.strerror}\ntry writing a README.md first"
         ) from None
     attention, runs = attention_runs(arguments.attention_results), gpu_runs(arguments.gpu_results)
+    gpu_attention = gpu_runs(arguments.gpu_attention_results, ATTENTION)
     new = replace_section(old, "benchmark", section(results, folder.resolve()), arguments.readme)
     new = replace_section(new, "attention", attention_table.section(attention), arguments.readme)
     new = replace_section(new, "gpu", gpu_table.section(runs), arguments.readme)
-    shown = " and ".join(
-        dict.fromkeys([relative(folder.resolve()), *(name for name, _ in attention[:1] + runs[:1])])
-    )
+    new = replace_section(new, "gpu-attention", gpu_attention_table.section(gpu_attention), arguments.readme)
+    latest = attention[:1] + runs[:1] + gpu_attention[:1]
+    shown = " and ".join(dict.fromkeys([relative(folder.resolve()), *(name for name, _ in latest)]))
     if new == old:
         print(f"{arguments.readme.name} is up to date with {shown}")
         return 0

@@ -1,7 +1,14 @@
 #!/usr/bin/env bash
 # Everything there is to know from a machine with a GPU, in one go and under nine minutes, without a network.
 #
-#   scripts/gpu_report.sh [OUTDIR [STAGE...]]     default: out/gpu-report, and every stage
+#   scripts/gpu_report.sh [OUTDIR [STAGE...]]     default: out/gpu-report, and the stages of recurrent
+#
+# Recurrent networks and attention fill nine minutes each, so the whole is two calls:
+#
+#   scripts/gpu_report.sh out/recurrent
+#   scripts/gpu_report.sh out/attention attention
+#
+# A name of stages, recurrent or attention, stands for all of its stages; others are `build attention-grid`, say.
 #
 # Python 3.10 to 3.13 with torch >= 2.6, setuptools, pybind11, pytest, hypothesis and matplotlib, and cmake, ninja
 # and nvcc are taken as they are installed; PYTHON names another interpreter than python3. Nothing is written outside
@@ -9,6 +16,7 @@
 #
 # The stages, most valuable first, given what each needs of the one before:
 #   build     the compiled module, in place; registers and spills of the kernels go to registers.txt
+# of recurrent
 #   smoke     small cases of every cell and dtype against float64: half a minute that tells a broken build
 #   gpu       what only a GPU can show, in one process, since a fast kernel that is wrong is worth nothing
 #   grid      fastseq against torch.nn on cuDNN, goals first, see benchmarks/gpu_run.py; most of the time is its
@@ -17,14 +25,20 @@
 #   suite     the tests that need none, the host twin's among them: other machines can run those too, and
 #             beside the grid they would take the CPU from whoever launches the kernels
 #   memcheck, racecheck     compute-sanitizer on a few small cases: the slowest per line, and seldom news
+# of attention
+#   attention-smoke     small cases of every dtype, head size and option against float64
+#   attention-gpu       the tests of attention's kernels on the GPU, tests/test_cuda_attention*.py
+#   attention-grid      fastseq against each backend of torch's, goals first, see benchmarks/gpu_attention_run.py
+#   attention-memcheck  compute-sanitizer on a few small cases
 #
-# Each stage has a mark on the clock, in seconds from the start, by which it ends or is ended; what a stage does not
-# use, the next ones have. A stage that fails does not stop those after it. The exit status is 0 if all went well.
-# compile, ladder and suite may have more tests than time, which is no failure; the summary tells how many of how
-# many ran.
+# Each stage has a share of the time, in seconds; together the stages of a call have 526. What those that are not
+# called would have had goes to the grids; if more are called than there is time for, all but the build have less.
+# So each has a mark on the clock by which it ends or is ended; what a stage does not use, the next ones have. A
+# stage that fails does not stop those after it. The exit status is 0 if all went well. compile, ladder, suite and
+# attention-gpu may have more tests than time, which is no failure; the summary tells how many of how many ran.
 #
-# OUTDIR gets log.txt (everything printed; tail -f it to watch), registers.txt, results.json (written after every
-# case of the grid) and the figures. The last lines on stdout are the summary.
+# OUTDIR gets log.txt (everything printed; tail -f it to watch), registers.txt, results.json and attention.json
+# (written after every case of a grid) and the figures. The last lines on stdout are the summary.
 set -u
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -32,20 +46,51 @@ root=$PWD
 mkdir -p "${1:-out/gpu-report}" || exit 1
 out=$(cd "${1:-out/gpu-report}" && pwd) || exit 1
 shift $(($# > 0))
-stages=" ${*:-build smoke gpu grid compile ladder suite memcheck racecheck} "
+limit=526
+order=(build smoke gpu grid compile ladder suite memcheck racecheck
+  attention-smoke attention-gpu attention-grid attention-memcheck)
+declare -A share=([build]=140 [smoke]=25 [gpu]=55 [grid]=205 [compile]=23 [ladder]=20 [suite]=22 [memcheck]=18
+  [racecheck]=18 [attention-smoke]=30 [attention-gpu]=60 [attention-grid]=278 [attention-memcheck]=18)
+named=" ${*:-recurrent} "
+named=${named/ recurrent / build smoke gpu grid compile ladder suite memcheck racecheck }
+stages=${named/ attention / build attention-smoke attention-gpu attention-grid attention-memcheck }
 log=$out/log.txt
 : >"$log" || exit 1
-rm -f "$out"/registers.txt "$out"/results.json "$out"/results.partial "$out"/{ratio,step}_{inference,training}.png
 
-declare -A mark=([build]=140 [smoke]=165 [gpu]=220 [grid]=425 [compile]=448 [ladder]=468 [suite]=490 [memcheck]=508 [racecheck]=526)
+wanted() { [[ $stages == *" $1 "* ]]; }
+
+# When each stage ends, from the start.
+declare -A mark
+total=0 grids=0 at=0
+for name in "${order[@]}"; do
+  wanted "$name" && total=$((total + ${share[$name]}))
+  [[ $name == *grid ]] && wanted "$name" && grids=$((grids + 1))
+done
+built=0
+wanted build && built=${share[build]}
+for name in "${order[@]}"; do
+  wanted "$name" || continue
+  seconds=${share[$name]}
+  if ((total > limit)) && [ "$name" != build ]; then
+    seconds=$((seconds * (limit - built) / (total - built)))
+  elif ((total < limit)) && [[ $name == *grid ]]; then
+    seconds=$((seconds + (limit - total) / grids))
+  fi
+  at=$((at + seconds))
+  mark[$name]=$at
+done
+
+# What an earlier call left of these stages would look like theirs.
+wanted build && rm -f "$out"/registers.txt
+wanted grid && rm -f "$out"/results.{json,partial} "$out"/{ratio,step}_{inference,training}.png
+wanted attention-grid && rm -f "$out"/attention.{json,partial} "$out"/attention_{inference,training}.png
+
 rows=() failures=0 status=0
 SECONDS=0 # bash counts it up
 
 say() { printf '%s\n' "$*" | tee -a "$log"; }
 
-wanted() { [[ $stages == *" $1 "* ]]; }
-
-note() { rows+=("$(printf '%-10s %4d s  %s' "$1" "$3" "$2")"); }
+note() { rows+=("$(printf '%-18s %4d s  %s' "$1" "$3" "$2")"); }
 
 # stage NAME COMMAND...: run it until its mark at the latest, log it, and keep its exit status in `status`.
 stage() {
@@ -66,7 +111,8 @@ stage() {
   if ((status == 124 || status == 137)); then
     result="cut after its $left s"
     # A stage that may be cut has not failed if some of its tests ran, and none of them failed.
-    if [[ " compile ladder suite " == *" $name "* ]] && grep -q '^[1-9].* 0 failed' "$tally" 2>/dev/null; then
+    if [[ " compile ladder suite attention-gpu " == *" $name "* ]] &&
+      grep -q '^[1-9].* 0 failed' "$tally" 2>/dev/null; then
       status=0
     fi
   elif ((status)); then
@@ -148,15 +194,21 @@ if wanted gpu; then
   stage gpu "$python" -m pytest -v --tb=short --tally "$work/gpu.tally" -m "gpu and not slow" tests/test_cuda_gpu.py
 fi
 
-if wanted grid; then
+# timed STAGE RUNNER FILE: a grid, and its figures where it did not come to them.
+timed() {
+  local name=$1 runner=$2 file=$3 again
   # Status 75: a case hung or broke the GPU's context; a new process goes on with the others.
   for again in "" --resume --resume --resume; do
-    stage grid "$python" benchmarks/gpu_run.py --out "$out" --seconds $((mark[grid] - SECONDS)) $again
+    stage "$name" "$python" "$runner" --out "$out" --seconds $((mark[$name] - SECONDS)) $again
     ((status == 75)) || break
   done
-  if ((status > 1)) && [ -s "$out/results.json" ]; then # it did not come to its figures
-    timeout 20 "$python" benchmarks/gpu_run.py --from-results "$out" >>"$log" 2>&1
+  if ((status > 1)) && [ -s "$out/$file" ]; then
+    timeout 20 "$python" "$runner" --from-results "$out" >>"$log" 2>&1
   fi
+}
+
+if wanted grid; then
+  timed grid benchmarks/gpu_run.py results.json
 fi
 
 if wanted compile; then
@@ -165,7 +217,7 @@ fi
 
 if wanted ladder; then
   stage ladder "$python" -m pytest -q --tb=short --tally "$work/ladder.tally" -m "gpu and not slow" \
-    --ignore=tests/test_cuda_gpu.py
+    --ignore=tests/test_cuda_gpu.py --ignore-glob="tests/test_cuda_attention*"
 fi
 
 if wanted suite; then
@@ -184,13 +236,38 @@ for tool in memcheck racecheck; do
   fi
 done
 
+if wanted attention-smoke; then
+  stage attention-smoke "$python" benchmarks/gpu_attention_run.py --smoke
+fi
+
+if wanted attention-gpu; then
+  shopt -s nullglob
+  tests=(tests/test_cuda_attention*.py)
+  shopt -u nullglob
+  if ((${#tests[@]})); then
+    stage attention-gpu "$python" -m pytest -v --tb=short --tally "$work/attention-gpu.tally" -m gpu "${tests[@]}"
+  else
+    note attention-gpu "there are no tests of attention's kernels yet" 0
+  fi
+fi
+
+if wanted attention-grid; then
+  timed attention-grid benchmarks/gpu_attention_run.py attention.json
+fi
+
+if wanted attention-memcheck; then
+  stage attention-memcheck env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
+    --error-exitcode 9 "$python" benchmarks/gpu_attention_run.py --smoke \
+    --case "(float32|bfloat16) .*(S200 D128|S1x300|S70x100)"
+fi
+
 summary() {
   echo "== summary"
   [ -f "$out/registers.txt" ] && head -n 8 "$out/registers.txt" | cut -c 1-160
   echo
-  # What gpu_run.py printed last between its two marks.
-  awk '/^-- grid$/ { text = ""; on = 1; next } /^-- end of grid$/ { on = 0 } on { text = text $0 "\n" }
-       END { printf "%s", text }' "$log"
+  # What each runner of a grid printed last between its two marks.
+  awk '/^-- (attention )?grid$/ { on = $0; text[on] = ""; next } /^-- end of / { on = "" }
+       on { text[on] = text[on] $0 "\n" } END { printf "%s%s", text["-- grid"], text["-- attention grid"] }' "$log"
   echo
   printf '%s\n' "${rows[@]}"
   echo "$failures failed, $SECONDS s, everything in $out"

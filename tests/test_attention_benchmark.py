@@ -1,18 +1,13 @@
 """The benchmark of attention: its cases, what is made of its records, and the files that it leaves."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-BENCHMARKS = ROOT / "benchmarks"
-PNG = b"\x89PNG\r\n\x1a\n"
+from benchmark_runs import BENCHMARKS, PNG, ROOT, run
+
 CASE = "attention: causal inference float32 B1 H8 S128 D64"
 
 
@@ -31,16 +26,6 @@ def modules(monkeypatch):
 @pytest.fixture
 def grid(modules):
     return modules["attention_grid"]
-
-
-def run(script, *arguments, cwd):
-    """Exit status and output of a script of benchmarks/, in another directory."""
-    # `make asan` sets variables that keep a script from the modules beside it.
-    kept_out = ("PYTHON", "LD_PRELOAD", "FASTSEQ_PLAN")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(kept_out)}
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=250)
-    return done.returncode, done.stdout + (done.stderr if done.returncode else "")
 
 
 def small(case):

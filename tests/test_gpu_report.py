@@ -1,37 +1,18 @@
 """Measuring on a GPU, as far as a machine without one can tell: the grid, its runner rehearsed on the CPU,
-the goals, README's table, and the script that does everything in one go."""
+the goals, and README's table."""
 
 import itertools
 import json
 import math
 import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-BENCHMARKS = ROOT / "benchmarks"
-SCRIPT = ROOT / "scripts" / "gpu_report.sh"
-PNG = b"\x89PNG\r\n\x1a\n"
-STAGES = ("build", "smoke", "gpu", "grid", "compile", "ladder", "suite", "memcheck", "racecheck")
+from benchmark_runs import BENCHMARKS, PNG, README, run
+
 CASES = "^(LSTM|GRU) (inference|training) bfloat16 T2 B16 256->256$"  # four of the cases with a goal
-
-
-def run(script, *arguments, cwd):
-    """Exit status and output of a script of benchmarks/, in another directory."""
-    # `make asan` sets variables that keep a script from the modules beside it.
-    clean = {
-        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "LD_PRELOAD", "FASTSEQ_PLAN"))
-    }
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=250)
-    return done.returncode, done.stdout + (done.stderr if done.returncode else "")
 
 
 @pytest.fixture
@@ -43,8 +24,9 @@ def modules(monkeypatch):
     import gpu_summary
     import gpu_table
     import registers
+    import timers
 
-    return {m.__name__: m for m in (calibration, gpu_run, gpu_summary, gpu_table, registers)}
+    return {m.__name__: m for m in (calibration, gpu_run, gpu_summary, gpu_table, registers, timers)}
 
 
 def test_grid_has_the_cases_that_the_project_is_judged_by(modules):
@@ -250,7 +232,7 @@ def test_calibration_times_what_fits_once_beside_what_the_plan_says(modules, mon
 def calibrating(modules, tmp_path):
     """A run in which nothing but the calibration is done."""
     arguments = SimpleNamespace(seconds=100, hang=30, dry_run_on_cpu=True, resume=True)
-    return lambda: modules["gpu_run"].Run(arguments, tmp_path, [], "cpu", Clock(), 2)
+    return lambda: modules["gpu_run"].RecurrentRun(arguments, tmp_path, [], "cpu", Clock(), 2)
 
 
 def test_calibration_goes_on_after_a_failure_and_with_resume(modules, calibrating, monkeypatch, capsys):
@@ -361,7 +343,7 @@ def test_one_step_of_a_cell_is_measured_with_its_gradients(modules):
         for mode in ("inference", "training"):
             shape = gpu_run.grid.Shape(1, 3, 8, 8)
             case = gpu_run.gpu_grid.Case("cells", cell, mode, shape)
-            found = gpu_run.measure_case(case, "cpu", gpu_run.HostTimer(), 1e-4, 5)
+            found = gpu_run.measure_case(case, "cpu", modules["timers"].HostTimer(), 1e-4, 5)
             assert found["difference"] < 1e-5
             assert found["plan"].startswith("forward cell")
             assert ("backward" in found["plan"]) == (mode == "training")
@@ -440,166 +422,3 @@ def test_registers_and_spills_are_read_off_the_build(modules):
     assert rows[1].split()[:6] == ["40", "0", "0", "0", "0", "80"]
     assert "slow" in rows[0]
     assert "no kernel was compiled" in next(modules["registers"].lines("ninja: no work to do."))
-
-
-# ------------------------------------------------------------------------------------------------ the script
-
-# Stands for python3, nvcc, nvidia-smi and compute-sanitizer. Writes down how it was called, and fails where
-# STUB_FAILS, a regular expression, matches.
-STUB = r"""#!/bin/bash
-call="$(basename "$0") $*"
-[[ $call == *" - "* || $call == *" -" || $call == *" -c "* ]] || printf '%s\n' "$call" >>"$STUB_CALLS"
-case $call in
-  *"-m venv"*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
-  *sysconfig*) dirname "$STUB_CALLS" ;;
-  *registers.py*) echo "3 kernels, 0 with spills" ;;
-  *--tally*)
-    while [[ $1 != --tally ]]; do shift; done
-    [[ ${STUB_TALLY-} == none ]] || echo "${STUB_TALLY-12 of 12 tests ran, 0 failed, 0 skipped}" >"$2" ;;
-  *"gpu_run.py --out"*)
-    if [[ -n ${STUB_HANGS-} && $call != *--resume* ]]; then exit 75; fi
-    printf -- '-- grid\nthe goals\n-- end of grid\n'
-    echo '{}' >"$3/results.json" ;;
-esac
-echo "output of $call"
-if [[ -n ${STUB_SLEEPS-} && $call =~ $STUB_SLEEPS ]]; then exec sleep 60; fi
-if [[ -n ${STUB_FAILS-} && $call =~ $STUB_FAILS ]]; then exit 3; fi
-"""
-
-
-TALLY = r"\d+ of \d+ tests ran, \d+ failed, \d+ skipped"
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A root with the script in it, and a function that runs it and returns (status, stdout, calls, log)."""
-    root, programs = tmp_path / "root", tmp_path / "bin"
-    (root / "scripts").mkdir(parents=True)
-    shutil.copy(SCRIPT, root / "scripts")
-    programs.mkdir()
-    for name in ("python3", "nvcc", "nvidia-smi", "compute-sanitizer"):
-        (programs / name).write_text(STUB)
-        (programs / name).chmod(0o755)
-
-    def start(*arguments, **environment):
-        calls = tmp_path / "calls"
-        calls.write_text("")
-        environment |= {"PATH": f"{programs}:/usr/bin:/bin", "STUB_CALLS": str(calls), "HOME": str(tmp_path)}
-        command = [root / "scripts" / "gpu_report.sh", tmp_path / "out", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-        return done, calls.read_text().splitlines(), (tmp_path / "out" / "log.txt").read_text()
-
-    return start
-
-
-def stages(calls):
-    patterns = {
-        "build": "setup.py build_ext --inplace",
-        "smoke": "^python .*--smoke$",
-        "gpu": r"pytest .*-m gpu and not slow tests/test_cuda_gpu.py$",
-        "grid": "gpu_run.py --out",
-        "compile": "pytest .*-m gpu and slow tests/test_cuda_gpu.py$",
-        "ladder": "pytest .*-m gpu and not slow --ignore=tests/test_cuda_gpu.py$",
-        "suite": "pytest .*-m not slow and not gpu",
-        "memcheck": "^compute-sanitizer --tool memcheck",
-        "racecheck": "^compute-sanitizer --tool racecheck",
-    }
-    return [name for call in calls for name, pattern in patterns.items() if re.search(pattern, call)]
-
-
-def test_script_is_valid_bash():
-    assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
-    assert os.access(SCRIPT, os.X_OK)
-
-
-def test_script_runs_every_stage_in_order_and_leaves_a_log(checkout, tmp_path):
-    done, calls, log = checkout()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert stages(calls) == list(STAGES)
-    for name in STAGES:
-        assert re.search(rf"^{name} +\d+ s  ok(: {TALLY})?$", done.stdout, flags=re.M), done.stdout
-    for name in ("gpu", "compile", "ladder", "suite"):
-        assert re.search(rf"^{name} .*: {TALLY}$", done.stdout, flags=re.M), done.stdout
-    assert "the goals" in done.stdout
-    assert "output of python benchmarks/gpu_run.py --out" in log
-    assert done.stdout.splitlines()[-1] in log
-    assert (tmp_path / "out" / "registers.txt").read_text().startswith("3 kernels")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "log.txt",
-        "registers.txt",
-        "results.json",
-    }
-
-
-@pytest.mark.parametrize(
-    "failing",
-    ["setup.py", "--smoke$", "not slow tests/test_cuda_gpu", "gpu_run.py --out", "not gpu", "racecheck"],
-)
-def test_script_goes_on_after_a_stage_that_fails_and_says_so(checkout, failing):
-    done, calls, _ = checkout(STUB_FAILS=failing)
-    assert done.returncode == 1
-    assert stages(calls) == list(STAGES)
-    assert re.search(r"^\w+ +\d+ s  failed, status 3", done.stdout, flags=re.M), done.stdout
-    assert "1 failed" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("tally", "failures"),
-    [
-        ("5 of 90 tests ran, 0 failed, 1 skipped", 0),
-        ("5 of 90 tests ran, 2 failed, 1 skipped", 1),
-        ("none", 1),
-    ],
-)
-def test_script_tells_how_many_tests_ran_before_a_stage_was_cut(checkout, tmp_path, tally, failures):
-    script = tmp_path / "root" / "scripts" / "gpu_report.sh"
-    script.write_text(re.sub(r"\[ladder\]=\d+", "[ladder]=7", script.read_text()))
-    done, _, log = checkout("ladder", STUB_SLEEPS="-m pytest ", STUB_TALLY=tally)
-    assert done.returncode == failures, done.stdout
-    told = "" if tally == "none" else f": {tally}"
-    assert re.search(rf"^ladder +\d+ s  cut after its \d s{told}$", done.stdout, flags=re.M), done.stdout
-    assert f"{failures} failed" in done.stdout
-    assert told in log
-
-
-def test_a_run_that_is_ended_from_outside_has_left_how_many_tests_ran(tmp_path):
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    (tmp_path / "test_a.py").write_text(
-        "import os, pytest\n"
-        "def test_passes(): pass\n"
-        "def test_fails(): assert False\n"
-        "@pytest.fixture\n"
-        "def broken(): yield; assert False\n"
-        "def test_fails_at_its_end(broken): pass\n"
-        "@pytest.mark.skip\n"
-        "def test_is_skipped(): pass\n"
-        "def test_ends_the_process(): os._exit(9)\n"
-        "def test_comes_after(): pass\n"
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "--tally", tmp_path / "tally", tmp_path]
-    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True)
-    assert done.returncode == 9, done.stdout.decode()
-    assert (tmp_path / "tally").read_text() == "3 of 6 tests ran, 2 failed, 1 skipped\n"
-
-
-def test_script_goes_on_with_the_grid_after_a_case_that_hung(checkout):
-    done, calls, _ = checkout("grid", STUB_HANGS="1")
-    assert done.returncode == 1
-    runs = [call for call in calls if "gpu_run.py --out" in call]
-    assert ["--resume" in call for call in runs] == [False, True]
-    assert "the goals" in done.stdout
-
-
-def test_script_runs_only_the_stages_that_are_named(checkout):
-    done, calls, _ = checkout("build", "grid")
-    assert done.returncode == 0
-    assert stages(calls) == ["build", "grid"]
-
-
-def test_stages_end_within_nine_minutes():
-    marks = dict(re.findall(r"\[(\w+)\]=(\d+)", SCRIPT.read_text()))
-    assert tuple(marks) == STAGES
-    ends = list(map(int, marks.values()))
-    assert ends == sorted(ends)
-    assert ends[-1] + 10 < 540

@@ -1,0 +1,180 @@
+"""Time fastseq's attention against each backend of torch's, all in turn in one process on one GPU.
+
+    python benchmarks/gpu_attention_run.py                     # the whole grid, about five minutes
+    python benchmarks/gpu_attention_run.py --case "attention: full .* S4096 D128"
+    python benchmarks/gpu_attention_run.py --smoke             # small cases against float64, nothing timed
+    python benchmarks/gpu_attention_run.py --from-results DIR  # figures and summary of what a run left
+
+DIR/attention.json is written anew after every case. The cases whose goal is a number of TFLOP/s come first,
+then those with a goal of their own, then the others, each in a shuffled order: a run that is cut off is a
+fair sample. A backend that refuses a case is no failure, and the record says why it did. --seconds ends the
+run in time to draw the figures. A case that hangs, or leaves the GPU unusable, ends the process with status
+75; the same command with --resume goes on after that case. scripts/gpu_report.sh does this.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import warnings
+
+import torch
+
+import gpu_attention_grid
+import gpu_attention_summary
+import paired
+from attention_exact import Sample
+from attention_grid import TRAINED, grad_of_output
+from gpu_runner import (
+    LEAST_ROUNDS,
+    LeftOut,
+    Run,
+    choose_device,
+    finished,
+    folder_of,
+    in_short,
+    parse_arguments,
+    plans_of,
+    report_of,
+    smoke,
+    warm_up,
+)
+from records import ATTENTION, choose, difference, read
+
+BUDGET = 0.15  # seconds for the rounds of a case
+OURS = ("fastseq", "unmasked")  # must run; torch's backends may refuse
+SMOKE_TOLERANCE = {  # of each tensor's largest value
+    "float64": 1e-11,
+    "float32": 1e-5,
+    "float16": 3e-3,
+    "bfloat16": 2e-2,
+}
+
+
+def why_refused(error, said):
+    """torch tells in warnings what a backend lacks, and in the error only that none is left."""
+    notes = [str(warning.message).partition(" (Triggered")[0].partition("\n")[0] for warning in said]
+    reasons = [note for note in notes if not note.endswith("because:")]
+    return "; ".join(dict.fromkeys([*reasons, in_short(error)]))[:300]
+
+
+def first_results(calls, timer, longest):
+    """({name: what the first call returned}, {name: why it refused}) of all libraries."""
+    results, refused = {}, {}
+    for name, call in calls.items():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                results[name] = warm_up(name, call, timer, longest)
+            except (LeftOut, RuntimeError) as error:
+                if name in OURS:
+                    raise
+                timer.wait()  # raises if it was the GPU that broke
+                refused[name] = str(error) if isinstance(error, LeftOut) else why_refused(error, said)
+    return results, refused
+
+
+def compare(case, inputs, options, results):
+    """(difference of all results from those of the most accurate of torch's backends, {library: error of a
+    sample against float64}); None for what does not compute the same."""
+    if case.kind == gpu_attention_grid.DROPOUT:
+        return None, None  # the draws are fastseq's own; tests look at them
+    sample = Sample(inputs, options, case.kind == TRAINED)
+    expected = sample.exact(grad_of_output(inputs) if case.mode == "training" else None)
+    known = {name: found for name, found in results.items() if name != "unmasked"}
+    errors = {name: difference(expected, sample.results(found)) for name, found in known.items()}
+    torchs = [name for name in known if name != "fastseq" and errors[name] == errors[name]]
+    if not torchs:
+        return None, errors
+    best = min(torchs, key=errors.get)
+    return difference(results[best], results["fastseq"]), errors
+
+
+def speeds(case, seconds):
+    """Of a group that moves data the bytes, of others the operations."""
+    if case.group == "decoding":
+        return {"gigabytes_per_second": {n: case.bytes_of_cache / s / 1e9 for n, s in seconds.items()}}
+    return {"tflops": {n: case.flops_of(n) / s / 1e12 for n, s in seconds.items()}}
+
+
+def measure_case(case, device, timer, budget, longest):
+    inputs, options = case.arguments(device)
+    calls = case.libraries(inputs, options, device)
+    results, refused = first_results(calls, timer, longest)
+    apart, errors = compare(case, inputs, options, results)
+    del results  # the memory of many gradients
+    calls = {name: call for name, call in calls.items() if name not in refused}
+    timer = gpu_attention_grid.BackendTimer(timer)
+    rounds = paired.in_turn(calls, None, budget, LEAST_ROUNDS, timer)
+    seconds = {name: statistics.median(values) for name, values in rounds.seconds.items()}
+    ratios = {name: rounds.ratios(name, "fastseq") for name in calls if name != "fastseq"}
+    shape = case.shape
+    return {
+        **case.facts,
+        "batch": shape.batch,
+        "heads": shape.heads,
+        "kv_heads": shape.kv_heads or shape.heads,
+        "queries": shape.queries,
+        "keys": case.keys,
+        "head_size": shape.head_size,
+        "ratios": {name: statistics.median(values) for name, values in ratios.items()},
+        "ratio_quartiles": {name: statistics.quantiles(values, n=4) for name, values in ratios.items()},
+        "rounds": len(rounds.seconds["fastseq"]),
+        "milliseconds": {name: value * 1e3 for name, value in seconds.items()},
+        **speeds(case, seconds),
+        "refused": refused,
+        "default_is": gpu_attention_grid.default_backend(inputs, options) if "default" in calls else None,
+        "difference": apart,
+        "errors": errors,
+        "others": rounds.others,
+        "plan": plans_of(calls["fastseq"]),
+    }
+
+
+class AttentionRun(Run):
+    file = ATTENTION
+    columns = "case, fastseq's milliseconds and speed, its ratio to each of the others, plan"
+
+    def measure(self, case):
+        return measure_case(case, self.device, self.timer, self.arguments.budget, self.arguments.longest)
+
+    def line(self, record):
+        return gpu_attention_summary.case_line(record)
+
+
+def difference_from_float64(case, device):
+    """Of outputs and gradients; made on the CPU, so that no kernel but fastseq's need run on the GPU."""
+    inputs, options = case.arguments()
+    sample = Sample(inputs, options, case.kind == TRAINED, everything=True)
+    exact = sample.exact(grad_of_output(inputs) if case.mode == "training" else None)
+    there = [x.to(device) for x in inputs]
+    options = {n: x.to(device) if torch.is_tensor(x) else x for n, x in options.items()}
+    results = [x.cpu() for x in case.ours(there, options)()]
+    return difference(exact, sample.results(results))
+
+
+def report(results, folder):
+    report_of(results, folder, "gpu_attention_figures", gpu_attention_summary, "attention grid")
+
+
+def main():
+    parser, arguments = parse_arguments(__doc__, BUDGET, f"{gpu_attention_grid.REHEARSAL} times fewer tokens")
+    if arguments.from_results:
+        report(read(arguments.from_results / ATTENTION), arguments.from_results)
+        return 0
+    torch.set_float32_matmul_precision("highest")  # float32 is no tf32 here, on either side
+    scale = gpu_attention_grid.REHEARSAL if arguments.dry_run_on_cpu else 1
+    every = gpu_attention_grid.smoke_cases() if arguments.smoke else gpu_attention_grid.cases(scale)
+    chosen = choose(parser, every, pattern=arguments.case)
+    if arguments.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    device, timer = choose_device(parser, arguments)
+    if arguments.smoke:
+        return smoke(chosen, lambda case: difference_from_float64(case, device), SMOKE_TOLERANCE)
+    run = AttentionRun(arguments, folder_of(arguments, device), chosen, device, timer)
+    return finished(run, report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
