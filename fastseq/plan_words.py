@@ -239,8 +239,59 @@ def _why_not(other: str, plan: dict[str, Any], layer: Layer) -> str:
     return f"the layer does not fit the registers and shared memory of {many(most, 'block')}{each}"
 
 
+# --------------------------------------------------------------------------------------- attention on a GPU
+
+
+_PASSES = {
+    "forward": "output",
+    "weights": "weights",
+    "grad_queries": "gradient of query",
+    "grad_keys": "gradients of key and value",
+    "grad_mask": "gradient of attn_mask",
+}
+_OWNED_BY_KEYS = {"grad_keys"}
+
+
+def _cuda_attention_in_words(plan: dict[str, Any], _: str, sizes: Attention, dtype: torch.dtype) -> Words:
+    major, minor = plan["facts"][:2]
+    architecture, chosen = f"compute capability {major}.{minor}", plan["partition"]
+    if plan["kernel"] == "none":
+        return architecture, ["there are no query heads"], []
+    words = [_pass_in_words(name, one) for name, one in chosen["passes"].items()]
+    if chosen.get("parts", 1) > 1:
+        words.append(f"keys in {chosen['parts']} parts of {chosen['part_keys']}, joined by one more kernel")
+    if chosen.get("mask_parts", 1) > 1:
+        words.append(
+            f"the gradient of attn_mask in {chosen['mask_parts']} parts, which are added up in order"
+        )
+    if chosen["workspace_bytes"]:
+        words.append(f"{amount(chosen['workspace_bytes'])} of workspace")
+    reasons = []
+    if forced := os.environ.get("FASTSEQ_CUDA_ATTENTION_PLAN"):
+        reasons.append(f"FASTSEQ_CUDA_ATTENTION_PLAN={forced} forces the kernel of the forward pass")
+    if dtype is torch.float32 and not plan["tf32"]:
+        reasons.append(
+            "float32 is multiplied in three tf32 products, so that nothing of it is lost; "
+            f"{precision.SETTING_OF_PRODUCTS} allows a single one"
+        )
+    elif dtype is torch.float64:
+        reasons.append("float64 has a small part of the rate of float32 on tensor cores")
+    if chosen["features"] > max(sizes.head_size, sizes.value_size):
+        reasons.append(f"tiles have room for heads of {chosen['features']} features")
+    return architecture, words, reasons
+
+
+def _pass_in_words(name: str, one: dict[str, Any]) -> str:
+    own, other = ("keys", "rows") if name in _OWNED_BY_KEYS else ("rows", "keys")
+    return (
+        f"{_PASSES[name]}: {many(one['blocks'], 'block')} of {one['threads']} threads, {one['own']} {own} by "
+        f"{one['other']} {other} at a time"
+    )
+
+
 ENGINES: dict[str, Callable[..., Words]] = {
     "cpu": _cpu_in_words,
     "cpu_attention": _attention_in_words,
     "loop": _loop_in_words,
+    "cuda_attention": _cuda_attention_in_words,
 }

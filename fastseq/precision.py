@@ -17,6 +17,10 @@ _set = getattr(torch._C, "_set_fp32_precision_setter", None)
 
 # What a user writes to allow tf32 in recurrent networks.
 SETTING = "torch.backends.cudnn." + ("allow_tf32 = True" if _get is None else "rnn.fp32_precision = 'tf32'")
+# And in matrix products, which attention is.
+SETTING_OF_PRODUCTS = "torch.backends.cuda.matmul." + (
+    "allow_tf32 = True" if _get is None else "fp32_precision = 'tf32'"
+)
 
 
 def of_recurrent_networks(dtype: torch.dtype) -> str | None:

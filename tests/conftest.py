@@ -7,7 +7,7 @@ import torch  # before fastseq: the compiled module shares torch's OpenMP librar
 from hypothesis import HealthCheck, settings
 
 import fastseq
-from devices import device, gpu, in_use, twin, twin_device  # noqa: F401 - fixtures
+from devices import carried_to_the_gpu, device, gpu, in_use, twin, twin_device  # noqa: F401 - fixtures
 
 TIMEOUT = 300  # seconds for one test; a test that hangs ends the run with the stacks of all threads
 
@@ -22,7 +22,6 @@ settings.load_profile("fastseq")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--rung", choices=["twin", "gpu"], help="run what CPU tensors are given to there")
     parser.addoption("--tally", type=Path, help="a file that always tells how many tests of how many ran")
 
 
@@ -93,14 +92,32 @@ def fresh_state():
     torch.set_default_dtype(dtype)
 
 
+# Test files of what runs on the CPU and by CUDA kernels alike: each of their tests runs on every rung.
+LADDER = {
+    f"test_attention{name}"
+    for name in ("", "_accuracy", "_dropout", "_gradcheck", "_masked", "_options", "_properties", "_weights")
+}
+RUNGS = [
+    "cpu",
+    pytest.param("twin", marks=pytest.mark.cuda_host),
+    pytest.param("gpu", marks=pytest.mark.gpu),
+]
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.module.__name__ in LADDER:
+        metafunc.parametrize("rung", RUNGS, indirect=True)
+
+
 @pytest.fixture(autouse=True)
 def rung(request):
-    """Where --rung says; see pytest_addoption."""
-    if request.config.getoption("--rung") == "twin":
-        with in_use(twin_device()):
-            yield
-    else:
-        yield
+    """Where CPU tensors are computed with: "cpu", "twin" or "gpu"."""
+    name = getattr(request, "param", "cpu")
+    if name == "cpu":
+        yield name
+        return
+    with in_use(twin_device()) if name == "twin" else carried_to_the_gpu():
+        yield name
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """Where the tests run the CUDA kernels: on their host twin, which takes CPU tensors, and on a GPU.
 
 A test that takes the fixture `device` runs on both, `twin` is the first alone, `gpu` the second. While a
-device is in use, fastseq runs on its kernels; see Device.using.
+device is in use, fastseq runs on its kernels; see Device.using. The tests of attention know nothing of this:
+conftest.py runs them on every rung, with CPU tensors.
 """
 
 import os
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -48,6 +49,8 @@ TIGHT_HOPPER = (9, 0, 12, 49152, 62914560)
 AMPERE = (8, 0, 4, 40000, 1048576)
 TIGHT_AMPERE = (8, 0, 4, 28000, 1048576)
 TINY_AMPERE = (8, 0, 3, 20000, 1048576)
+
+FORCED = ("FASTSEQ_CUDA_PLAN", "FASTSEQ_CUDA_ATTENTION_PLAN")
 
 
 def two_products(case: Case) -> bool:
@@ -124,9 +127,9 @@ class Device:
         return (*capability, *(min(a, b) for a, b in zip(facts[2:], self.facts[2:], strict=False)))
 
     @contextmanager
-    def using(self, forced="", facts=None, tf32=False):
-        """fastseq runs on the kernels, with a forced plan or none, as on a GPU of such facts. Gives the list
-        in which the plans that run are found."""
+    def using(self, forced="", facts=None, tf32=False, attention=""):
+        """fastseq runs on the kernels, with a forced plan of loops, or of attention, or none, as on a GPU of
+        such facts. Gives the list in which the plans that run are found."""
         facts = self.facts if facts is None else self.facts_like(facts)
         if forced.startswith("cluster") and facts[0] < 9:
             pytest.skip("clusters need compute capability 9.0")
@@ -135,9 +138,10 @@ class Device:
         of_attention = attention_ops.KERNELS.get(self.where)
         attention_ops.KERNELS[self.where] = attention_ops.cuda_kernels(engine)
         attention_ops.READS_TENSORS = False
-        plan, allow_tf32 = os.environ.get("FASTSEQ_CUDA_PLAN"), torch.backends.cudnn.allow_tf32
+        before = {name: os.environ.get(name) for name in FORCED}
+        allow_tf32 = torch.backends.cudnn.allow_tf32
         ops.KERNELS[self.where], ops.READS_TENSORS = ops.loop_kernels(engine), False
-        os.environ["FASTSEQ_CUDA_PLAN"] = forced
+        os.environ.update(zip(FORCED, (forced, attention), strict=True))
         torch.backends.cudnn.allow_tf32 = tf32
         self.module.ran.clear()
         try:
@@ -146,9 +150,10 @@ class Device:
             ops.KERNELS[self.where], ops.READS_TENSORS = kernels, reads_tensors
             attention_ops.KERNELS[self.where], attention_ops.READS_TENSORS = of_attention, reads_tensors
             torch.backends.cudnn.allow_tf32 = allow_tf32
-            os.environ.pop("FASTSEQ_CUDA_PLAN", None)
-            if plan is not None:
-                os.environ["FASTSEQ_CUDA_PLAN"] = plan
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
     def run(self, case, module=None, data=None) -> dict[str, torch.Tensor]:
         """Results and gradients, on the CPU; inside `using`."""
@@ -214,6 +219,35 @@ def twin_device() -> Device:
 def gpu_device() -> Device:
     index = torch.cuda.current_device()
     return Device("cuda", _C, loops.CUDA.facts(index), loops.CUDA.stream)
+
+
+def carried(tensor, where: str):
+    """What is no tensor as it is; of a tensor all memory, also between its elements, so that strides stay."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).to(where).untyped_storage()
+    empty = torch.empty(0, dtype=tensor.dtype, device=where)
+    return empty.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+@contextmanager
+def carried_to_the_gpu():
+    """Attention of CPU tensors runs on the GPU, and its results come back."""
+    if reason := why_no_gpu():
+        pytest.skip(reason)
+    of_gpu, of_cpu = attention_ops.KERNELS["cuda"], attention_ops.KERNELS["cpu"]
+
+    def run(kernel, *arguments):
+        results = kernel(*(carried(x, "cuda") for x in arguments))
+        return type(results)(carried(x, "cpu") for x in results)
+
+    kernels = (partial(run, of_gpu.attention), partial(run, of_gpu.attention_backward))
+    attention_ops.KERNELS["cpu"] = attention_ops.Kernels(*kernels, of_gpu.plan)
+    attention_ops.READS_TENSORS, before = False, attention_ops.READS_TENSORS
+    try:
+        yield
+    finally:
+        attention_ops.KERNELS["cpu"], attention_ops.READS_TENSORS = of_cpu, before
 
 
 @contextmanager

@@ -274,8 +274,9 @@ class ProductsInTf32(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
-        assert func not in (aten.addmm.default, aten.bmm.default, aten.mv.default), f"{func} is not rounded"
-        if func is aten.mm.default and (
+        assert func not in (aten.addmm.default, aten.mv.default), f"{func} is not rounded"
+        assert func is not aten.bmm.default or self.weights is None, f"{func} is not rounded"
+        if func in (aten.mm.default, aten.bmm.default) and (
             self.weights is None or any(x.untyped_storage().data_ptr() in self.weights for x in args)
         ):
             args = [round_to_tf32(x) for x in args]

@@ -68,7 +68,9 @@ def sizes(pairs, smoke):
 @pytest.mark.parametrize(("head_size", "value_size"), sizes(HEAD_SIZES, SMOKE_HEAD_SIZES))
 @pytest.mark.parametrize("option", ["lse and weights", "causal from the end"])
 @every_dtype
-def test_head_sizes_match_float64_reference(dtype, option, head_size, value_size):
+def test_head_sizes_match_float64_reference(dtype, option, head_size, value_size, rung):
+    if rung != "cpu" and max(head_size, value_size) > 256:
+        pytest.skip("heads of up to 256 features on CUDA")
     case = Case(dtype, 2, 2, 0, 37, 66, head_size, value_size)
     check(replace(case, **OPTIONS[option]))
 
