@@ -42,6 +42,7 @@ def scaled_dot_product_attention(
     return_lse: bool = False,
     return_weights: bool = False,
     average_weights: bool = False,
+    deterministic: bool = True,
 ) -> Any:
     """softmax(scale Q K^T + mask) V, in one kernel that never stores the scores.
 
@@ -96,6 +97,8 @@ def scaled_dot_product_attention(
         return_weights: whether to return the weights too, after dropout. They take Sq * Sk numbers a head.
         average_weights: whether these are the mean over the heads. Without gradients, nothing larger than the
             mean is stored.
+        deterministic: whether gradients are the same bits every time. If not, those on CUDA are made in one
+            pass, in which blocks add to the gradient of query in float32 in the order in which they come.
 
     Returns:
         output (..., Hq, Sq, Dv), packed (total_q, Hq, Dv), in memory as query is: of a transposed (B, S, H,
@@ -106,8 +109,9 @@ def scaled_dot_product_attention(
     Raises:
         TypeError: what is no tensor, number or bool where one is expected; a scale or softcap that requires a
             gradient.
-        RuntimeError: shapes that do not fit together, mixed dtypes or devices, lengths out of bounds,
-            alibi_slopes that require a gradient, dropout_p out of bounds.
+        RuntimeError: shapes that do not fit together, mixed dtypes or devices, lengths out of bounds on the
+            CPU (on CUDA nobody looks at them before the kernels, which take the nearest that are not), heads
+            of more than 256 features on CUDA, alibi_slopes that require a gradient, dropout_p out of bounds.
         ValueError: a causal, window or softcap that is none of those above, is_causal beside
             causal="bottom_right".
         NotImplementedError: packed sequences with attn_mask, key_lengths or return_weights; nested tensors; a
@@ -209,6 +213,7 @@ def scaled_dot_product_attention(
         bottom_right,
         bool(return_weights),
         bool(return_weights and average_weights),
+        bool(deterministic),
     )
     if drop_all:
         nothing = torch.ones((), dtype=torch.bool, device=output.device)

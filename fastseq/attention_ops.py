@@ -45,12 +45,12 @@ library.define(
     "bool save=False) "
     "-> (Tensor output, Tensor lse, Tensor weights, Tensor remainder, Tensor normalizer)"
 )
-# `wanted` says for which of [query, key, value, attn_mask, sinks] to return a gradient. weights are needed
-# beside grad_weights only.
+# `wanted` says for which of [query, key, value, attn_mask, sinks] to return a gradient, `deterministic` that
+# these are the same bits every time. weights are needed beside grad_weights only.
 library.define(
     "attention_backward(Tensor? grad_output, Tensor? grad_lse, Tensor? grad_weights, "
     f"{_TENSORS}, Tensor output, Tensor normalizer, Tensor? weights, Tensor? remainder, {_NUMBERS}, "
-    "bool[] wanted) -> Tensor[]"
+    "bool[] wanted, bool deterministic=True) -> Tensor[]"
 )
 
 
@@ -144,6 +144,7 @@ class Incoming(NamedTuple):
     output: Tensor
     normalizer: Tensor  # (2, ...) of lse
     remainder: Tensor | None  # like output
+    deterministic: bool
 
 
 class Gradients(NamedTuple):
@@ -256,7 +257,9 @@ def _incoming(arguments: Sequence[Any]) -> Incoming:
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     # output and normalizer as the forward pass made them, unless a hook on saved tensors laid them out anew.
     remainder = None if remainder is None else _rows_of(remainder)
-    return Incoming(grad_output, grad_lse, grad_weights, _rows_of(output), normalizer.contiguous(), remainder)
+    deterministic = arguments[24] if len(arguments) > 24 else True  # torch leaves out what is the default
+    output, normalizer = _rows_of(output), normalizer.contiguous()
+    return Incoming(grad_output, grad_lse, grad_weights, output, normalizer, remainder, deterministic)
 
 
 def _run_backward(run: Callable[..., None], looks: bool, *arguments: Any) -> list[Tensor]:

@@ -101,7 +101,12 @@ def _seed(a: Arguments) -> int:
 
 
 def _problem_of(
-    sizes: Attention, a: Arguments, backward: bool, of_mask: Sequence[bool] | None, of_weights: bool
+    sizes: Attention,
+    a: Arguments,
+    backward: bool,
+    of_mask: Sequence[bool] | None,
+    of_weights: bool,
+    one_pass: bool = False,
 ) -> Problem:
     """of_mask: as in attention_ops.Kernels.plan; of_weights: whether they are wanted, or have a gradient."""
     return Problem(
@@ -114,7 +119,7 @@ def _problem_of(
         not backward and of_weights,
         of_mask is not None,
         *(of_mask or (False,) * 4),
-        False,
+        one_pass,
     )
 
 
@@ -127,7 +132,10 @@ def forward(engine: Engine, sizes: Attention, a: Arguments, *results: Tensor) ->
 def backward(engine: Engine, sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradients) -> None:
     of_mask = None if grads.attn_mask is None else [size != 1 for size in grads.attn_mask.shape]
     numbers = attention_numbers.of_backward(sizes, a, incoming, grads, 0, _seed(a))
-    _run(engine, _problem_of(sizes, a, True, of_mask, incoming.grad_weights is not None), a, numbers)
+    all_wanted = grads.query is not None and grads.key is not None and grads.value is not None
+    one_pass = all_wanted and not incoming.deterministic
+    of_weights = incoming.grad_weights is not None
+    _run(engine, _problem_of(sizes, a, True, of_mask, of_weights, one_pass), a, numbers)
 
 
 def plan_in_data(

@@ -353,3 +353,57 @@ def test_explain_tells_parts_of_the_keys(twin):
     (call,) = fastseq.explain(fastseq.scaled_dot_product_attention, q, k, k)
     assert call.plan.kernel == "decode"
     assert "keys in 8 parts of 256" in str(call)
+
+
+# ------------------------------------------------------------------------------------------- the one-pass form
+
+
+ONE_PASS = {
+    "plain": {},
+    "causal from the end, grouped queries": {"causal": "bottom_right", "kv_heads": 2},
+    "all that a score can have": {
+        "mask": "float",
+        "softcap": 3.0,
+        "alibi": "BH",
+        "dropout": 0.3,
+        "sinks": True,
+    },
+    "key lengths": {"lengths": True, "window": (30, 5)},
+    "packed": {"packed": True, "causal": "top_left"},
+}
+
+
+@pytest.mark.parametrize("head_size", [40, 100, 200])
+@pytest.mark.parametrize("option", ONE_PASS)
+@every_kind
+def test_one_pass_gradients_match_float64_reference(twin, monkeypatch, kind, option, head_size):
+    if kind == "tf32":
+        pytest.skip("the tiles are those of float32")
+    ask = fastseq.scaled_dot_product_attention
+    monkeypatch.setattr(
+        fastseq, "scaled_dot_product_attention", lambda *args, **kw: ask(*args, deterministic=False, **kw)
+    )
+    case = Case(ARITHMETIC[kind][0], 3, 4, queries=50, keys=130, head_size=head_size, **ONE_PASS[option])
+    with twin.using() as ran:
+        check(case)
+        assert {plan["kernel"] for plan in ran if plan["pass"] == "backward"} == {"one_pass"}
+
+
+def test_one_pass_without_a_query_or_a_key_gives_zeros(twin):
+    for queries, keys in ((0, 5), (5, 0)):
+        q = torch.randn(2, 3, queries, 8, requires_grad=True)
+        k = torch.randn(2, 3, keys, 8, requires_grad=True)
+        fastseq.scaled_dot_product_attention(q, k, k, deterministic=False).sum().backward()
+        assert not q.grad.any()
+        assert not k.grad.any()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_one_pass_keeps_out_what_is_hidden(twin, poison):
+    q, k, v = (torch.randn(1, 2, n, 40, requires_grad=True) for n in (60, 70, 70))
+    with torch.no_grad():
+        k[:, :, 60:] = poison
+        v[:, :, 60:] = poison
+    fastseq.scaled_dot_product_attention(q, k, v, is_causal=True, deterministic=False).sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    assert not k.grad[:, :, 60:].any()

@@ -10,7 +10,7 @@
 //
 // In both, what is summed up over is the columns of S and dP in registers, which feed the next product from there:
 // nothing between the products goes through shared memory. Seven products instead of the five that a single pass needs;
-// GradKeys can also be that pass, see add_to_queries(). A tile of what a block goes over is on its way (cp.async, two
+// GradKeys can also be that pass, see add_to_queries(), for who does not need the same bits every time. A tile of what a block goes over is on its way (cp.async, two
 // stages) while the other is worked on; one barrier a tile.
 //
 // Cost of a score in GradQueries: 2 D + Dv multiply-adds on tensor cores, in GradKeys 2 D + 2 Dv; one ex2 and some ten other operations in each. Registers and shared memory: attention_shapes.h.
@@ -227,7 +227,8 @@ struct GradQueries {
 
 // ---- gradients of keys and values ----
 
-template <class M, class Shape, bool kAny>
+// With kOnePass also those of queries, which are added up in any order: see add_to_queries().
+template <class M, class Shape, bool kAny, bool kOnePass = false>
 struct GradKeys {
   using E = typename M::Element;
   using T = typename M::Sum;
@@ -238,8 +239,10 @@ struct GradKeys {
   static constexpr int kQueryTiles = kQueries / 8, kFeatureTiles = Shape::kFeatures / 8 / kColumnWarps;
   using FeatureTile = Tile<E, Shape::kFeatures>;
   static constexpr int kQueryBytes = int(sizeof(Query<T>)) * kQueries;
+  static constexpr int kScoreStride = kKeys + 4;  // of one query's gradients of scores, in the one-pass form
+  static constexpr int kScoreBytes = kOnePass ? score_bytes(sizeof(E), kQueries, kKeys) : 0;
   static constexpr int kSharedBytes =
-      2 * FeatureTile::bytes(kKeys) + 4 * FeatureTile::bytes(kQueries) + 2 * kQueryBytes;
+      2 * FeatureTile::bytes(kKeys) + 4 * FeatureTile::bytes(kQueries) + 2 * kQueryBytes + kScoreBytes;
   static_assert(kQueries <= kThreads);
 
   static FS_DEVICE void run(const Call& call) {
@@ -262,6 +265,7 @@ struct GradKeys {
       return FeatureTile{shared + 2 * kOfKeys + (2 + tile % 2) * kOfQueries};
     };
     unsigned char* const states = reinterpret_cast<unsigned char*>(shared + 2 * kOfKeys + 4 * kOfQueries);
+    T* const scores = reinterpret_cast<T*>(states + 2 * kQueryBytes);
     const auto states_of = [&](int tile) {
       return reinterpret_cast<Query<T>*>(states + tile % 2 * kQueryBytes);
     };
@@ -309,6 +313,11 @@ struct GradKeys {
     const Dropout<T> dropout(a);
     Sums<T> grad_key[kRowTiles][kFeatureTiles], grad_value[kRowTiles][kFeatureTiles];
     clear(grad_key), clear(grad_value);
+    bool special_keys = false;
+    if constexpr (kOnePass) {
+      copy_async_wait<0>();
+      special_keys = any_in_block(loaded_special(keys, kKeys, features));
+    }
 
     for (int tile = 0; tile < tiles; ++tile) {
       const RowTile<kQueries> rows = rows_of(tile);
@@ -325,40 +334,45 @@ struct GradKeys {
       const auto query_at = [&](int, int n, int e) -> const Query<T>& {
         return state[Orient<false>::of_column(n, e)];
       };
-      if (!active || (masked && !mask_shows_any<E, T, kRowTiles, kQueryTiles>(a, s, orient, query_at)))
-        continue;
+      const bool works =
+          active && !(masked && !mask_shows_any<E, T, kRowTiles, kQueryTiles>(a, s, orient, query_at));
       Sums<T> x[kRowTiles][kQueryTiles], dx[kRowTiles][kQueryTiles];
-      multiply<M>(x, keys, warp_key, queries_of(tile), features);
-      score<kAny, E>(call, scoring, s, orient, query_at, edge, x);
-      multiply<M>(dx, values, warp_key, grads_of(tile), value_features);
-      grad_scores<kAny, E>(call, scoring, dropout, s, orient, query_at, x, dx);
-      finish_grad_scores<kAny>(query_at, x, dx);
-      if constexpr (kAny) {
-        if (dropout.active) {
-          dropout.template for_kept<kRowTiles, kQueryTiles>(
-              a, s, orient, query_at,
-              [&](int m, int n, int e, bool kept) { x[m][n][e] = kept ? x[m][n][e] : T(0); });
+      if (works) {
+        multiply<M>(x, keys, warp_key, queries_of(tile), features);
+        score<kAny, E>(call, scoring, s, orient, query_at, edge, x);
+        multiply<M>(dx, values, warp_key, grads_of(tile), value_features);
+        grad_scores<kAny, E>(call, scoring, dropout, s, orient, query_at, x, dx);
+        finish_grad_scores<kAny>(query_at, x, dx);
+        if constexpr (kAny) {
+          if (dropout.active) {
+            dropout.template for_kept<kRowTiles, kQueryTiles>(
+                a, s, orient, query_at,
+                [&](int m, int n, int e, bool kept) { x[m][n][e] = kept ? x[m][n][e] : T(0); });
+          }
         }
-      }
-      const auto add_products = [&](auto is_special, auto& of_key, auto& of_value, auto& weights,
-                                    auto& of_scores) {
-        constexpr bool kSpecial = decltype(is_special)::value;
-        add_product<M, kSpecial>(of_value, weights, grads_of(tile), first_column, value_features);
-        if (kAny && scoring.cap != 0) {
-          multiply<M>(weights, keys, warp_key, queries_of(tile), features);
-          multiply_by_slope_of_cap(scoring, weights, of_scores);
+        const auto add_products = [&](auto is_special, auto& of_key, auto& of_value, auto& weights,
+                                      auto& of_scores) {
+          constexpr bool kSpecial = decltype(is_special)::value;
+          add_product<M, kSpecial>(of_value, weights, grads_of(tile), first_column, value_features);
+          if (kAny && scoring.cap != 0) {
+            multiply<M>(weights, keys, warp_key, queries_of(tile), features);
+            multiply_by_slope_of_cap(scoring, weights, of_scores);
+          }
+          add_product<M, kSpecial>(of_key, of_scores, queries_of(tile), first_column, features);
+        };
+        if (special) {
+          InMemory of_key(grad_key);
+          InMemory of_value(grad_value);
+          InMemory weights(x);
+          InMemory of_scores(dx);
+          add_products(std::true_type(), of_key.copy, of_value.copy, weights.copy, of_scores.copy);
+        } else {
+          add_products(std::false_type(), grad_key, grad_value, x, dx);
         }
-        add_product<M, kSpecial>(of_key, of_scores, queries_of(tile), first_column, features);
-      };
-      if (special) {
-        InMemory of_key(grad_key);
-        InMemory of_value(grad_value);
-        InMemory weights(x);
-        InMemory of_scores(dx);
-        add_products(std::true_type(), of_key.copy, of_value.copy, weights.copy, of_scores.copy);
-      } else {
-        add_products(std::false_type(), grad_key, grad_value, x, dx);
+      } else if (kOnePass) {
+        clear(dx);
       }
+      if constexpr (kOnePass) add_to_queries(call, s, rows, state, dx, scores, keys, special_keys);
     }
     copy_async_wait<0>();
     const auto write = [&](const HeadTensor& to, const Sums<T>(&grad)[kRowTiles][kFeatureTiles], int count,
@@ -380,6 +394,68 @@ struct GradKeys {
     };
     write(a.grad_key, grad_key, features, scoring.scale, call.pairs_of_grad_key);
     write(a.grad_value, grad_value, value_features, dropout.kept_scale, call.pairs_of_grad_value);
+  }
+
+ private:
+  // dQ += dS K of a tile of queries and all keys of the block, whose warps have dS of their own keys: these are
+  // exchanged through shared memory, [query][key], and then the warps divide the features. The sums over key tiles are
+  // made in memory, by reduce-adds in float32 (or float64), in whatever order the blocks come.
+  static FS_DEVICE void add_to_queries(const Call& call, const Sequence& s, const RowTile<kQueries>& rows,
+                                       const Query<T>* state, const Sums<T> (&dx)[kRowTiles][kQueryTiles],
+                                       T* scores, FeatureTile keys, bool special_keys) {
+    const int warp = thread_index() / kWarp, features = int(call.a.head_size);
+    if (warp % kColumnWarps == 0) {
+      for_elements<kRowTiles, kQueryTiles>([&](int m, int n, int e) {
+        const int key = warp / kColumnWarps * kRowTiles * 16 + Orient<false>::of_row(m, e);
+        scores[Orient<false>::of_column(n, e) * kScoreStride + key] = dx[m][n][e];
+      });
+    }
+    sync_block();
+    constexpr int kTiles = Shape::kFeatures / 8 / kWarps;
+    const int first_column = warp * kTiles * 8;
+    if (first_column >= features) return;
+    FS_UNROLL
+    for (int first = 0; first < kQueries; first += 16) {
+      Sums<T> of_scores[1][kKeys / 8], sums[1][kTiles];
+      for_elements<1, kKeys / 8>([&](int m, int n, int e) {
+        const int query = first + Orient<true>::of_row(m, e);
+        of_scores[m][n][e] =
+            query < kQueries ? scores[query * kScoreStride + Orient<true>::of_column(n, e)] : T(0);
+      });
+      clear(sums);
+      if (special_keys) {
+        InMemory to(sums);
+        InMemory from(of_scores);
+        multiply_special_sums<M>(to.copy, from.copy, keys, first_column, features);
+      } else {
+        multiply_sums<M>(sums, of_scores, keys, first_column, features);
+      }
+      HeadTensor to = call.a.grad_query;
+      to.data = call.grad_query_sums;
+      for_elements<1, kTiles>([&](int m, int n, int e) {
+        const int query = first + Orient<true>::of_row(m, e),
+                  column = first_column + Orient<true>::of_column(n, e);
+        if (query >= rows.count || column >= features) return;
+        add_in_any_order(s.query_row<T>(to, state[query].head, state[query].index) + column, sums[m][n][e]);
+      });
+    }
+  }
+};
+
+// What the one-pass form has summed up, times the scale, rounded. A thread has an element.
+template <class M>
+struct FinishQueries {
+  using E = typename M::Element;
+  using T = typename M::Sum;
+  using Args = Call;
+  static constexpr int kThreads = 128;
+
+  static FS_DEVICE void run(const Call& call) {
+    const AttentionArgs& a = call.a;
+    const int64_t i = int64_t(block_index()) * kThreads + thread_index();
+    if (i >= (a.cu_seqlens_q ? 1 : a.batch) * a.heads * a.queries * a.head_size) return;
+    narrow(static_cast<const T*>(call.grad_query_sums)[i] * T(a.scale),
+           static_cast<E*>(a.grad_query.data)[i]);
   }
 };
 

@@ -7,6 +7,14 @@
 
 namespace fastseq::FASTSEQ_ISA::attention {
 
+// One thread for each of `elements`.
+template <class Kernel>
+const char* launch_elements(const Call& call, int64_t elements) {
+  if (elements == 0) return nullptr;
+  const int64_t blocks = (elements + Kernel::kThreads - 1) / Kernel::kThreads;
+  return launch<Kernel>({blocks, Kernel::kThreads, 0, 1, false, call.a.stream}, call);
+}
+
 template <class M>
 const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
   constexpr int kSize = sizeof(typename M::Element);
@@ -15,9 +23,20 @@ const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
   if (const char* error = launch_rows<Delta<M>>(call, batch * a.heads * a.queries)) return error;
   const char* error = with_features(plan, [&](auto features) -> const char* {
     constexpr int kFeatures = decltype(features)::value;
+    if (plan.one_pass) {
+      call.grad_query_sums = static_cast<unsigned char*>(a.workspace) + plan.sums_at;
+      const int64_t elements = batch * a.heads * a.queries * a.head_size;
+      const char* error = nullptr;
+      if (elements)
+        error = fill_zero(call.grad_query_sums, size_t(elements) * sizeof(typename M::Sum), a.stream);
+      if (!error)
+        error = launch_pass<GradKeys<M, OnePassShape<kSize, kFeatures>, true, true>>(call, plan.grad_keys);
+      if (!error) error = launch_elements<FinishQueries<M>>(call, elements);
+      if (error) return error;
+    }
     // Of few keys this pass makes delta too, so that it comes first.
     const bool may_be_few = a.keys <= kFewKeys || a.key_lengths || a.cu_seqlens_k;
-    if (a.grad_query.data || may_be_few) {
+    if (!plan.one_pass && (a.grad_query.data || may_be_few)) {
       const char* const error =
           plan.options ? launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures, true>, true>>(
                              call, plan.grad_queries)
@@ -25,7 +44,7 @@ const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
                              call, plan.grad_queries);
       if (error) return error;
     }
-    if (a.grad_key.data || a.grad_value.data) {
+    if (!plan.one_pass && (a.grad_key.data || a.grad_value.data)) {
       const char* const error =
           plan.options
               ? launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures, true>, true>>(call, plan.grad_keys)
@@ -41,11 +60,8 @@ const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
     int64_t elements = 1;
     const int64_t sizes[4] = {a.batch, a.heads, a.queries, a.keys};
     for (int i = 0; i < 4; ++i) elements *= a.grad_mask_stride[i] ? sizes[i] : 1;
-    if (elements) {
-      const int64_t blocks = (elements + SumParts<M>::kThreads - 1) / SumParts<M>::kThreads;
-      error = launch<SumParts<M>>({blocks, SumParts<M>::kThreads, 0, 1, false, a.stream}, call);
-      if (error) return error;
-    }
+    error = launch_elements<SumParts<M>>(call, elements);
+    if (error) return error;
   }
   if (!a.grad_sinks || a.batch * a.heads == 0) return nullptr;
   return launch<GradSinks<M>>({a.batch * a.heads, GradSinks<M>::kThreads, 0, 1, false, a.stream}, call);

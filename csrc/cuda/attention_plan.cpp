@@ -124,12 +124,20 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
   plan.grad_queries.slots = slots(p, rows, plan.grad_queries.own);
   plan.grad_queries.blocks = units * plan.grad_queries.slots;
   plan.grad_keys = with_sizes(size, plan.features, [&](auto s, auto f) {
+    if (p.one_pass) return pass<OnePassShape<s, f>>(s, 2, 4);
     return p.options ? pass<GradKeysShape<s, f, true>>(s, 2, 4) : pass<GradKeysShape<s, f, false>>(s, 2, 4);
   });
   plan.grad_keys.shared_bytes += 2 * plan.grad_keys.other * query_bytes(size);
+  if (p.one_pass) plan.grad_keys.shared_bytes += score_bytes(size, plan.grad_keys.other, plan.grad_keys.own);
   plan.grad_keys.slots = slots(p, p.keys, plan.grad_keys.own);
   plan.grad_keys.blocks = units * plan.grad_keys.slots;
   plan.workspace_bytes = aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * sum_size);
+  if (p.one_pass) {
+    plan.one_pass = true;
+    plan.grad_queries = {};
+    plan.sums_at = plan.workspace_bytes;
+    plan.workspace_bytes += aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * p.head_size * sum_size);
+  }
   if (p.of_mask) {
     TilePass& mask = plan.grad_mask;
     mask = with_sizes(size, plan.features, [&](auto s, auto f) { return pass<PairShape<s, f>>(s, 2, 2); });

@@ -43,7 +43,8 @@ struct BoundAttentionPlan {
 inline py::dict describe_attention(const BoundAttentionPlan& bound) {
   const GpuAttentionPlan& plan = bound.plan;
   py::dict d;
-  d["kernel"] = bound.backward ? "two_passes" : kAttentionKernelNames[int(plan.kernel)];
+  d["kernel"] =
+      bound.backward ? plan.one_pass ? "one_pass" : "two_passes" : kAttentionKernelNames[int(plan.kernel)];
   d["features"] = plan.features;
   d["options"] = plan.options;
   d["workspace_bytes"] = plan.workspace_bytes;

@@ -23,6 +23,11 @@ constexpr int tile_bytes(int size, int features, int rows) {
 // Of Query in attention_scores.h.
 constexpr int query_bytes(int size) { return size == 8 ? 40 : 28; }
 
+// Of the gradients of scores that the one-pass form exchanges: see add_to_queries() in attention_backward.h.
+constexpr int score_bytes(int size, int queries, int keys) {
+  return queries * (keys + 4) * (size == 8 ? 8 : 4);
+}
+
 // One of three, for elements of 2, 4 and 8 bytes.
 template <int kSize, class A, class B, class C>
 using BySize = std::conditional_t<kSize == 2, A, std::conditional_t<kSize == 4, B, C>>;
@@ -64,6 +69,13 @@ using GradKeysShape = ByFeatures<
            TileShape<128, kAny ? 4 : 2, 1, 8, kAny ? 4 : 2>>,
     BySize<kSize, TileShape<256, 8, 1, 16, kAny ? 4 : 2>, TileShape<256, kAny ? 8 : 4, 1, 8, kAny ? 4 : 2>,
            TileShape<256, kAny ? 8 : 4, 1, 8, kAny ? 8 : 4>>>;
+
+// The same of the one-pass form, which has dS in shared memory too.
+template <int kSize, int kFeatures>
+using OnePassShape = ByFeatures<
+    kFeatures, BySize<kSize, TileShape<64, 4, 1, 32>, TileShape<64, 4, 1, 16>, TileShape<64, 4, 1, 16, 2>>,
+    BySize<kSize, TileShape<128, 8, 1, 16, 2>, TileShape<128, 4, 1, 16, 2>, TileShape<128, 4, 1, 8, 4>>,
+    BySize<kSize, TileShape<256, 8, 1, 16, 4>, TileShape<256, 8, 1, 8, 4>, TileShape<256, 8, 1, 8, 8>>>;
 
 // Weights and the gradient of the mask: rows by keys.
 template <int kSize, int kFeatures>

@@ -242,6 +242,10 @@ FS_DEVICE void store_once(T* p, T value) {
   }
 }
 
+// += in global memory, by whoever comes first.
+FS_DEVICE void add_in_any_order(float* p, float x) { atomicAdd(p, x); }
+FS_DEVICE void add_in_any_order(double* p, double x) { atomicAdd(p, x); }
+
 // 16 bytes of global memory that no kernel writes meanwhile, kept out of the first-level cache.
 FS_DEVICE Vector16 load_constant(const Vector16* p) {
   Vector16 v;

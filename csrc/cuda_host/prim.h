@@ -99,6 +99,11 @@ FS_DEVICE void store_once(T* p, T value) {
   check_alignment(p, sizeof(T), "store_once");
   *p = value;
 }
+template <class T>
+FS_DEVICE void add_in_any_order(T* p, T x) {
+  check_alignment(p, sizeof(T), "add_in_any_order");
+  *p += x;
+}
 FS_DEVICE Vector16 load_constant(const Vector16* p) {
   check_alignment(p, 16, "load_constant");
   return *p;

@@ -20,15 +20,16 @@ from .function import Backward, Function, gradients, needs_gradient, recording, 
 def attention(*arguments: Any) -> tuple[Tensor, ...]:
     """Output, lse, weights, empty if not asked for, remainder and normalizer: see attention_ops.
 
-    The arguments are those of attention_checks.Arguments, without the last, `save`.
+    The arguments are those of attention_checks.Arguments, and in place of the last, `save`, whether the
+    backward pass has to be deterministic.
     """
-    tensors, (*rest, average_weights) = arguments[:9], arguments[9:]
+    tensors, (*rest, average_weights, deterministic) = arguments[:9], arguments[9:]
     query, key, value, attn_mask, *_, sinks = tensors
     if not (recording() and needs_gradient(query, key, value, attn_mask, sinks)):
-        return attention_ops.attention(*arguments)
+        return attention_ops.attention(*arguments[:-1])
     if is_compiling():
         tensors = _each_once(tensors)
-    output, lse, weights, *saved = _Attention.apply(*tensors, *rest)
+    output, lse, weights, *saved = _Attention.apply(*tensors, *rest, deterministic)
     if average_weights:  # a gradient of the mean needs each head's
         weights = weights.mean(dim=1, keepdim=True)
     return output, lse, weights, *saved
@@ -51,28 +52,29 @@ def _backward_op(
     left: int,
     right: int,
     bottom_right: bool,
+    deterministic: bool,
     wanted: Sequence[bool],
     *tensors: Tensor | None,
 ) -> tuple[Tensor, ...]:
     if tensors[15] is None:  # torch.compile hands a gradient even to what is not differentiable
         tensors = (*tensors[:2], None, *tensors[3:])
     numbers = (scale, softcap, dropout_p, left, right, bottom_right)
-    return tuple(attention_ops.attention_backward(*tensors, *numbers, wanted))
+    return tuple(attention_ops.attention_backward(*tensors, *numbers, wanted, deterministic))
 
 
 class _Attention(Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return attention_ops.attention(*arguments, False, True)
+        return attention_ops.attention(*arguments[:-1], False, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         output, _, weights, remainder, normalizer = outputs
-        return_weights = Arguments(*inputs).return_weights
+        return_weights = Arguments(*inputs[:-1]).return_weights
         kept = weights if return_weights else None
         remainder_kept = remainder if remainder.dim() > 1 else None
         ctx.save_for_backward(*inputs[:10], output, normalizer, kept, remainder_kept)
-        ctx.constants = inputs[10:16]
+        ctx.constants = (*inputs[10:16], inputs[-1])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(remainder, normalizer, *([] if return_weights else [weights]))
 
@@ -89,7 +91,7 @@ class _Attention(Function):
         incoming = (grad_output, grad_lse, grad_weights)
         grads = gradients(_AttentionBackward, incoming, ctx.saved_tensors, ctx.constants, wanted)
         of_query, of_key, of_value, of_mask, of_sinks = grads
-        return of_query, of_key, of_value, of_mask, None, None, None, None, of_sinks, *[None] * 8
+        return of_query, of_key, of_value, of_mask, None, None, None, None, of_sinks, *[None] * 9
 
 
 class _AttentionBackward(Backward):
