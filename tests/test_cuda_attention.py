@@ -355,7 +355,7 @@ def test_explain_tells_parts_of_the_keys(twin):
     assert "keys in 8 parts of 256" in str(call)
 
 
-# ------------------------------------------------------------------------------------------- the one-pass form
+# ------------------------------------------------------------------------------------------ the one-pass form
 
 
 ONE_PASS = {

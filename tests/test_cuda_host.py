@@ -333,6 +333,70 @@ def test_load_matrices_hands_out_words(twin):
     assert (r == matrices[WORD, LANE // 4, LANE % 4]).all()
 
 
+def test_load_matrices_transposed_hands_out_columns(twin):
+    rows = numpy.arange(256, dtype=numpy.uint16).reshape(32, 8)
+    r = numpy.zeros((32, 4, 2), numpy.uint16)
+    twin.load_matrices(rows.ctypes.data, r.ctypes.data, transposed=True)
+    matrices = rows.reshape(4, 8, 8)
+    for half in range(2):
+        assert (r[..., half] == matrices[WORD, 2 * (LANE % 4) + half, LANE // 4]).all()
+
+
+def test_mma_of_doubles_is_the_product_of_the_matrices(twin):
+    a, b, d = (
+        numpy.random.default_rng(i).standard_normal(s) for i, s in enumerate([(16, 8), (8, 8), (16, 8)])
+    )
+    row, word = numpy.arange(32)[:, None] // 4, numpy.arange(32)[:, None] % 4
+    four, two = numpy.arange(4), numpy.arange(2)
+    a_lanes = numpy.ascontiguousarray(a[row + 8 * (four % 2), word + 4 * (four // 2)])
+    b_lanes = numpy.ascontiguousarray(b[word + 4 * two, row])
+    place = (row + 8 * (four // 2), 2 * word + four % 2)
+    d_lanes = numpy.ascontiguousarray(d[place])
+    twin.mma_double(a_lanes.ctypes.data, b_lanes.ctypes.data, d_lanes.ctypes.data)
+    numpy.testing.assert_allclose(d_lanes, (d + a @ b)[place], rtol=0, atol=1e-14)
+
+
+def test_mma_cuts_off_what_does_not_fit_a_float(twin):
+    """Once, towards zero, as tensor cores do: a thousand sums of 2^-12 of a unit leave a unit as it is, and
+    eight terms of that size in one product are added before anything is cut off."""
+    tiny = 2.0**-12 * 2.0**-23
+    a, b = torch.zeros(16, 8), torch.ones(8, 8)
+    a[0, 0], a[1] = tiny * 0.99, tiny * 2**9 * 1.01
+    for sign in (1, -1):
+        d = mma(twin, "tf32", sign * a, b, sign * torch.ones(16, 8))
+        assert (d[0] == sign).all()
+        assert (d[1] == sign * (1 + 2.0**-23)).all()
+
+
+def test_copies_fill_up_with_zeros(twin):
+    source = numpy.random.default_rng(0).integers(1, 256, (32, 16), dtype=numpy.uint8)
+    result = numpy.full_like(source, 7)
+    twin.copy_or_zero(source.ctypes.data, result.ctypes.data)
+    kept = numpy.arange(16) < (numpy.arange(32) % 17)[:, None]
+    assert (result == numpy.where(kept, source, 0)).all()
+
+
+@pytest.mark.parametrize(("order", "seed"), cuda_host.SCHEDULES)
+def test_any_finds_the_one_in_a_warp_and_in_a_block(twin, order, seed):
+    cuda_host.set_schedule(order, seed)
+    result = numpy.zeros((100, 96), numpy.uint8)
+    twin.any(100, result.ctypes.data)
+    rounds, threads = numpy.arange(100)[:, None], numpy.arange(96)
+    assert (result % 2 == (rounds // 32 == threads // 32)).all()
+    assert (result // 2 == (rounds < 96)).all()
+
+
+def test_exp2_is_exact_to_two_units_and_flushes_what_is_subnormal(twin):
+    source = torch.cat(
+        [torch.linspace(-140, 130, 10_001), torch.tensor([-math.inf, math.inf, math.nan, 0.0])]
+    )
+    exact = torch.exp2(source.double())
+    exact[exact < 2.0**-126] = 0
+    exact[exact >= 2.0**128] = math.inf
+    found = numbers(twin, "exp2", source, torch.float32).double()
+    torch.testing.assert_close(found, exact, rtol=2 * 2.0**-23, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [numpy.float32, numpy.float64])
 @pytest.mark.parametrize("mask", [0, 1, 2, 7, 16, 31])
 def test_shuffle_xor_exchanges(twin, mask, dtype):

@@ -60,10 +60,25 @@ PYBIND11_MODULE(_cuda_host, m) {
       py::arg("type"), py::arg("a"), py::arg("b"), py::arg("d"), Unlocked());
   m.def(
       "load_matrices",
-      [](uintptr_t rows, uintptr_t r) {
-        check(run_load_matrices(at<const uint32_t>(rows), at<uint32_t>(r)));
+      [](uintptr_t rows, uintptr_t r, bool transposed) {
+        check(run_load_matrices(at<const uint32_t>(rows), at<uint32_t>(r), transposed));
       },
-      py::arg("rows"), py::arg("r"), Unlocked());
+      py::arg("rows"), py::arg("r"), py::arg("transposed") = false, Unlocked());
+  m.def(
+      "mma_double",
+      [](uintptr_t a, uintptr_t b, uintptr_t d) {
+        check(run_mma_double(at<const double>(a), at<const double>(b), at<double>(d)));
+      },
+      py::arg("a"), py::arg("b"), py::arg("d"), Unlocked());
+  m.def(
+      "copy_or_zero",
+      [](uintptr_t from, uintptr_t to) {
+        check(run_copy_or_zero(at<const unsigned char>(from), at<unsigned char>(to)));
+      },
+      py::arg("source"), py::arg("result"), Unlocked());
+  m.def(
+      "any", [](int rounds, uintptr_t result) { check(run_any(rounds, at<uint8_t>(result))); },
+      py::arg("rounds"), py::arg("result"), Unlocked());
   m.def(
       "shuffle_xor",
       [](int bytes, int mask, uintptr_t value, uintptr_t result) {

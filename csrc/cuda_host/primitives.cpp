@@ -25,6 +25,22 @@ struct Mma {
   }
 };
 
+struct MmaDouble {
+  struct Args {
+    const double *a, *b;
+    double* d;
+  };
+  static constexpr int kThreads = kWarp;
+  static FS_DEVICE void run(const Args& args) {
+    const int lane = thread_index();
+    double a[4], d[4];
+    for (int i = 0; i < 4; ++i) a[i] = args.a[4 * lane + i], d[i] = args.d[4 * lane + i];
+    mma(d, a, args.b[2 * lane], args.b[2 * lane + 1]);
+    for (int i = 0; i < 4; ++i) args.d[4 * lane + i] = d[i];
+  }
+};
+
+template <bool kTransposed>
 struct LoadMatrices {
   struct Args {
     const uint32_t* rows;
@@ -37,8 +53,45 @@ struct LoadMatrices {
     copy_async_commit();
     copy_async_wait<0>();
     uint32_t r[4];
-    load_matrices(r, own);
+    if constexpr (kTransposed) {
+      load_matrices_transposed(r, own);
+    } else {
+      load_matrices(r, own);
+    }
     for (int i = 0; i < 4; ++i) args.r[4 * thread_index() + i] = r[i];
+  }
+};
+
+struct CopyOrZero {
+  struct Args {
+    const unsigned char* from;
+    unsigned char* to;
+  };
+  static constexpr int kThreads = kWarp;
+  static FS_DEVICE void run(const Args& args) {
+    unsigned char* const own = shared_memory() + 16 * thread_index();
+    const int bytes = thread_index() % 17;
+    copy_async_or_zero(own, bytes ? args.from + 16 * thread_index() : nullptr, bytes);
+    copy_async_commit();
+    copy_async_wait<0>();
+    for (int i = 0; i < 16; ++i) args.to[16 * thread_index() + i] = own[i];
+  }
+};
+
+// Each thread in turn is the one for which it is so, then none is; result [rounds][threads] of bits: in the warp, in
+// the block.
+struct Any {
+  struct Args {
+    int rounds;
+    uint8_t* result;
+  };
+  static constexpr int kThreads = 3 * kWarp;
+  static FS_DEVICE void run(const Args& args) {
+    for (int round = 0; round < args.rounds; ++round) {
+      const bool mine = round == thread_index();
+      const bool in_warp = any_in_warp(mine), in_block = any_in_block(mine);
+      args.result[round * kThreads + thread_index()] = uint8_t(in_warp | in_block << 1);
+    }
   }
 };
 
@@ -90,6 +143,9 @@ struct RoundToTf32 {
 };
 struct Sigmoid {
   static float of(float x) { return sigmoid(x); }
+};
+struct Exp2 {
+  static float of(float x) { return exp2(x); }
 };
 struct Tanh {
   static float of(float x) { return tanh(x); }
@@ -168,9 +224,20 @@ const char* run_mma(const std::string& type, const uint32_t* a, const uint32_t* 
   unknown(type);
 }
 
-const char* run_load_matrices(const uint32_t* rows, uint32_t* r) {
-  return launch<LoadMatrices>({1, kWarp, kWarp * 16}, {rows, r});
+const char* run_mma_double(const double* a, const double* b, double* d) {
+  return launch<MmaDouble>({1, kWarp}, {a, b, d});
 }
+
+const char* run_load_matrices(const uint32_t* rows, uint32_t* r, bool transposed) {
+  if (transposed) return launch<LoadMatrices<true>>({1, kWarp, kWarp * 16}, {rows, r});
+  return launch<LoadMatrices<false>>({1, kWarp, kWarp * 16}, {rows, r});
+}
+
+const char* run_copy_or_zero(const unsigned char* from, unsigned char* to) {
+  return launch<CopyOrZero>({1, kWarp, kWarp * 16}, {from, to});
+}
+
+const char* run_any(int rounds, uint8_t* result) { return launch<Any>({1, Any::kThreads}, {rounds, result}); }
 
 const char* run_shuffle_xor(int bytes, int mask, const void* value, void* result) {
   if (bytes == 4) return launch<ShuffleXor<float>>({1, kWarp}, {mask, value, result});
@@ -184,6 +251,7 @@ const char* run_numbers(const std::string& function, int64_t count, const void* 
   if (function == "narrow_float16") return numbers<Narrow<float16>, float, float16>(count, from, to);
   if (function == "round_to_tf32") return numbers<RoundToTf32, float, float>(count, from, to);
   if (function == "sigmoid") return numbers<Sigmoid, float, float>(count, from, to);
+  if (function == "exp2") return numbers<Exp2, float, float>(count, from, to);
   if (function == "tanh") return numbers<Tanh, float, float>(count, from, to);
   if (function == "relu") return numbers<Relu, float, float>(count, from, to);
   unknown(function);
