@@ -27,7 +27,7 @@
 #   memcheck, racecheck     compute-sanitizer on a few small cases: the slowest per line, and seldom news
 # of attention
 #   attention-smoke     small cases of every dtype, head size and option against float64
-#   attention-gpu       the tests of attention's kernels on the GPU, tests/test_cuda_attention*.py
+#   attention-gpu       the tests of attention on the GPU: those of its kernels, then all others
 #   attention-grid      fastseq against each backend of torch's, goals first, see benchmarks/gpu_attention_run.py
 #   attention-memcheck  compute-sanitizer on a few small cases
 #
@@ -217,7 +217,7 @@ fi
 
 if wanted ladder; then
   stage ladder "$python" -m pytest -q --tb=short --tally "$work/ladder.tally" -m "gpu and not slow" \
-    --ignore=tests/test_cuda_gpu.py --ignore-glob="tests/test_cuda_attention*"
+    --ignore=tests/test_cuda_gpu.py --ignore-glob="tests/test_*attention*"
 fi
 
 if wanted suite; then
@@ -241,14 +241,8 @@ if wanted attention-smoke; then
 fi
 
 if wanted attention-gpu; then
-  shopt -s nullglob
-  tests=(tests/test_cuda_attention*.py)
-  shopt -u nullglob
-  if ((${#tests[@]})); then
-    stage attention-gpu "$python" -m pytest -v --tb=short --tally "$work/attention-gpu.tally" -m gpu "${tests[@]}"
-  else
-    note attention-gpu "there are no tests of attention's kernels yet" 0
-  fi
+  stage attention-gpu "$python" -m pytest -v --tb=short --tally "$work/attention-gpu.tally" -m gpu \
+    tests/test_cuda_attention*.py tests/test_attention*.py
 fi
 
 if wanted attention-grid; then
