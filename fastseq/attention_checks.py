@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .checks import DTYPES, places_of, problem
+from .checks import DTYPES, places_of, problem, tensors_with_kernels
 
 
 class Arguments(NamedTuple):
@@ -393,7 +393,7 @@ def unsupported(op: str, arguments: Sequence[object]) -> NoReturn:
     raise NotImplementedError(
         problem(
             f"query, key and value on {', '.join(where)}, where {op} has no kernel",
-            "dense tensors on the CPU",
+            tensors_with_kernels(),
             "query.cpu() or query.to_dense(), or torch.nn.functional.scaled_dot_product_attention",
         )
     )

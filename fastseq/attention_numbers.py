@@ -33,7 +33,7 @@ def _head(tensor: Tensor | None) -> tuple[int, ...]:
         raise RuntimeError(
             problem(
                 "query, key, value or a gradient without memory of its own",
-                "dense tensors on the CPU",
+                "dense tensors",
                 "tensor.clone()",
             )
         )

@@ -256,6 +256,12 @@ def places_of(arguments: Sequence[object]) -> tuple[list[str], int]:
     return sorted({f"{t.device.type} ({t.layout})" for t in tensors}), len({t.device for t in tensors})
 
 
+def tensors_with_kernels() -> str:
+    cuda = _C.cuda_info()
+    on_gpu = " or on a CUDA GPU" if cuda["built"] else f"; CUDA kernels are not built: {cuda['reason']}"
+    return f"dense tensors on the CPU{on_gpu}"
+
+
 def unsupported(op: str, arguments: Sequence[object]) -> NoReturn:
     """Raises for tensors on a device (or of a layout) for which there is no kernel."""
     where, devices = places_of(arguments)
@@ -267,12 +273,10 @@ def unsupported(op: str, arguments: Sequence[object]) -> NoReturn:
                 "module.to(input.device)",
             )
         )
-    cuda = _C.cuda_info()
-    on_gpu = " or on a CUDA GPU" if cuda["built"] else f"; CUDA kernels are not built: {cuda['reason']}"
     raise NotImplementedError(
         problem(
             f"input and weights on {', '.join(where)}, where {op} has no kernel",
-            f"dense tensors on the CPU{on_gpu}",
+            tensors_with_kernels(),
             "input.cpu() and module.cpu(), or .to_dense(); fastseq.show_config() says what is built",
         )
     )
