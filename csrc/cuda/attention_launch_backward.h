@@ -38,17 +38,17 @@ const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
     const bool may_be_few = a.keys <= kFewKeys || a.key_lengths || a.cu_seqlens_k;
     if (!plan.one_pass && (a.grad_query.data || may_be_few)) {
       const char* const error =
-          plan.options ? launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures, true>, true>>(
-                             call, plan.grad_queries)
-                       : launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures, false>, false>>(
-                             call, plan.grad_queries);
+          plan.options
+              ? launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures>, true>>(call, plan.grad_queries)
+              : launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures>, false>>(call,
+                                                                                       plan.grad_queries);
       if (error) return error;
     }
     if (!plan.one_pass && (a.grad_key.data || a.grad_value.data)) {
       const char* const error =
           plan.options
-              ? launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures, true>, true>>(call, plan.grad_keys)
-              : launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures, false>, false>>(call, plan.grad_keys);
+              ? launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures>, true>>(call, plan.grad_keys)
+              : launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures>, false>>(call, plan.grad_keys);
       if (error) return error;
     }
     if (!a.grad_mask) return nullptr;
