@@ -1,4 +1,4 @@
-"""Attention's CUDA kernels read nothing beyond the memory that they are given, and find what lies far apart."""
+"""Attention's CUDA kernels read nothing beyond the memory that is theirs, and find what lies far apart in it."""
 
 import subprocess
 import sys
