@@ -1,4 +1,4 @@
-"""Attention's CUDA kernels read nothing beyond the memory that is theirs, and find what lies far apart in it."""
+"""Attention's CUDA kernels read nothing behind the memory that is theirs, and find what lies far apart."""
 
 import subprocess
 import sys
