@@ -101,6 +101,18 @@ struct Place {
   int64_t sequence, kv_head, tile;  // tile < 0: none
   int part;
 };
+// Whose slot it is, of packed sequences that begin at these rows of `all`, each row `times` rows of tiles.
+FS_DEVICE void find_packed(Place& p, int64_t slot, const int64_t* starts, int64_t batch, int64_t all,
+                           int64_t times, int size) {
+  int64_t low = 0, high = batch;  // the last sequence that begins at this slot or before is in [low, high)
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    const bool after = clamp(starts[middle], 0, all) * times / size + middle > slot;
+    low = after ? low : middle, high = after ? middle : high;
+  }
+  p.sequence = low;
+  p.tile = slot - (clamp(starts[low], 0, all) * times / size + low);
+}
 FS_DEVICE Place place_of_block(const Call& call, const int64_t* starts, int64_t all, int64_t times, int size,
                                bool last_first) {
   const AttentionArgs& a = call.a;
@@ -116,14 +128,7 @@ FS_DEVICE Place place_of_block(const Call& call, const int64_t* starts, int64_t 
     p.tile = last_first ? call.slots - 1 - slot : slot;
     return p;
   }
-  int64_t low = 0, high = a.batch;  // the last sequence that begins at this slot or before is in [low, high)
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    const bool after = clamp(starts[middle], 0, all) * times / size + middle > slot;
-    low = after ? low : middle, high = after ? middle : high;
-  }
-  p.sequence = low;
-  p.tile = slot - (clamp(starts[low], 0, all) * times / size + low);
+  find_packed(p, slot, starts, a.batch, all, times, size);
   return p;
 }
 
