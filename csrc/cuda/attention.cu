@@ -72,7 +72,10 @@ const char* attention_forward(const AttentionArgs& args, const GpuAttentionPlan&
   return with_arithmetic(args, [&](auto m) {
     using M = decltype(m);
     if constexpr (sizeof(typename M::Element) == 2) {
-      if (plan.kernel == AttentionKernelKind::kHopper) return attention::launch_hopper<M>(call, plan);
+      if (plan.kernel == AttentionKernelKind::kHopper) {
+        const char* const error = attention::launch_hopper<M>(call, plan);
+        return error ? error : attention::launch_weights<M>(call, plan);
+      }
     }
     return attention::launch_forward<M>(call, plan);
   });

@@ -152,6 +152,12 @@ struct RowTile {
     count = p.tile < 0 ? 0 : int(clamp(rows - first, 0, kRows));
     first_query = int(first / group), first_head = int(first % group);
   }
+  // Where the group divides kRows: so many queries. There is no division of 64 bits then, which is a call.
+  FS_DEVICE RowTile(const Call& call, const Place& p, int queries)
+      : s(call.a, p.sequence), kv_head(p.kv_head), first_head(0), group(call.group), part(p.part) {
+    first_query = int(p.tile) * queries;
+    count = p.tile < 0 ? 0 : smaller(larger(s.queries - first_query, 0), queries) * group;
+  }
 
   FS_DEVICE int query(int row) const { return first_query + (first_head + row) / group; }
   FS_DEVICE int64_t head(int row) const { return kv_head * group + (first_head + row) % group; }

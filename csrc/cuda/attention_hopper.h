@@ -12,8 +12,9 @@
 // tensor cores make O, the consumer makes P of S. Up to 128 features the consumers take turns at issuing, so that one
 // multiplies while another is at its exponentials. Tiles of which some element is hidden are worked on one step after
 // the other: lengths, causality and windows have one or two of them, at the ends; with a mask all tiles are such.
-// Of these, values that are hidden may be NaN or infinite: a consumer looks through the tile of values, and where there
-// is one takes the product of attention_tiles.h that knows of it. A consumer skips what its rows see nothing of.
+// Of these, values that are hidden may be NaN or infinite, and zero times that is NaN: the consumers look through the
+// tile of values, and where they find one they add to O what comes of those that are seen, meet, make zeros of them, and
+// go on as if nothing had been. A consumer skips the products of what its rows see nothing of.
 //
 // Rows are those of attention_call.h, of packs of heads: as many of those that share a key head as divide the rows of
 // a tile, so that a box of Q is (features, heads of the pack, queries). What lies outside of a tensor is zero, what lies
@@ -40,6 +41,7 @@ struct HopperArgs {
   TensorMap query, key, value;  // (feature, head of pack, row, pack, batch); (feature, row, head, batch)
   Call call;                    // its group is the heads of a pack
   int packs;                    // of a key head
+  int queries;                  // of a tile of rows
   int items, units;             // tiles of rows; packs of all heads and sequences
   int units_at_once;            // whose tiles alternate
 };
@@ -56,7 +58,8 @@ struct HopperForward {
                        kStageBytes = kTiles * kTileBytes;
   static constexpr int kWarps = 4 * kConsumers;  // that read
   static constexpr bool kTurns = kFeatures <= 128;
-  static constexpr int kFirstTurn = 1, kFirstMeeting = 1 + kConsumers;  // named barriers of each consumer
+  static constexpr int kFirstTurn = 1, kFirstMeeting = 1 + kConsumers;  // named barriers of each consumer,
+  static constexpr int kOfAll = 1 + 2 * kConsumers;                     // and one of all
   using Rows = RowTile<kRows>;
   using Scores = float[kKeys / 2];
   using Output = float[kFeatures / 2];
@@ -102,26 +105,35 @@ struct HopperForward {
  private:
   // ---- items ----
 
-  // Calls body(rows, head of K and V) for each item of the block that has rows. Units follow each other in sections,
-  // whose keys and values stay in the second-level cache while their tiles alternate, those that see most first; and a
-  // block's place among the others is the other way round every other time, so that nobody has the heavier one always.
+  // Calls body(number) for each item of the block. Its place among the blocks is the other way round every other time,
+  // so that nobody has the heavier one always.
   template <class Body>
   static FS_DEVICE void for_items(const Args& args, Body body) {
+    const int blocks = block_count();
+    FS_NO_UNROLL
+    for (int turn = 0; turn * blocks < args.items; ++turn) {
+      const int index = turn * blocks + (turn % 2 == 0 ? block_index() : blocks - 1 - block_index());
+      if (index < args.items) body(index);
+    }
+  }
+
+  // The rows of an item; the key head is that of the pack. Units follow each other in sections, whose keys and values
+  // stay in the second-level cache while their tiles alternate, those that see most first.
+  static FS_DEVICE Rows rows_of(const Args& args, int item) {
     const Call& call = args.call;
     const AttentionArgs& a = call.a;
-    const int blocks = block_count(), slots = int(call.slots), heads = int(a.kv_heads) * args.packs;
-    FS_NO_UNROLL
-    for (int first = 0, turn = 0; first < args.items; first += blocks, ++turn) {
-      const int index = first + (turn % 2 == 0 ? block_index() : blocks - 1 - block_index());
-      if (index >= args.items) continue;
-      const int begin = index / (args.units_at_once * slots) * args.units_at_once;
-      const int count = smaller(args.units_at_once, args.units - begin), rest = index - begin * slots;
-      const int unit = begin + rest % count, slot = slots - 1 - rest / count;
-      Place p{unit / heads, unit % heads, slot, 0};
-      if (a.cu_seqlens_q) find_packed(p, slot, a.cu_seqlens_q, a.batch, a.queries, call.group, kRows);
-      const Rows rows(call, p);
-      if (rows.count > 0) body(rows, int(p.kv_head) / args.packs);
-    }
+    const int slots = int(call.slots), heads = int(a.kv_heads) * args.packs;
+    const int begin = item / (args.units_at_once * slots) * args.units_at_once;
+    const int count = smaller(args.units_at_once, args.units - begin), rest = item - begin * slots;
+    const int unit = begin + rest % count, slot = slots - 1 - rest / count;
+    Place p{unit / heads, unit % heads, slot, 0};
+    if (a.cu_seqlens_q) find_packed(p, slot, a.cu_seqlens_q, a.batch, a.queries, call.group, kRows);
+    return Rows(call, p, args.queries);
+  }
+  // Once more, from its number: cheaper than to keep all of it in registers meanwhile. Where all tiles need it, it is
+  // kept.
+  static FS_DEVICE Rows rows_again(const Args& args, const Rows& rows, int item) {
+    return kMasked ? rows : rows_of(args, int(as_new(uint32_t(item))));
   }
 
   // Tiles of keys that a row sees, from begin to end; all rows see all of those from whole to edge.
@@ -129,6 +141,7 @@ struct HopperForward {
     int begin, whole, edge, end;
   };
   static FS_DEVICE Tiles tiles_of(const Rows& rows) {
+    if (rows.count <= 0) return {};
     const Range some = rows.some(), all = rows.all();
     Tiles t;
     t.begin = some.begin / kKeys;
@@ -143,9 +156,11 @@ struct HopperForward {
   static FS_DEVICE void produce(const Args& args, const Shared& shared) {
     prefetch(args.query), prefetch(args.key), prefetch(args.value);
     int loads = 0, items = 0;
-    for_items(args, [&](const Rows& rows, int kv_head) {
+    for_items(args, [&](int item) {
+      const Rows rows = rows_of(args, item);
       const Tiles tiles = tiles_of(rows);
       if (tiles.begin == tiles.end) return;
+      const int kv_head = int(rows.kv_head) / args.packs;
       const int batch = int(rows.s.b), first_key = int(rows.s.first_key);
       barrier_wait(shared.query_empty, (items++ & 1) ^ 1);
       barrier_expect(shared.query_full, kQueryBytes);
@@ -203,7 +218,9 @@ struct HopperForward {
     Scores s;
     Output o;
     Weights p;
-    for_items(args, [&](const Rows& rows, int) {
+    for_items(args, [&](int item) {
+      const Rows rows = rows_of(args, item);
+      if (rows.count <= 0) return;
       const Tiles tiles = tiles_of(rows);
       FS_UNROLL
       for (int i = 0; i < 2; ++i) {
@@ -223,12 +240,12 @@ struct HopperForward {
             whole_tiles(scoring, shared, state, tiles.edge - tile, s, o, p);
             tile = tiles.edge;
           } else {
-            edge_tile(call, scoring, shared, state, rows, tile++, s, o, p);
+            edge_tile(call, scoring, shared, state, rows_again(args, rows, item), tile++, s, o, p);
           }
         }
         release(shared.query_empty);
       }
-      finish(call, scoring, state, rows, o);
+      finish(call, scoring, state, rows_again(args, rows, item), o);
     });
   }
 
@@ -349,6 +366,35 @@ struct HopperForward {
     return carries & 0x80008000;
   }
 
+  // What of P V is not finite, added to O. The copies are made in loops: with memcpy() of an array ptxas sees it in
+  // memory elsewhere too, and serialises the products.
+  static FS_DEVICE void add_special(unsigned char* values, const Scores& s, Output& o) {
+    Scores from;
+    Output to;
+    FS_UNROLL
+    for (int i = 0; i < kKeys / 2; ++i) from[i] = s[i];
+    FS_UNROLL
+    for (int i = 0; i < kFeatures / 2; ++i) to[i] = o[i];
+    FS_NO_UNROLL
+    for (int i = 0; i < kTiles; ++i) {
+      add_special_product<M, false>(
+          reinterpret_cast<Sums<float>*>(to) + i * 8, 1, smaller(8, kFeatures / 8 - i * 8),
+          reinterpret_cast<Sums<float>*>(from), kKeys / 8,
+          Tile<E, kTileColumns>{reinterpret_cast<E*>(values + i * kTileBytes)}, 0, kTileColumns);
+    }
+    FS_UNROLL
+    for (int i = 0; i < kFeatures / 2; ++i) o[i] = to[i];
+  }
+  // This thread's share of a tile, for the products.
+  static FS_DEVICE void make_finite(unsigned char* tile) {
+    FS_NO_UNROLL
+    for (int i = thread_index() - kWarpgroup; i < kStageBytes / 2; i += kConsumers * kWarpgroup) {
+      E& x = reinterpret_cast<E*>(tile)[i];
+      if (!is_finite(widen(x))) x.bits = 0;
+    }
+    fence_async();
+  }
+
   static FS_DEVICE void edge_tile(const Call& call, const Scoring<float>& scoring, const Shared& shared,
                                   State& state, const Rows& rows, int tile, Scores& s, Output& o,
                                   Weights& p) {
@@ -385,47 +431,40 @@ struct HopperForward {
         works = any_in_warpgroup(shared, state, any);
       }
     }
-    const int stage = state.stage(), phase = state.phase();
-    ++state.loads;
+    const int load = state.loads++, stage = load % kStages, phase = load / kStages & 1;
     barrier_wait(shared.keys_full + stage, phase);
-    if (!works) {
-      release(shared.keys_empty + stage);
-      barrier_wait(shared.values_full + stage, phase);
-      release(shared.values_empty + stage);
-      return;
+    if (works) {
+      wgmma_fence(s);
+      issue_scores(shared, state, load, s);
+      wgmma_wait<0>(s);
     }
-    wgmma_fence(s);
-    issue_scores(shared, state, state.loads - 1, s);
-    wgmma_wait<0>(s);
     release(shared.keys_empty + stage);
-    Matrix& x = reinterpret_cast<Matrix&>(s);
-    if constexpr (kMasked) {
-      if (!call.product_units) {
-        FS_UNROLL
-        for (int i = 0; i < kKeys / 2; ++i) s[i] *= scoring.scale;
+    if (works) {
+      Matrix& x = reinterpret_cast<Matrix&>(s);
+      if constexpr (kMasked) {
+        if (!call.product_units) {
+          FS_UNROLL
+          for (int i = 0; i < kKeys / 2; ++i) s[i] *= scoring.scale;
+        }
+        apply_mask<E>(a, rows.s, orient, query_at, x);
       }
-      apply_mask<E>(a, rows.s, orient, query_at, x);
+      hide_edge(orient, query_at, x);
+      float rescale[2];
+      softmax(scoring, state, s, rescale);
+      multiply_rows(o, rescale);
     }
-    hide_edge(orient, query_at, x);
-    float rescale[2];
-    softmax(scoring, state, s, rescale);
-    multiply_rows(o, rescale);
     barrier_wait(shared.values_full + stage, phase);
     unsigned char* const values = shared.values + stage * kStageBytes;
-    if (any_in_warpgroup(shared, state, is_special(values))) {
-      InMemory to(o);
-      InMemory from(x);
-      for (int i = 0; i < kTiles; ++i) {
-        const Tile<E, kTileColumns> of_values{reinterpret_cast<E*>(values + i * kTileBytes)};
-        auto* const sums = reinterpret_cast<Sums<float>*>(to.copy) + i * 8;
-        add_special_product<M>(sums, 1, smaller(8, kFeatures / 8 - i * 8), from.copy[0], kKeys / 8, of_values,
-                               0, kTileColumns);
-      }
-      sync_warp();
-    } else {
+    if (any_in_warpgroup(shared, state, is_special(values))) {  // so all consumers find
+      if (works) add_special(values, s, o);
+      named_sync(kOfAll, kConsumers * kWarpgroup);
+      make_finite(values);
+      named_sync(kOfAll, kConsumers * kWarpgroup);
+    }
+    if (works) {
       round(s, p);
       wgmma_fence(o, p);
-      issue_output(shared, state.loads - 1, o, p);
+      issue_output(shared, load, o, p);
       wgmma_wait<0>(o, p);
     }
     release(shared.values_empty + stage);

@@ -39,7 +39,7 @@ const char* launch_hopper_kernel(const Call& call, const GpuAttentionPlan& plan)
   args.call = call;
   const AttentionArgs& a = call.a;
   args.call.group = plan.pack, args.call.slots = pass.slots;
-  args.packs = call.group / plan.pack;
+  args.packs = call.group / plan.pack, args.queries = Kernel::kRows / plan.pack;
   args.units = int(a.kv_heads * args.packs * (a.cu_seqlens_q ? 1 : a.batch));
   args.items = int(args.units * pass.slots);
   // Alternating is for tiles of different weight.
@@ -53,7 +53,7 @@ const char* launch_hopper_kernel(const Call& call, const GpuAttentionPlan& plan)
 
 template <class M>
 const char* launch_hopper(Call& call, const GpuAttentionPlan& plan) {
-  return with_hopper_shape(plan.features, plan.options, [&](auto shape, auto masked) -> const char* {
+  return with_hopper_shape(plan.hopper_features, plan.options, [&](auto shape, auto masked) -> const char* {
     return launch_hopper_kernel<HopperForward<M, decltype(shape), decltype(masked)::value>>(call, plan);
   });
 }

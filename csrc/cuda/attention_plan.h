@@ -38,9 +38,9 @@ struct GpuAttentionPlan {
   int features;  // of the tiles: head_size and value_size at most
   bool options;
   int parts, part_keys;  // of the forward pass
-  // kHopper: heads in a tile of rows; packs of heads, of all sequences, whose keys and values are worked on at the same
-  // time.
-  int pack, units_at_once;
+  // kHopper: features of its tiles; heads in a tile of rows; packs of heads, of all sequences, whose keys and values are
+  // worked on at the same time.
+  int hopper_features, pack, units_at_once;
   TilePass forward, weights, grad_queries, grad_keys, grad_mask;
   int mask_parts;
   // Where things lie in the workspace.

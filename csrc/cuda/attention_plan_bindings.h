@@ -45,7 +45,7 @@ inline py::dict describe_attention(const BoundAttentionPlan& bound) {
   const GpuAttentionPlan& plan = bound.plan;
   py::dict d;
   d["kernel"] = bound.backward ? "two_passes" : kAttentionKernelNames[int(plan.kernel)];
-  d["features"] = plan.features;
+  d["features"] = plan.kernel == AttentionKernelKind::kHopper ? plan.hopper_features : plan.features;
   d["options"] = plan.options;
   d["workspace_bytes"] = plan.workspace_bytes;
   py::dict passes;

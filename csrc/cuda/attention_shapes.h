@@ -80,8 +80,9 @@ using PairShape =
 //   96         128 x 144     72 + 36 + 48 of 240                    177 KB
 //   128        128 x 128     64 + 32 + 64 of 240                    161 KB
 //   192        128 x 112     56 + 28 + 96 of 240                    217 KB
-//   256        128 x 80      40 + 20 + 128 of 240                   225 KB
-// With a mask, whose numbers need registers too, 64 features have two consumers.
+//   256        128 x 64      32 + 16 + 128 of 240                   193 KB
+// With a mask 64 features have two consumers, for its numbers need registers too; 256 have 80 keys, for S and P are not
+// there at the same time.
 template <int features, int consumers, int keys, int stages = 2>
 struct HopperShape {
   static constexpr int kFeatures = features, kConsumers = consumers, kKeys = keys, kStages = stages;
@@ -113,7 +114,7 @@ auto with_hopper_shape(int features, bool masked, const Body& body) {
   if (features == 96) return body(HopperShape<96, 2, 144>(), no);
   if (features == 128) return body(HopperShape<128, 2, 128>(), no);
   if (features == 192) return body(HopperShape<192, 2, 112>(), no);
-  return body(HopperShape<256, 2, 80>(), no);
+  return body(HopperShape<256, 2, 64>(), no);
 }
 
 // Calls body(element size, features) with the two as constants; features 64, 128 or 256.
