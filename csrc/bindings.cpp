@@ -265,6 +265,7 @@ PYBIND11_MODULE(_C, m) {
     });
   } else {
     fastseq::bind_loop_plan(m);
+    fastseq::bind_attention_plan(m);
   }
   m.def("cuda_info", [] {
     py::dict d;

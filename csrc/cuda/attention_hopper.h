@@ -437,6 +437,8 @@ struct HopperForward {
       wgmma_fence(s);
       issue_scores(shared, state, load, s);
       wgmma_wait<0>(s);
+    } else {
+      sync_warp();  // all of its lanes have seen the phase that now ends
     }
     release(shared.keys_empty + stage);
     if (works) {
