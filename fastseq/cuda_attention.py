@@ -40,6 +40,8 @@ class Problem(NamedTuple):
     head_size: int
     value_size: int
     options: bool
+    only_mask: bool
+    tma: bool
     weights: bool
     of_mask: bool
     mask_has_batch: bool
@@ -69,6 +71,22 @@ def _has_options(a: Arguments) -> bool:
         or a.softcap
         or a.dropout_p
         or not a.scale > 1e-6
+    )
+
+
+def _only_mask(a: Arguments) -> bool:
+    """Whether a mask is all that may be between products and weights."""
+    return a.alibi_slopes is None and not a.softcap and not a.dropout_p
+
+
+def _fits_tensor_map(x: Tensor) -> bool:
+    """Whether the GPU's tensor memory accelerator can read it: csrc/cuda/tensor_map.h has the conditions."""
+    if x.data_ptr() % 16:
+        return False
+    size, most = x.element_size(), 1 << 40
+    return all(
+        n == 1 or (step > 0 and step * size % 16 == 0 and step * size * n < most)
+        for n, step in zip(x.shape[:-1], x.stride(), strict=False)
     )
 
 
@@ -116,6 +134,8 @@ def _problem_of(
         backward,
         *sizes,
         _has_options(a) or (backward and of_weights),
+        not backward and _only_mask(a),
+        not backward and all(map(_fits_tensor_map, (a.query, a.key, a.value))),
         not backward and of_weights,
         of_mask is not None,
         *(of_mask or (False,) * 4),

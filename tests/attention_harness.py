@@ -415,8 +415,8 @@ def worst_of_torch(case: Case, data: dict[str, Tensor], exact: dict[str, Tensor]
     return {name: x + worst[name] * largest_finite(x) for name, x in exact.items()}
 
 
-def check(case: Case, data: dict[str, Tensor] | None = None):
-    """Results and all gradients against the float64 reference.
+def check(case: Case, data: dict[str, Tensor] | None = None, run=run_fastseq):
+    """Results and all gradients against the float64 reference; run(case, data) gives ours.
 
     The largest error of a tensor is a matter of luck, ours as torch's: where ours is too large, torch's error
     is taken from more data than these. test_attention_accuracy.py compares average errors, which are not.
@@ -424,7 +424,7 @@ def check(case: Case, data: dict[str, Tensor] | None = None):
     data = data or make_data(case)
     keep = kept_weights(case, data)
     exact, scores = run_reference(case, data, keep)
-    ours, torchs = run_fastseq(case, data), run_torch(case, data, keep)
+    ours, torchs = run(case, data), run_torch(case, data, keep)
     try:
         assert_right(case, data, ours, torchs, exact, scores)
     except AssertionError:

@@ -69,7 +69,16 @@ const char* with_arithmetic(const AttentionArgs& a, const Run& run) {
 
 const char* attention_forward(const AttentionArgs& args, const GpuAttentionPlan& plan) {
   Call call = call_of(args, plan);
-  return with_arithmetic(args, [&](auto m) { return attention::launch_forward<decltype(m)>(call, plan); });
+  return with_arithmetic(args, [&](auto m) {
+    using M = decltype(m);
+    if constexpr (sizeof(typename M::Element) == 2) {
+      if (plan.kernel == AttentionKernelKind::kHopper) {
+        const char* const error = attention::launch_hopper<M>(call, plan);
+        return error ? error : attention::launch_weights<M>(call, plan);
+      }
+    }
+    return attention::launch_forward<M>(call, plan);
+  });
 }
 const char* attention_backward(const AttentionArgs& args, const GpuAttentionPlan& plan) {
   Call call = call_of(args, plan);

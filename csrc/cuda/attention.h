@@ -16,6 +16,11 @@ struct Call;
 // Of one arithmetic, in files of their own, which are compiled side by side.
 template <class M>
 const char* launch_forward(Call& call, const GpuAttentionPlan& plan);
+// The same but for the weights on sm_90a, of bfloat16 and float16; and those.
+template <class M>
+const char* launch_hopper(Call& call, const GpuAttentionPlan& plan);
+template <class M>
+const char* launch_weights(Call& call, const GpuAttentionPlan& plan);
 template <class M>
 const char* launch_backward(Call& call, const GpuAttentionPlan& plan);
 

@@ -101,6 +101,18 @@ struct Place {
   int64_t sequence, kv_head, tile;  // tile < 0: none
   int part;
 };
+// Whose slot it is, of packed sequences that begin at these rows of `all`, each row `times` rows of tiles.
+FS_DEVICE void find_packed(Place& p, int64_t slot, const int64_t* starts, int64_t batch, int64_t all,
+                           int64_t times, int size) {
+  int64_t low = 0, high = batch;  // the last sequence that begins at this slot or before is in [low, high)
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    const bool after = clamp(starts[middle], 0, all) * times / size + middle > slot;
+    low = after ? low : middle, high = after ? middle : high;
+  }
+  p.sequence = low;
+  p.tile = slot - (clamp(starts[low], 0, all) * times / size + low);
+}
 FS_DEVICE Place place_of_block(const Call& call, const int64_t* starts, int64_t all, int64_t times, int size,
                                bool last_first) {
   const AttentionArgs& a = call.a;
@@ -116,14 +128,7 @@ FS_DEVICE Place place_of_block(const Call& call, const int64_t* starts, int64_t 
     p.tile = last_first ? call.slots - 1 - slot : slot;
     return p;
   }
-  int64_t low = 0, high = a.batch;  // the last sequence that begins at this slot or before is in [low, high)
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    const bool after = clamp(starts[middle], 0, all) * times / size + middle > slot;
-    low = after ? low : middle, high = after ? middle : high;
-  }
-  p.sequence = low;
-  p.tile = slot - (clamp(starts[low], 0, all) * times / size + low);
+  find_packed(p, slot, starts, a.batch, all, times, size);
   return p;
 }
 
@@ -146,6 +151,12 @@ struct RowTile {
     const int64_t first = p.tile * kRows, rows = int64_t(s.queries) * group;
     count = p.tile < 0 ? 0 : int(clamp(rows - first, 0, kRows));
     first_query = int(first / group), first_head = int(first % group);
+  }
+  // Where the group divides kRows: so many queries. There is no division of 64 bits then, which is a call.
+  FS_DEVICE RowTile(const Call& call, const Place& p, int queries)
+      : s(call.a, p.sequence), kv_head(p.kv_head), first_head(0), group(call.group), part(p.part) {
+    first_query = int(p.tile) * queries;
+    count = p.tile < 0 ? 0 : smaller(larger(s.queries - first_query, 0), queries) * group;
   }
 
   FS_DEVICE int query(int row) const { return first_query + (first_head + row) / group; }

@@ -25,6 +25,14 @@ const char* launch_forward(Call& call, const GpuAttentionPlan& plan) {
     error = launch_rows<Combine<M>>(call, a.batch * a.heads * a.queries);
     if (error) return error;
   }
+  return launch_weights<M>(call, plan);
+}
+
+// After the forward pass, if they are wanted.
+template <class M>
+const char* launch_weights(Call& call, const GpuAttentionPlan& plan) {
+  constexpr int kSize = sizeof(typename M::Element);
+  const AttentionArgs& a = call.a;
   if (!a.weights.data) return nullptr;
   // A mean over the heads is one tile for all of them.
   TilePass weights = plan.weights;

@@ -1,6 +1,7 @@
 #include "attention_plan.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -63,6 +64,63 @@ void check(const AttentionProblem& p, const GpuAttentionPlan& plan) {
   }
 }
 
+// Of the tiles of the general kernels.
+int features_of(const AttentionProblem& p) {
+  const int64_t most = std::max(p.head_size, p.value_size);
+  return most <= 64 ? 64 : most <= 128 ? 128 : 256;
+}
+
+TilePass weights_pass(const AttentionProblem& p) {
+  TilePass weights = with_sizes(element_size(p.dtype), features_of(p),
+                                [&](auto s, auto f) { return pass<PairShape<s, f>>(s, 1, 1); });
+  weights.blocks = p.batch * p.heads * ceil_div(p.queries, weights.own) * ceil_div(p.keys, weights.other);
+  return weights;
+}
+
+// ---- the kernel for sm_90a ----
+
+// What is in the way of it; empty if nothing.
+std::string no_hopper(const AttentionProblem& p) {
+  if (p.device.major != 9 || p.device.minor != 0)
+    return "compute capability " + std::to_string(p.device.major) + "." + std::to_string(p.device.minor);
+  if (element_size(p.dtype) != 2) return "elements of more than 16 bits";
+  if (p.options && !p.only_mask) return "options other than masks";
+  if (p.queries == 0 || p.keys == 0 || p.kv_heads == 0 || p.batch == 0) return "no queries or keys";
+  if (!p.tma) return "tensors whose rows do not begin at multiples of 16 bytes";
+  return "";
+}
+
+GpuAttentionPlan hopper_plan(const AttentionProblem& p) {
+  GpuAttentionPlan plan = {};
+  plan.kernel = AttentionKernelKind::kHopper;
+  plan.options = p.options;
+  plan.features = features_of(p);
+  plan.hopper_features = hopper_features(std::max(p.head_size, p.value_size), p.options);
+  plan.parts = 1, plan.part_keys = int(p.keys), plan.mask_parts = 1;
+  if (p.weights) plan.weights = weights_pass(p);
+  with_hopper_shape(plan.hopper_features, p.options, [&](auto shape, auto) {
+    TilePass& t = plan.forward;
+    t.own = shape.kRows, t.other = shape.kKeys, t.threads = shape.kThreads,
+    t.shared_bytes = shape.kSharedBytes;
+  });
+  const int64_t group = p.heads / p.kv_heads;
+  plan.pack = int(std::gcd(group, int64_t(plan.forward.own)));
+  const int64_t units = p.heads / plan.pack * (p.packed ? 1 : p.batch);
+  plan.forward.slots = slots(p, plan.pack * p.queries, plan.forward.own);
+  const int64_t items = units * plan.forward.slots;
+  plan.forward.blocks = std::min<int64_t>(items, std::max(p.device.multiprocessors, 1));
+  // Half of the second-level cache for keys and values; their packs are next to each other.
+  const int64_t bytes = 2 * p.keys * (p.head_size + p.value_size);
+  const int64_t at_once = p.device.l2_bytes / 2 / bytes * (group / plan.pack);
+  plan.units_at_once = int(std::clamp<int64_t>(at_once, 1, units));
+  constexpr int64_t kMostItems = int64_t(1) << 30;
+  if (items > kMostItems) {
+    refuse("attention that would take " + std::to_string(items) + " tiles", "up to 1073741824",
+           "a smaller batch at a time");
+  }
+  return plan;
+}
+
 }  // namespace
 
 GpuAttentionPlan attention_plan(const AttentionProblem& p) {
@@ -80,7 +138,7 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
   const int size = element_size(p.dtype);
   const int64_t sum_size = size == 8 ? 8 : 4;
   const int64_t group = p.heads / std::max<int64_t>(p.kv_heads, 1), rows = group * p.queries;
-  plan.features = most_features <= 64 ? 64 : most_features <= 128 ? 128 : 256;
+  plan.features = features_of(p);
   plan.options = p.options;
   plan.parts = 1, plan.part_keys = int(p.keys), plan.mask_parts = 1;
   const int64_t units = heads(p);
@@ -89,6 +147,25 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
     plan.kernel =
         rows_of_sequence <= kDecodeRows ? AttentionKernelKind::kDecode : AttentionKernelKind::kTiles;
     if (p.forced_kernel >= 0) plan.kernel = AttentionKernelKind(p.forced_kernel);
+    const std::string reason = no_hopper(p);
+    const bool forced = plan.kernel == AttentionKernelKind::kHopper;
+    if (forced && (!reason.empty() || p.forced_parts > 1)) {
+      refuse("the kernel hopper, forced, with " + (reason.empty() ? "parts of the keys" : reason),
+             "compute capability 9.0; float16 or bfloat16 whose rows begin at multiples of 16 bytes; masks, "
+             "sinks, lengths, windows",
+             "the kernel tiles, or unset FASTSEQ_CUDA_ATTENTION_PLAN");
+    }
+    if (forced || (p.forced_kernel < 0 && plan.kernel == AttentionKernelKind::kTiles && reason.empty())) {
+      const GpuAttentionPlan hopper = hopper_plan(p);
+      // Few tiles leave most of the GPU idle, unless keys are cut into parts.
+      const bool few = !p.packed && rows <= kSplitRows && p.keys > kPartKeys &&
+                       2 * hopper.forward.blocks < p.device.multiprocessors;
+      const bool fits = hopper.forward.shared_bytes <= p.device.shared_bytes;
+      if (forced || (fits && !few)) {
+        check(p, hopper);
+        return hopper;
+      }
+    }
     plan.forward = with_sizes(size, plan.features, [&](auto s, auto f) {
       if (plan.kernel == AttentionKernelKind::kDecode) return pass<DecodeShape<s, f>>(s, 1, 4);
       return p.options ? pass<ForwardShape<s, f, true>>(s, 1, 4) : pass<ForwardShape<s, f, false>>(s, 1, 4);
@@ -108,12 +185,7 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
       plan.sum_at = plan.highest_at + aligned(part_rows * sum_size);
       plan.workspace_bytes = plan.sum_at + aligned(part_rows * sum_size);
     }
-    if (p.weights) {
-      plan.weights =
-          with_sizes(size, plan.features, [&](auto s, auto f) { return pass<PairShape<s, f>>(s, 1, 1); });
-      plan.weights.blocks =
-          p.batch * p.heads * ceil_div(p.queries, plan.weights.own) * ceil_div(p.keys, plan.weights.other);
-    }
+    if (p.weights) plan.weights = weights_pass(p);
     check(p, plan);
     return plan;
   }

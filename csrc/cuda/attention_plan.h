@@ -6,15 +6,18 @@
 
 namespace fastseq {
 
-// kTiles: attention_forward.h; kDecode: the same with one warp a block, for up to 16 rows of a key head.
-enum class AttentionKernelKind : int { kTiles = 0, kDecode = 1 };
-constexpr const char* kAttentionKernelNames[] = {"tiles", "decode"};
+// kTiles: attention_forward.h; kDecode: the same with one warp a block, for up to 16 rows of a key head; kHopper:
+// attention_hopper.h, of sm_90a.
+enum class AttentionKernelKind : int { kTiles = 0, kDecode = 1, kHopper = 2 };
+constexpr const char* kAttentionKernelNames[] = {"tiles", "decode", "hopper"};
 
 struct AttentionProblem {
   DType dtype;
   bool tf32, packed, backward;
   int64_t batch, heads, kv_heads, queries, keys, head_size, value_size;
   bool options;      // anything between product and weight, or weights that have a gradient
+  bool only_mask;    // of the options there is none but a mask, or a scale that needs scores
+  bool tma;          // query, key and value fit tensor maps: see unfit() in tensor_map.h
   bool weights;      // forward: they are wanted
   bool of_mask;      // backward: whether the mask's gradient is wanted, and
   bool mask_has[4];  // which of batch, head, query and key it has
@@ -35,6 +38,9 @@ struct GpuAttentionPlan {
   int features;  // of the tiles: head_size and value_size at most
   bool options;
   int parts, part_keys;  // of the forward pass
+  // kHopper: features of its tiles; heads in a tile of rows; packs of heads, of all sequences, whose keys and values are
+  // worked on at the same time.
+  int hopper_features, pack, units_at_once;
   TilePass forward, weights, grad_queries, grad_keys, grad_mask;
   int mask_parts;
   bool one_pass;  // of the backward pass

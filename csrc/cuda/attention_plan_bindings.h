@@ -6,7 +6,7 @@
 
 namespace fastseq {
 
-// "tiles", "decode", "tiles:4": the kernel of the forward pass, and into how many parts keys are cut. "" forces nothing.
+// "tiles", "decode", "hopper", "tiles:4": the kernel of the forward pass, and into how many parts keys are cut. "" forces nothing.
 inline void read_forced_attention_plan(const std::string& text, AttentionProblem& p) {
   p.forced_kernel = -1, p.forced_parts = 0;
   if (text.empty()) return;
@@ -23,9 +23,10 @@ inline void read_forced_attention_plan(const std::string& text, AttentionProblem
     good = good && p.forced_parts > 0;
   }
   if (good) return;
-  throw std::runtime_error("given: FASTSEQ_CUDA_ATTENTION_PLAN=\"" + text +
-                           "\"\naccepted: a kernel (tiles, decode), then, if wanted, parts of the keys\n"
-                           "try: tiles, or decode:4 say, or unset it");
+  throw std::runtime_error(
+      "given: FASTSEQ_CUDA_ATTENTION_PLAN=\"" + text +
+      "\"\naccepted: a kernel (tiles, decode, hopper), then, if wanted, parts of the keys\n"
+      "try: tiles, or decode:4 say, or unset it");
 }
 
 inline py::dict describe_pass(const TilePass& pass) {
@@ -37,7 +38,7 @@ inline py::dict describe_pass(const TilePass& pass) {
 
 struct BoundAttentionPlan {
   GpuAttentionPlan plan;
-  bool backward;
+  bool backward, tma;
 };
 
 inline py::dict describe_attention(const BoundAttentionPlan& bound) {
@@ -45,7 +46,7 @@ inline py::dict describe_attention(const BoundAttentionPlan& bound) {
   py::dict d;
   d["kernel"] =
       bound.backward ? plan.one_pass ? "one_pass" : "two_passes" : kAttentionKernelNames[int(plan.kernel)];
-  d["features"] = plan.features;
+  d["features"] = plan.kernel == AttentionKernelKind::kHopper ? plan.hopper_features : plan.features;
   d["options"] = plan.options;
   d["workspace_bytes"] = plan.workspace_bytes;
   py::dict passes;
@@ -58,7 +59,10 @@ inline py::dict describe_attention(const BoundAttentionPlan& bound) {
   if (bound.backward) {
     d["mask_parts"] = plan.mask_parts;
   } else {
-    d["parts"] = plan.parts, d["part_keys"] = plan.part_keys;
+    d["parts"] = plan.parts, d["part_keys"] = plan.part_keys, d["tma"] = bound.tma;
+    if (plan.kernel == AttentionKernelKind::kHopper) {
+      d["pack"] = plan.pack, d["units_at_once"] = plan.units_at_once;
+    }
   }
   return d;
 }
@@ -77,13 +81,14 @@ inline void bind_attention_plan(py::module_& m) {
     p.tf32 = from.next() != 0, p.packed = from.next() != 0, p.backward = from.next() != 0;
     p.batch = from.next(), p.heads = from.next(), p.kv_heads = from.next();
     p.queries = from.next(), p.keys = from.next(), p.head_size = from.next(), p.value_size = from.next();
-    p.options = from.next() != 0, p.weights = from.next() != 0, p.of_mask = from.next() != 0;
+    p.options = from.next() != 0, p.only_mask = from.next() != 0, p.tma = from.next() != 0;
+    p.weights = from.next() != 0, p.of_mask = from.next() != 0;
     for (bool& has : p.mask_has) has = from.next() != 0;
     p.one_pass = from.next() != 0;
     if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
     p.device = device_facts(device);
     read_forced_attention_plan(forced, p);
-    return BoundAttentionPlan{attention_plan(p), p.backward};
+    return BoundAttentionPlan{attention_plan(p), p.backward, p.tma};
   });
 }
 

@@ -106,6 +106,37 @@ FS_DEVICE T add_bias(T x, T bias) {
 
 // ---- scores ----
 
+// Adds the mask, or hides by it what the query would see.
+template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries>
+FS_DEVICE void apply_mask(const AttentionArgs& a, const Sequence& s, const O& orient, const Queries& queries,
+                          Sums<T> (&x)[kRowTiles][kColumnTiles]) {
+  with_mask<E, T>(a, s, [&](auto* mask) {
+    if (a.mask.kind == MaskKind::kNone) return;
+    for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
+      const Query<T>& q = queries(m, n, e);
+      const int key = orient.key(m, n, e);
+      if (key < q.begin || key >= q.end) return;
+      const auto of_mask =
+          mask[q.head * a.mask.stride[1] + q.index * a.mask.stride[2] + key * a.mask.stride[3]];
+      if constexpr (sizeof(of_mask) == 1) {
+        if (!of_mask) x[m][n][e] = -T(INFINITY);
+      } else {
+        x[m][n][e] = add_bias(x[m][n][e], T(widen(of_mask)));
+      }
+    });
+  });
+}
+
+// -inf for keys that lengths, causality or window hide.
+template <class T, int kRowTiles, int kColumnTiles, class O, class Queries>
+FS_DEVICE void hide_edge(const O& orient, const Queries& queries, Sums<T> (&x)[kRowTiles][kColumnTiles]) {
+  for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
+    const Query<T>& q = queries(m, n, e);
+    const int key = orient.key(m, n, e);
+    if (key < q.begin || key >= q.end) x[m][n][e] = -T(INFINITY);
+  });
+}
+
 // Products -> scores, -inf where the key is hidden; `edge` where some are by lengths, causality or window.
 template <bool kAny, class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries>
 FS_DEVICE void score(const Call& call, const Scoring<T>& scoring, const Sequence& s, const O& orient,
@@ -127,28 +158,9 @@ FS_DEVICE void score(const Call& call, const Scoring<T>& scoring, const Sequence
             fma(-slopes[q.head * a.alibi.stride[1]], T(distance < 0 ? -distance : distance), x[m][n][e]);
       });
     }
-    with_mask<E, T>(a, s, [&](auto* mask) {
-      if (a.mask.kind == MaskKind::kNone) return;
-      for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
-        const Query<T>& q = queries(m, n, e);
-        const int key = orient.key(m, n, e);
-        if (key < q.begin || key >= q.end) return;
-        const auto of_mask =
-            mask[q.head * a.mask.stride[1] + q.index * a.mask.stride[2] + key * a.mask.stride[3]];
-        if constexpr (sizeof(of_mask) == 1) {
-          if (!of_mask) x[m][n][e] = -T(INFINITY);
-        } else {
-          x[m][n][e] = add_bias(x[m][n][e], T(widen(of_mask)));
-        }
-      });
-    });
+    apply_mask<E>(a, s, orient, queries, x);
   }
-  if (!edge) return;
-  for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
-    const Query<T>& q = queries(m, n, e);
-    const int key = orient.key(m, n, e);
-    if (key < q.begin || key >= q.end) x[m][n][e] = -T(INFINITY);
-  });
+  if (edge) hide_edge(orient, queries, x);
 }
 
 // d score / d product, divided by the scale, of products under a soft cap.

@@ -5,6 +5,7 @@
 // has 163, an H200 227).
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
 namespace fastseq::attention {
@@ -77,6 +78,50 @@ using PairShape =
                BySize<kSize, TileShape<64, 4, 1, 64>, TileShape<64, 4, 1, 32>, TileShape<64, 2, 1, 16>>,
                BySize<kSize, TileShape<128, 4, 1, 64>, TileShape<128, 2, 1, 32>, TileShape<128, 2, 1, 8>>,
                BySize<kSize, TileShape<256, 4, 1, 32>, TileShape<256, 1, 1, 16>, TileShape<256, 1, 1, 8>>>;
+
+// Of the kernel for sm_90a: consumers of 64 rows each, beside the producer; keys of a tile; stages of tiles.
+//
+//   features   rows x keys   registers of S, P and O, of how many   shared memory
+//   64         192 x 128     64 + 32 + 32 of 160                    90 KB of 227
+//   96         128 x 144     72 + 36 + 48 of 240                    177 KB
+//   128        128 x 128     64 + 32 + 64 of 240                    161 KB
+//   192        128 x 112     56 + 28 + 96 of 240                    217 KB
+//   256        128 x 64      32 + 16 + 128 of 240                   193 KB
+// With a mask 64 features have two consumers, for its numbers need registers too; 256 have 80 keys, for S and P are not
+// there at the same time.
+template <int features, int consumers, int keys, int stages = 2>
+struct HopperShape {
+  static constexpr int kFeatures = features, kConsumers = consumers, kKeys = keys, kStages = stages;
+  static constexpr int kRows = 64 * consumers, kThreads = 128 * (1 + consumers),
+                       kTiles = (features + 63) / 64;
+  // Tiles; barriers of queries and of each stage; eight words of each consumer.
+  static constexpr int kSharedBytes =
+      128 * kTiles * (kRows + 2 * stages * keys) + 8 * (2 + 4 * stages) + 32 * consumers;
+};
+
+// Which one has tiles of so many features: 64, 96, 128, 192 or 256; with a mask 64, 128 or 256.
+constexpr int hopper_features(int64_t most_features, bool masked) {
+  if (most_features <= 64) return 64;
+  if (most_features <= 96 && !masked) return 96;
+  if (most_features <= 128) return 128;
+  return most_features <= 192 && !masked ? 192 : 256;
+}
+// Calls body(shape, masked), which have them as types.
+template <class Body>
+auto with_hopper_shape(int features, bool masked, const Body& body) {
+  if (masked) {
+    constexpr std::true_type yes;
+    if (features == 64) return body(HopperShape<64, 2, 128>(), yes);
+    if (features == 128) return body(HopperShape<128, 2, 128>(), yes);
+    return body(HopperShape<256, 2, 80>(), yes);
+  }
+  constexpr std::false_type no;
+  if (features == 64) return body(HopperShape<64, 3, 128>(), no);
+  if (features == 96) return body(HopperShape<96, 2, 144>(), no);
+  if (features == 128) return body(HopperShape<128, 2, 128>(), no);
+  if (features == 192) return body(HopperShape<192, 2, 112>(), no);
+  return body(HopperShape<256, 2, 64>(), no);
+}
 
 // Calls body(element size, features) with the two as constants; features 64, 128 or 256.
 template <class Body>

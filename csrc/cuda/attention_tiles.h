@@ -121,7 +121,8 @@ FS_DEVICE void multiply_sums(Sums<typename M::Sum> (&d)[kRowTiles][kColumnTiles]
 // NaN among them, or they make one.
 //
 // It is a call, in loops, on arrays in memory: hardly anybody needs it, and it is to cost nobody else registers.
-template <class M, int kColumns>
+// Without kFinite the product of what is finite is left to somebody else.
+template <class M, bool kFinite, int kColumns>
 FS_DEVICE_CALL void add_special_product(Sums<typename M::Sum>* d, int row_tiles, int column_tiles,
                                         const Sums<typename M::Sum>* left, int depth_tiles,
                                         Tile<typename M::Element, kColumns> right, int first_column,
@@ -150,7 +151,8 @@ FS_DEVICE_CALL void add_special_product(Sums<typename M::Sum>* d, int row_tiles,
         M::take(a, tiles);
         M::multiply(to, a, M::map(b, of_right));
       };
-      multiply(sums, [](T x) { return x; }, [](T x) { return is_finite(x) ? x : T(0); });
+      if constexpr (kFinite)
+        multiply(sums, [](T x) { return x; }, [](T x) { return is_finite(x) ? x : T(0); });
       multiply(signs, [](T x) { return sign_of(x); }, [](T x) { return is_finite(x) ? T(0) : sign_of(x); });
       multiply(
           counts, [](T x) { return sign_of(x) * sign_of(x); },
@@ -161,7 +163,7 @@ FS_DEVICE_CALL void add_special_product(Sums<typename M::Sum>* d, int row_tiles,
       T special = 0;
       if (counts[e] != 0)
         special = signs[e] == counts[e] ? infinite : signs[e] == -counts[e] ? -infinite : T(NAN);
-      d[i][e] = sums[e] + special;
+      d[i][e] = counts[e] != 0 ? sums[e] + special : sums[e];
     }
   }
 }
@@ -170,7 +172,8 @@ FS_DEVICE void multiply_special_sums(Sums<typename M::Sum> (&d)[kRowTiles][kColu
                                      const Sums<typename M::Sum> (&left)[kRowTiles][kDepthTiles],
                                      Tile<typename M::Element, kColumns> right, int first_column,
                                      int features) {
-  add_special_product<M>(d[0], kRowTiles, kColumnTiles, left[0], kDepthTiles, right, first_column, features);
+  add_special_product<M, true>(d[0], kRowTiles, kColumnTiles, left[0], kDepthTiles, right, first_column,
+                               features);
 }
 template <class M, bool kSpecial, int kRowTiles, int kDepthTiles, int kColumnTiles, int kColumns>
 FS_DEVICE void add_product(Sums<typename M::Sum> (&d)[kRowTiles][kColumnTiles],

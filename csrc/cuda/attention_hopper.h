@@ -1,0 +1,502 @@
+// Attention, forward, written for sm_90a: tiles by TMA, products by wgmma, in one persistent block a multiprocessor.
+//
+// A block takes items, a tile of rows of one pack of heads each, in an order that its number alone decides. Its first
+// warpgroup brings tiles of keys and values into kStages stages (one thread of it; it gives its registers to the
+// others); each other one, a consumer, owns 64 rows and goes over the tiles of keys that one of the block's rows sees:
+//
+//   S = Q K^T                        both from shared memory, S in registers
+//   m' = max(m, row maxima of S), P = exp2((S - m') factor), l = l exp2((m - m') factor) + row sums of P
+//   O = O exp2((m - m') factor) + P V     P from the registers of S, rounded; V from shared memory, O in registers
+//
+// Tiles that all rows see whole are the rule. There S of one tile and O of the one before are issued together, and while
+// tensor cores make O, the consumer makes P of S. Up to 128 features the consumers take turns at issuing, so that one
+// multiplies while another is at its exponentials. Tiles of which some element is hidden are worked on one step after
+// the other: lengths, causality and windows have one or two of them, at the ends; with a mask all tiles are such.
+// Of these, values that are hidden may be NaN or infinite, and zero times that is NaN: the consumers look through the
+// tile of values, and where they find one they add to O what comes of those that are seen, meet, make zeros of them, and
+// go on as if nothing had been. A consumer skips the products of what its rows see nothing of.
+//
+// Rows are those of attention_call.h, of packs of heads: as many of those that share a key head as divide the rows of
+// a tile, so that a box of Q is (features, heads of the pack, queries). What lies outside of a tensor is zero, what lies
+// outside of a sequence is another's; neither is seen, or written.
+//
+// Shared memory: Q, then kStages tiles of K and of V, in columns of 64 features as portable_hopper.h has tiles, then
+// barriers. "full" is for the bytes of a load, "empty" for one arrival of each consumer's warp.
+//
+// Cost of a score: D + Dv multiply-adds of tensor cores (4096 operations a cycle: at D = 128 a tile of 64 x 128 takes
+// 1024 cycles); an addition, a product, half a maximum, an addition, half a conversion, and one ex2, of which a
+// multiprocessor makes 16 a cycle (512 cycles a tile, whatever D is). Shared memory is read once for each 64 rows: 64
+// of 128 cycles of a product. From L2, 2 (D + Dv) bytes of a key for each tile of rows.
+// Registers: S and P of kKeys / 2 and kKeys / 4, O of kFeatures / 2, of the 240 (two consumers) or 160 (three).
+// Tiles and shared memory: HopperShape in attention_shapes.h.
+#pragma once
+
+#include <prim_hopper.h>
+
+#include "attention_rows.h"
+
+namespace fastseq::FASTSEQ_ISA::attention {
+
+struct HopperArgs {
+  TensorMap query, key, value;  // (feature, head of pack, row, pack, batch); (feature, row, head, batch)
+  Call call;                    // its group is the heads of a pack
+  int packs;                    // of a key head
+  int queries;                  // of a tile of rows
+  int items, units;             // tiles of rows; packs of all heads and sequences
+  int units_at_once;            // whose tiles alternate
+};
+
+template <class M, class Shape, bool kMasked>
+struct HopperForward {
+  using E = typename M::Element;
+  using Args = HopperArgs;
+  static constexpr int kConsumers = Shape::kConsumers, kThreads = Shape::kThreads, kStages = Shape::kStages;
+  static constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kFeatures = Shape::kFeatures;
+  static constexpr int kSharedBytes = Shape::kSharedBytes;
+  static constexpr int kTiles = Shape::kTiles;  // of 64 features
+  static constexpr int kQueryBytes = kTiles * kRows * kTileRowBytes, kTileBytes = kKeys * kTileRowBytes,
+                       kStageBytes = kTiles * kTileBytes;
+  static constexpr int kWarps = 4 * kConsumers;  // that read
+  static constexpr bool kTurns = kFeatures <= 128;
+  static constexpr int kFirstTurn = 1, kFirstMeeting = 1 + kConsumers;  // named barriers of each consumer,
+  static constexpr int kOfAll = 1 + 2 * kConsumers;                     // and one of all
+  using Rows = RowTile<kRows>;
+  using Scores = float[kKeys / 2];
+  using Output = float[kFeatures / 2];
+  using Weights = uint32_t[kKeys / 16][4];
+
+  struct Shared {
+    unsigned char *query, *keys, *values;
+    PhaseBarrier *query_full, *query_empty, *keys_full, *keys_empty, *values_full, *values_empty;
+    uint32_t* votes;  // [kConsumers][2][4]
+
+    FS_DEVICE Shared() {
+      query = tile_memory(), keys = query + kQueryBytes, values = keys + kStages * kStageBytes;
+      query_full = reinterpret_cast<PhaseBarrier*>(values + kStages * kStageBytes);
+      query_empty = query_full + 1;
+      keys_full = query_full + 2, keys_empty = keys_full + kStages;
+      values_full = keys_empty + kStages, values_empty = values_full + kStages;
+      votes = reinterpret_cast<uint32_t*>(values_empty + kStages);
+    }
+  };
+  static_assert(kSharedBytes ==
+                kQueryBytes + 2 * kStages * kStageBytes + 8 * (2 + 4 * kStages) + 32 * kConsumers);
+
+  static FS_DEVICE void run(const Args& args) {
+    const Shared shared;
+    if (thread_index() == 0) {
+      barrier_begin(shared.query_full, 1), barrier_begin(shared.query_empty, kWarps);
+      for (int i = 0; i < kStages; ++i) {
+        barrier_begin(shared.keys_full + i, 1), barrier_begin(shared.keys_empty + i, kWarps);
+        barrier_begin(shared.values_full + i, 1), barrier_begin(shared.values_empty + i, kWarps);
+      }
+      barriers_begun();
+    }
+    sync_block();
+    if (thread_index() < kWarpgroup) {
+      registers_give<kConsumers == 2 ? 24 : 32>();
+      if (thread_index() < kWarp && one_lane()) produce(args, shared);
+    } else {
+      registers_take<kConsumers == 2 ? 240 : 160>();
+      consume(args, shared);
+    }
+  }
+
+ private:
+  // ---- items ----
+
+  // Calls body(number) for each item of the block. Its place among the blocks is the other way round every other time,
+  // so that nobody has the heavier one always.
+  template <class Body>
+  static FS_DEVICE void for_items(const Args& args, Body body) {
+    const int blocks = block_count();
+    FS_NO_UNROLL
+    for (int turn = 0; turn * blocks < args.items; ++turn) {
+      const int index = turn * blocks + (turn % 2 == 0 ? block_index() : blocks - 1 - block_index());
+      if (index < args.items) body(index);
+    }
+  }
+
+  // The rows of an item; the key head is that of the pack. Units follow each other in sections, whose keys and values
+  // stay in the second-level cache while their tiles alternate, those that see most first.
+  static FS_DEVICE Rows rows_of(const Args& args, int item) {
+    const Call& call = args.call;
+    const AttentionArgs& a = call.a;
+    const int slots = int(call.slots), heads = int(a.kv_heads) * args.packs;
+    const int begin = item / (args.units_at_once * slots) * args.units_at_once;
+    const int count = smaller(args.units_at_once, args.units - begin), rest = item - begin * slots;
+    const int unit = begin + rest % count, slot = slots - 1 - rest / count;
+    Place p{unit / heads, unit % heads, slot, 0};
+    if (a.cu_seqlens_q) find_packed(p, slot, a.cu_seqlens_q, a.batch, a.queries, call.group, kRows);
+    return Rows(call, p, args.queries);
+  }
+  // Once more, from its number: cheaper than to keep all of it in registers meanwhile. Where all tiles need it, it is
+  // kept.
+  static FS_DEVICE Rows rows_again(const Args& args, const Rows& rows, int item) {
+    return kMasked ? rows : rows_of(args, int(as_new(uint32_t(item))));
+  }
+
+  // Tiles of keys that a row sees, from begin to end; all rows see all of those from whole to edge.
+  struct Tiles {
+    int begin, whole, edge, end;
+  };
+  static FS_DEVICE Tiles tiles_of(const Rows& rows) {
+    if (rows.count <= 0) return {};
+    const Range some = rows.some(), all = rows.all();
+    Tiles t;
+    t.begin = some.begin / kKeys;
+    t.end = some.begin < some.end ? (some.end + kKeys - 1) / kKeys : t.begin;
+    t.whole = kMasked ? t.end : smaller(larger((all.begin + kKeys - 1) / kKeys, t.begin), t.end);
+    t.edge = larger(smaller(all.end / kKeys, t.end), t.whole);
+    return t;
+  }
+
+  // ---- the producer ----
+
+  static FS_DEVICE void produce(const Args& args, const Shared& shared) {
+    prefetch(args.query), prefetch(args.key), prefetch(args.value);
+    int loads = 0, items = 0;
+    for_items(args, [&](int item) {
+      const Rows rows = rows_of(args, item);
+      const Tiles tiles = tiles_of(rows);
+      if (tiles.begin == tiles.end) return;
+      const int kv_head = int(rows.kv_head) / args.packs;
+      const int batch = int(rows.s.b), first_key = int(rows.s.first_key);
+      barrier_wait(shared.query_empty, (items++ & 1) ^ 1);
+      barrier_expect(shared.query_full, kQueryBytes);
+      FS_NO_UNROLL
+      for (int i = 0; i < kTiles; ++i) {
+        fastseq::FASTSEQ_ISA::load_tile<Keep::first_to_go>(
+            shared.query + i * kRows * kTileRowBytes, args.query, shared.query_full,
+            {i * kTileColumns, 0, int(rows.s.first_query) + rows.first_query, int(rows.kv_head), batch});
+      }
+      FS_NO_UNROLL
+      for (int tile = tiles.begin; tile < tiles.end; ++tile, ++loads) {
+        const int stage = loads % kStages, phase = (loads / kStages & 1) ^ 1;
+        const int row = first_key + tile * kKeys;
+        load(shared.keys, args.key, shared.keys_full, shared.keys_empty, stage, phase, row, kv_head, batch);
+        load(shared.values, args.value, shared.values_full, shared.values_empty, stage, phase, row, kv_head,
+             batch);
+      }
+    });
+  }
+  static FS_DEVICE void load(unsigned char* stages, const TensorMap& map, PhaseBarrier* full,
+                             PhaseBarrier* empty, int stage, int phase, int row, int head, int batch) {
+    barrier_wait(empty + stage, phase);
+    barrier_expect(full + stage, kStageBytes);
+    FS_NO_UNROLL
+    for (int i = 0; i < kTiles; ++i) {
+      fastseq::FASTSEQ_ISA::load_tile<Keep::last_to_go>(stages + stage * kStageBytes + i * kTileBytes, map,
+                                                        full + stage, {i * kTileColumns, row, head, batch});
+    }
+  }
+
+  // ---- a consumer ----
+
+  struct State {
+    int number;                // of the consumer
+    int loads = 0;             // tiles of keys and values so far, which tell stage and phase
+    int items = 0;             // tiles of queries
+    int votes = 0;             // of the warpgroup
+    float highest[2], sum[2];  // of the thread's rows; the sum over its own columns
+    FS_DEVICE int stage() const { return loads % kStages; }
+    FS_DEVICE int phase() const { return loads / kStages & 1; }
+    FS_DEVICE int first_row() const { return number * 64 + thread_index() % kWarpgroup / kWarp * 16; }
+  };
+
+  static FS_DEVICE void release(PhaseBarrier* empty) {
+    if (thread_index() % kWarp == 0) barrier_arrive(empty);
+  }
+
+  static FS_DEVICE void consume(const Args& args, const Shared& shared) {
+    const Call& call = args.call;
+    const AttentionArgs& a = call.a;
+    const Scoring<float> scoring(call);
+    State state;
+    state.number = thread_index() / kWarpgroup - 1;
+    if (kTurns && state.number == kConsumers - 1) named_arrive(kFirstTurn, 2 * kWarpgroup);
+    Scores s;
+    Output o;
+    Weights p;
+    for_items(args, [&](int item) {
+      const Rows rows = rows_of(args, item);
+      if (rows.count <= 0) return;
+      const Tiles tiles = tiles_of(rows);
+      FS_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int row = state.first_row() + thread_index() % kWarp / 4 + 8 * i;
+        const int64_t head = rows.head(row < rows.count ? row : 0);
+        state.highest[i] =
+            a.sinks ? static_cast<const float*>(a.sinks)[head] / scoring.unit : -float(INFINITY);
+        state.sum[i] = state.highest[i] > -float(INFINITY) && thread_index() % 4 == 0 ? 1 : 0;
+      }
+      FS_UNROLL
+      for (int i = 0; i < kFeatures / 2; ++i) o[i] = 0;
+      if (tiles.begin < tiles.end) {
+        barrier_wait(shared.query_full, state.items++ & 1);
+        FS_NO_UNROLL
+        for (int tile = tiles.begin; tile < tiles.end;) {
+          if (tile == tiles.whole && tile < tiles.edge) {
+            whole_tiles(scoring, shared, state, tiles.edge - tile, s, o, p);
+            tile = tiles.edge;
+          } else {
+            edge_tile(call, scoring, shared, state, rows_again(args, rows, item), tile++, s, o, p);
+          }
+        }
+        release(shared.query_empty);
+      }
+      finish(call, scoring, state, rows_again(args, rows, item), o);
+    });
+  }
+
+  // S of the tile that comes next but `ahead`, issued.
+  static FS_DEVICE void issue_scores(const Shared& shared, const State& state, int load, Scores& s) {
+    const uint64_t q = operand_of_tiles<Major::k>(shared.query + state.number * 64 * kTileRowBytes, kRows);
+    const uint64_t k = operand_of_tiles<Major::k>(shared.keys + load % kStages * kStageBytes, kKeys);
+    FS_UNROLL
+    for (int i = 0; i < kFeatures / 16; ++i) {
+      wgmma<E, kKeys, Major::k, Major::k>(s, at_step<Major::k>(q, kRows, i), at_step<Major::k>(k, kKeys, i),
+                                          i > 0);
+    }
+    wgmma_commit();
+  }
+  static FS_DEVICE void issue_output(const Shared& shared, int load, Output& o, Weights& p) {
+    const uint64_t v = operand_of_tiles<Major::mn>(shared.values + load % kStages * kStageBytes, kKeys);
+    FS_UNROLL
+    for (int i = 0; i < kKeys / 16; ++i) {
+      wgmma<E, kFeatures, Major::mn>(o, p[i], at_step<Major::mn>(v, kKeys, i), true);
+    }
+    wgmma_commit();
+  }
+
+  // Scores -> weights relative to that of the highest so far; rescale makes what was summed up before relative to it.
+  static FS_DEVICE void softmax(const Scoring<float>& scoring, State& state, Scores& s, float (&rescale)[2]) {
+    FS_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float most = state.highest[h];
+      FS_UNROLL
+      for (int i = 2 * h; i < kKeys / 2; i += 4) most = max(most, max(s[i], s[i + 1]));
+      most = max(most, shuffle_xor(most, 1));
+      most = max(most, shuffle_xor(most, 2));
+      // Without any visible key so far, all weights are those of -inf beside 0.
+      const float from = most == -float(INFINITY) ? 0.0f : most;
+      rescale[h] = weight_of(state.highest[h], from, scoring.factor);
+      state.highest[h] = most;
+      float total = 0;
+      FS_UNROLL
+      for (int i = 2 * h; i < kKeys / 2; i += 4) {
+        s[i] = weight_of(s[i], from, scoring.factor), s[i + 1] = weight_of(s[i + 1], from, scoring.factor);
+        total += s[i] + s[i + 1];
+      }
+      state.sum[h] = fma(state.sum[h], rescale[h], total);
+    }
+  }
+  static FS_DEVICE void multiply_rows(Output& o, const float (&by)[2]) {
+    FS_UNROLL
+    for (int i = 0; i < kFeatures / 2; ++i) o[i] *= by[i / 2 % 2];
+  }
+  static FS_DEVICE void round(const Scores& s, Weights& p) {
+    FS_UNROLL
+    for (int i = 0; i < kKeys / 4; ++i) p[i / 4][i % 4] = pack(s[2 * i], s[2 * i + 1], E{});
+  }
+
+  // ---- tiles that all rows see whole ----
+
+  static FS_DEVICE void whole_tiles(const Scoring<float>& scoring, const Shared& shared, State& state,
+                                    int count, Scores& s, Output& o, Weights& p) {
+    float rescale[2];
+    barrier_wait(shared.keys_full + state.stage(), state.phase());
+    wgmma_fence(s);
+    issue_scores(shared, state, state.loads, s);
+    wgmma_wait<0>(s);
+    release(shared.keys_empty + state.stage());
+    softmax(scoring, state, s, rescale);
+    multiply_rows(o, rescale);
+    round(s, p);
+    FS_NO_UNROLL
+    for (int i = 1; i < count; ++i) {
+      const int before = state.loads++;
+      barrier_wait(shared.values_full + before % kStages, before / kStages & 1);
+      barrier_wait(shared.keys_full + state.stage(), state.phase());
+      if (kTurns) named_sync(kFirstTurn + state.number, 2 * kWarpgroup);
+      wgmma_fence(s, o, p);
+      issue_scores(shared, state, state.loads, s);
+      issue_output(shared, before, o, p);
+      if (kTurns) named_arrive(kFirstTurn + (state.number + 1) % kConsumers, 2 * kWarpgroup);
+      wgmma_wait<1>(s);
+      release(shared.keys_empty + state.stage());
+      softmax(scoring, state, s, rescale);
+      wgmma_wait<0>(o, p);
+      release(shared.values_empty + before % kStages);
+      multiply_rows(o, rescale);
+      round(s, p);
+    }
+    barrier_wait(shared.values_full + state.stage(), state.phase());
+    wgmma_fence(o, p);
+    issue_output(shared, state.loads, o, p);
+    wgmma_wait<0>(o, p);
+    release(shared.values_empty + state.stage());
+    ++state.loads;
+  }
+
+  // ---- tiles of which something is hidden ----
+
+  // Whether it is so for any thread of the warpgroup. Two places in turn: who writes to one has met, since it was read
+  // last, all that have read it.
+  static FS_DEVICE bool any_in_warpgroup(const Shared& shared, State& state, bool x) {
+    uint32_t* const votes = shared.votes + (state.number * 2 + (state.votes++ & 1)) * 4;
+    const bool any = any_in_warp(x);
+    if (thread_index() % kWarp == 0) votes[thread_index() / kWarp % 4] = any;
+    sync_warp();
+    named_sync(kFirstMeeting + state.number, kWarpgroup);
+    return votes[0] | votes[1] | votes[2] | votes[3];
+  }
+
+  // Whether there is a NaN or an infinity in this thread's share of a tile of values: an exponent of ones, which makes
+  // the sign bit of the half word that it is in when one is added.
+  static FS_DEVICE bool is_special(const unsigned char* tile) {
+    constexpr uint32_t kOne = std::is_same_v<E, bfloat16> ? 0x00800080 : 0x04000400;
+    uint32_t carries = 0;
+    FS_NO_UNROLL
+    for (int i = thread_index() % kWarpgroup; i < kStageBytes / 16; i += kWarpgroup) {
+      const Vector16 words = reinterpret_cast<const Vector16*>(tile)[i];
+      FS_UNROLL
+      for (int w = 0; w < 4; ++w) carries |= (words.word[w] & 0x7fff7fff) + kOne;
+    }
+    return carries & 0x80008000;
+  }
+
+  // What of P V is not finite, added to O. The copies are made in loops: with memcpy() of an array ptxas sees it in
+  // memory elsewhere too, and serialises the products.
+  static FS_DEVICE void add_special(unsigned char* values, const Scores& s, Output& o) {
+    Scores from;
+    Output to;
+    FS_UNROLL
+    for (int i = 0; i < kKeys / 2; ++i) from[i] = s[i];
+    FS_UNROLL
+    for (int i = 0; i < kFeatures / 2; ++i) to[i] = o[i];
+    FS_NO_UNROLL
+    for (int i = 0; i < kTiles; ++i) {
+      add_special_product<M, false>(
+          reinterpret_cast<Sums<float>*>(to) + i * 8, 1, smaller(8, kFeatures / 8 - i * 8),
+          reinterpret_cast<Sums<float>*>(from), kKeys / 8,
+          Tile<E, kTileColumns>{reinterpret_cast<E*>(values + i * kTileBytes)}, 0, kTileColumns);
+    }
+    FS_UNROLL
+    for (int i = 0; i < kFeatures / 2; ++i) o[i] = to[i];
+  }
+  // This thread's share of a tile, for the products.
+  static FS_DEVICE void make_finite(unsigned char* tile) {
+    FS_NO_UNROLL
+    for (int i = thread_index() - kWarpgroup; i < kStageBytes / 2; i += kConsumers * kWarpgroup) {
+      E& x = reinterpret_cast<E*>(tile)[i];
+      if (!is_finite(widen(x))) x.bits = 0;
+    }
+    fence_async();
+  }
+
+  static FS_DEVICE void edge_tile(const Call& call, const Scoring<float>& scoring, const Shared& shared,
+                                  State& state, const Rows& rows, int tile, Scores& s, Output& o,
+                                  Weights& p) {
+    const AttentionArgs& a = call.a;
+    using Matrix = Sums<float>[1][kKeys / 8];  // S as the general kernels have it
+    const int first_row = state.first_row(), lane = thread_index() % kWarp;
+    Query<float> query[2];
+    FS_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row + lane / 4 + 8 * i;
+      const bool there = row < rows.count;
+      const int index = rows.query(there ? row : 0);
+      const Range visible = rows.s.visible(index);
+      query[i] = {visible.begin,
+                  there ? visible.end : visible.begin,
+                  index,
+                  int(rows.head(there ? row : 0)),
+                  0,
+                  0,
+                  0};
+    }
+    const auto query_at = [&](int m, int, int e) -> const Query<float>& { return query[2 * m + e / 2]; };
+    const Orient<true> orient{first_row, tile * kKeys};
+
+    bool works = state.number * 64 < rows.count;
+    if (works) {
+      const int first = rows.query(state.number * 64),
+                last = rows.query(smaller(state.number * 64 + 63, rows.count - 1));
+      works = tile * kKeys < rows.s.visible(last).end && (tile + 1) * kKeys > rows.s.visible(first).begin;
+    }
+    if constexpr (kMasked) {
+      if (works && a.mask.kind != MaskKind::kNone) {
+        const bool any = mask_shows_any<E, float, 1, kKeys / 8>(a, rows.s, orient, query_at);
+        works = any_in_warpgroup(shared, state, any);
+      }
+    }
+    const int load = state.loads++, stage = load % kStages, phase = load / kStages & 1;
+    barrier_wait(shared.keys_full + stage, phase);
+    if (works) {
+      wgmma_fence(s);
+      issue_scores(shared, state, load, s);
+      wgmma_wait<0>(s);
+    } else {
+      sync_warp();  // all of its lanes have seen the phase that now ends
+    }
+    release(shared.keys_empty + stage);
+    if (works) {
+      Matrix& x = reinterpret_cast<Matrix&>(s);
+      if constexpr (kMasked) {
+        if (!call.product_units) {
+          FS_UNROLL
+          for (int i = 0; i < kKeys / 2; ++i) s[i] *= scoring.scale;
+        }
+        apply_mask<E>(a, rows.s, orient, query_at, x);
+      }
+      hide_edge(orient, query_at, x);
+      float rescale[2];
+      softmax(scoring, state, s, rescale);
+      multiply_rows(o, rescale);
+    }
+    barrier_wait(shared.values_full + stage, phase);
+    unsigned char* const values = shared.values + stage * kStageBytes;
+    if (any_in_warpgroup(shared, state, is_special(values))) {  // so all consumers find
+      if (works) add_special(values, s, o);
+      named_sync(kOfAll, kConsumers * kWarpgroup);
+      make_finite(values);
+      named_sync(kOfAll, kConsumers * kWarpgroup);
+    }
+    if (works) {
+      round(s, p);
+      wgmma_fence(o, p);
+      issue_output(shared, load, o, p);
+      wgmma_wait<0>(o, p);
+    }
+    release(shared.values_empty + stage);
+  }
+
+  // ---- results ----
+
+  static FS_DEVICE void finish(const Call& call, const Scoring<float>& scoring, const State& state,
+                               const Rows& rows, const Output& o) {
+    const int lane = thread_index() % kWarp;
+    FS_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float whole = state.sum[h] + shuffle_xor(state.sum[h], 1);
+      whole += shuffle_xor(whole, 2);
+      const int row = state.first_row() + lane / 4 + 8 * h;
+      if (row >= rows.count) continue;
+      const int index = rows.query(row);
+      const int64_t head = rows.head(row);
+      const float inverse = whole == 0 ? 0.0f : 1 / whole;
+      FS_UNROLL
+      for (int n = 0; n < kFeatures / 8; ++n) {
+        const int column = 8 * n + 2 * (lane % 4);
+        if (column < call.a.value_size) {
+          write_output<E>(call, rows.s, head, index, column, o[4 * n + 2 * h] * inverse,
+                          o[4 * n + 2 * h + 1] * inverse);
+        }
+      }
+      if (lane % 4 == 0) write_normalizer(call, scoring, rows.s, head, index, state.highest[h], whole);
+    }
+  }
+};
+
+}  // namespace fastseq::FASTSEQ_ISA::attention
