@@ -47,6 +47,8 @@ class Problem(NamedTuple):
     mask_has_query: bool
     mask_has_key: bool
     one_pass: bool
+    tma: bool
+    beyond_mask: bool
 
 
 @lru_cache(maxsize=1024)
@@ -63,13 +65,29 @@ def _plan_of(engine: Engine, problem: Problem, device: torch.device) -> Any:
 def _has_options(a: Arguments) -> bool:
     """Whether there is anything between products and weights but the scale, lengths, causality, windows and
     sinks; csrc/cuda/attention.cu has the same bound of the scale."""
-    return bool(
-        a.attn_mask is not None
-        or a.alibi_slopes is not None
-        or a.softcap
-        or a.dropout_p
-        or not a.scale > 1e-6
-    )
+    return a.attn_mask is not None or _has_options_beyond_mask(a)
+
+
+def _has_options_beyond_mask(a: Arguments) -> bool:
+    return bool(a.alibi_slopes is not None or a.softcap or a.dropout_p or not a.scale > 1e-6)
+
+
+def _takes_tma(*tensors: Tensor) -> bool:
+    """Whether a tensor map can tell all of them: 16-bit elements, rows at multiples of 16 bytes, forwards;
+    see unfit() of csrc/cuda/tensor_map.h."""
+
+    def takes(x: Tensor) -> bool:
+        outer = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
+        dense = x.stride(-1) == 1 or x.size(-1) == 1
+        return bool(
+            x.element_size() == 2
+            and x.numel()
+            and x.data_ptr() % 16 == 0
+            and dense
+            and all(0 < 2 * stride < 1 << 40 and stride % 8 == 0 for stride in outer)
+        )
+
+    return all(takes(x) for x in tensors)
 
 
 def _run(engine: Engine, problem: Problem, a: Arguments, numbers: tuple[Any, ...]) -> None:
@@ -101,9 +119,15 @@ def _seed(a: Arguments) -> int:
 
 
 def _problem_of(
-    sizes: Attention, a: Arguments, backward: bool, of_mask: Sequence[bool] | None, of_weights: bool
+    sizes: Attention,
+    a: Arguments,
+    backward: bool,
+    of_mask: Sequence[bool] | None,
+    of_weights: bool,
+    *others: Tensor,
 ) -> Problem:
-    """of_mask: as in attention_ops.Kernels.plan; of_weights: whether they are wanted, or have a gradient."""
+    """of_mask: as in attention_ops.Kernels.plan; of_weights: whether they are wanted, or have a gradient;
+    others: what kernels read in tiles, beside query, key and value."""
     return Problem(
         DTYPES[a.query.dtype],
         precision.of_products(a.query.dtype) == "tf32",
@@ -115,6 +139,8 @@ def _problem_of(
         of_mask is not None,
         *(of_mask or (False,) * 4),
         False,
+        _takes_tma(a.query, a.key, a.value, *others),
+        _has_options_beyond_mask(a) or (backward and of_weights),
     )
 
 
@@ -127,7 +153,9 @@ def forward(engine: Engine, sizes: Attention, a: Arguments, *results: Tensor) ->
 def backward(engine: Engine, sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradients) -> None:
     of_mask = None if grads.attn_mask is None else [size != 1 for size in grads.attn_mask.shape]
     numbers = attention_numbers.of_backward(sizes, a, incoming, grads, 0, _seed(a))
-    _run(engine, _problem_of(sizes, a, True, of_mask, incoming.grad_weights is not None), a, numbers)
+    of_weights = incoming.grad_weights is not None
+    problem = _problem_of(sizes, a, True, of_mask, of_weights, incoming.grad_output)
+    _run(engine, problem, a, numbers)
 
 
 def plan_in_data(

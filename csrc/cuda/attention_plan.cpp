@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention_hopper_backward_shapes.h"
 #include "attention_shapes.h"
 
 namespace fastseq {
@@ -42,6 +43,22 @@ int64_t slots(const AttentionProblem& p, int64_t rows, int size) {
   return p.packed ? rows / size + p.batch : ceil_div(rows, size);
 }
 int64_t heads(const AttentionProblem& p) { return p.packed ? p.kv_heads : p.kv_heads * p.batch; }
+
+// Whether the backward pass is that of attention_hopper_backward_keys.h, and then its passes.
+bool plan_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
+  if (p.device.major != 9 || p.device.minor != 0 || element_size(p.dtype) != 2) return false;
+  if (!p.tma || p.beyond_mask || p.keys <= kFewKeys) return false;
+  const int features = hopper_features(int(std::max(p.head_size, p.value_size)));
+  const HopperShape queries = hopper_grad_queries(features), keys = hopper_grad_keys(features);
+  if (std::max(queries.shared_bytes(), keys.shared_bytes()) > p.device.shared_bytes) return false;
+  plan.grad_queries = {queries.own, queries.other, kHopperThreads, queries.shared_bytes(), 0, 0};
+  plan.grad_queries.slots = slots(p, p.queries, queries.own);
+  plan.grad_queries.blocks = (p.packed ? 1 : p.batch) * p.heads * plan.grad_queries.slots;
+  plan.grad_keys = {keys.own, keys.other, kHopperThreads, keys.shared_bytes(), 0, 0};
+  plan.grad_keys.slots = slots(p, p.keys, keys.own);
+  plan.grad_keys.blocks = heads(p) * plan.grad_keys.slots;
+  return true;
+}
 
 void check(const AttentionProblem& p, const GpuAttentionPlan& plan) {
   const int most =
@@ -117,18 +134,21 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
     check(p, plan);
     return plan;
   }
-  plan.grad_queries = with_sizes(size, plan.features, [&](auto s, auto f) {
-    return p.options ? pass<GradQueriesShape<s, f, true>>(s, 2, 4)
-                     : pass<GradQueriesShape<s, f, false>>(s, 2, 4);
-  });
-  plan.grad_queries.slots = slots(p, rows, plan.grad_queries.own);
-  plan.grad_queries.blocks = units * plan.grad_queries.slots;
-  plan.grad_keys = with_sizes(size, plan.features, [&](auto s, auto f) {
-    return p.options ? pass<GradKeysShape<s, f, true>>(s, 2, 4) : pass<GradKeysShape<s, f, false>>(s, 2, 4);
-  });
-  plan.grad_keys.shared_bytes += 2 * plan.grad_keys.other * query_bytes(size);
-  plan.grad_keys.slots = slots(p, p.keys, plan.grad_keys.own);
-  plan.grad_keys.blocks = units * plan.grad_keys.slots;
+  plan.hopper = plan_hopper_backward(p, plan);
+  if (!plan.hopper) {
+    plan.grad_queries = with_sizes(size, plan.features, [&](auto s, auto f) {
+      return p.options ? pass<GradQueriesShape<s, f, true>>(s, 2, 4)
+                       : pass<GradQueriesShape<s, f, false>>(s, 2, 4);
+    });
+    plan.grad_queries.slots = slots(p, rows, plan.grad_queries.own);
+    plan.grad_queries.blocks = units * plan.grad_queries.slots;
+    plan.grad_keys = with_sizes(size, plan.features, [&](auto s, auto f) {
+      return p.options ? pass<GradKeysShape<s, f, true>>(s, 2, 4) : pass<GradKeysShape<s, f, false>>(s, 2, 4);
+    });
+    plan.grad_keys.shared_bytes += 2 * plan.grad_keys.other * query_bytes(size);
+    plan.grad_keys.slots = slots(p, p.keys, plan.grad_keys.own);
+    plan.grad_keys.blocks = units * plan.grad_keys.slots;
+  }
   plan.workspace_bytes = aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * sum_size);
   if (p.of_mask) {
     TilePass& mask = plan.grad_mask;

@@ -19,6 +19,8 @@ struct AttentionProblem {
   bool of_mask;      // backward: whether the mask's gradient is wanted, and
   bool mask_has[4];  // which of batch, head, query and key it has
   bool one_pass;     // backward: grad_query may be summed up in any order
+  bool tma;          // a tensor map can tell the tensors that kernels read in tiles
+  bool beyond_mask;  // options that are no mask
   DeviceFacts device;
   int forced_kernel, forced_parts;  // -1, 0: not forced
 };
@@ -34,6 +36,7 @@ struct GpuAttentionPlan {
   AttentionKernelKind kernel;
   int features;  // of the tiles: head_size and value_size at most
   bool options;
+  bool hopper;           // backward: attention_hopper_backward_keys.h and its like
   int parts, part_keys;  // of the forward pass
   TilePass forward, weights, grad_queries, grad_keys, grad_mask;
   int mask_parts;

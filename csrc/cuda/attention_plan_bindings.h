@@ -43,7 +43,8 @@ struct BoundAttentionPlan {
 inline py::dict describe_attention(const BoundAttentionPlan& bound) {
   const GpuAttentionPlan& plan = bound.plan;
   py::dict d;
-  d["kernel"] = bound.backward ? "two_passes" : kAttentionKernelNames[int(plan.kernel)];
+  d["kernel"] =
+      bound.backward ? plan.hopper ? "hopper" : "two_passes" : kAttentionKernelNames[int(plan.kernel)];
   d["features"] = plan.features;
   d["options"] = plan.options;
   d["workspace_bytes"] = plan.workspace_bytes;
@@ -79,6 +80,7 @@ inline void bind_attention_plan(py::module_& m) {
     p.options = from.next() != 0, p.weights = from.next() != 0, p.of_mask = from.next() != 0;
     for (bool& has : p.mask_has) has = from.next() != 0;
     p.one_pass = from.next() != 0;
+    p.tma = from.next() != 0, p.beyond_mask = from.next() != 0;
     if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
     p.device = device_facts(device);
     read_forced_attention_plan(forced, p);

@@ -72,6 +72,11 @@ using PairShape =
                BySize<kSize, TileShape<128, 4, 1, 64>, TileShape<128, 2, 1, 32>, TileShape<128, 2, 1, 8>>,
                BySize<kSize, TileShape<256, 4, 1, 32>, TileShape<256, 1, 1, 16>, TileShape<256, 1, 1, 8>>>;
 
+// Backward: of few keys the sum of weights times their gradients, which delta should be, is made from these themselves:
+// what the rounding of output leaves in the other form is more than such a small sum can bear. See
+// csrc/cpu/attention_backward.cpp.
+constexpr int kFewKeys = 16;
+
 // Calls body(element size, features) with the two as constants; features 64, 128 or 256.
 template <class Body>
 auto with_sizes(int size, int features, const Body& body) {
