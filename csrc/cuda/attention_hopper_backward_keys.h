@@ -6,7 +6,8 @@
 //
 // Block: 128 keys of a key head, whose keys and values stay in shared memory. It goes over the query heads that share
 // them, one after the other, and over the queries that see any of them, which come through two stages.
-// Warpgroup 0 brings them: one thread the tiles, another warp the numbers of each query (highest, inverse_sum, delta).
+// Warpgroup 0 brings them: one thread the tiles, three warps the numbers of each query
+// (highest, inverse_sum, delta).
 // Warpgroups 1 and 2 have 64 keys each, S^T and dP^T of these in registers, and feed P^T and dS^T from there to the
 // next products. Nothing goes from one to the other, so that one multiplies while the other has its exponentials.
 // From 192 features on they have the same 64 keys: 1 makes dK, 2 dV; S is made by both.
@@ -76,7 +77,7 @@ struct HopperGradKeys {
     if (thread_index() == 0) {
       barrier_begin(shared.own, 1);
       for (int i = 0; i < 2; ++i)
-        barrier_begin(shared.full + i, 2), barrier_begin(shared.empty + i, kConsumerWarps);
+        barrier_begin(shared.full + i, 4), barrier_begin(shared.empty + i, kConsumerWarps);
       barriers_begun();
     }
     sync_block();
@@ -84,8 +85,8 @@ struct HopperGradKeys {
       registers_give<kProducerRegisters>();
       if (thread_index() < kWarp) {
         if (one_lane()) bring_tiles(args, shared, work);
-      } else if (thread_index() < 2 * kWarp) {
-        bring_statistics(call, shared, work);
+      } else {
+        bring_statistics(call, shared, work, thread_index() / kWarp - 1);
       }
       return;
     }
@@ -135,25 +136,29 @@ struct HopperGradKeys {
     });
   }
 
-  // Three rows of kQueries numbers, zeros of queries that are not there.
-  static FS_DEVICE void bring_statistics(const Call& call, const Shared& shared, const Work& work) {
+  // Three rows of kQueries numbers, each brought by a warp; zeros of queries that are not there.
+  static FS_DEVICE void bring_statistics(const Call& call, const Shared& shared, const Work& work,
+                                         int which) {
     const AttentionArgs& a = call.a;
     const Sequence& s = work.s;
+    const void* const rows = which == 0 ? a.highest.data : which == 1 ? a.inverse_sum.data : call.delta;
+    const auto stride = [&](int i) {
+      return which == 0 ? a.highest.stride[i] : which == 1 ? a.inverse_sum.stride[i] : call.delta_stride[i];
+    };
     const int lane = thread_index() % kWarp;
-    for_tiles(call, work, [&](int head, int first, int stage, int parity) {
-      const float* const highest = s.of_query<const float>(a.highest, head, first);
-      const float* const inverse_sum = s.of_query<const float>(a.inverse_sum, head, first);
-      const float* const delta = static_cast<const float*>(call.delta) + s.b * call.delta_stride[0] +
-                                 head * call.delta_stride[1] + s.first_query + first;
-      float* const to = shared.statistics + stage * 3 * kQueries;
+    const int64_t of_head = stride(1);
+    const float* from = static_cast<const float*>(rows) + s.b * stride(0) +
+                        work.kv_head * call.group * of_head + s.first_query + work.first_query + lane;
+    const int left = s.queries - work.first_query - lane;
+    float* const to = shared.statistics + which * kQueries + lane;
+    int at = 0;  // of the head's queries
+    for_tiles(call, work, [&](int, int first, int stage, int parity) {
+      if (first == work.first_query && at) from += of_head, at = 0;
       barrier_wait(shared.empty + stage, parity ^ 1);
       FS_NO_UNROLL
-      for (int i = lane; i < kQueries; i += kWarp) {
-        const bool there = first + i < s.queries;
-        to[i] = there ? highest[i] : 0.0f;
-        to[i + kQueries] = there ? inverse_sum[i] : 0.0f;
-        to[i + 2 * kQueries] = there ? delta[i] : 0.0f;
-      }
+      for (int i = 0; i < kQueries; i += kWarp)
+        to[stage * 3 * kQueries + i] = at + i < left ? from[at + i] : 0.0f;
+      at += kQueries;
       sync_warp();
       if (lane == 0) barrier_arrive(shared.full + stage);
     });
