@@ -28,7 +28,7 @@ namespace fastseq::FASTSEQ_ISA::attention {
 template <class E, int kFeatures, bool kMasked>
 struct HopperGradKeys {
   using Args = HopperCall;
-  static constexpr HopperShape kShape = hopper_grad_keys(kFeatures);
+  static constexpr HopperShape kShape = hopper_grad_keys(kFeatures, kMasked);
   static constexpr int kThreads = kHopperThreads, kSharedBytes = kShape.shared_bytes();
   static constexpr int kKeys = kShape.own, kQueries = kShape.other;
   static constexpr int kKeyBytes = hopper_tile_bytes(kFeatures, kKeys);
@@ -51,28 +51,34 @@ struct HopperGradKeys {
           empty(own + 3),
           flags(reinterpret_cast<int*>(own + 5)) {}
   };
-  // What the block goes over: for each head `tiles` tiles of queries.
+  // What the block goes over: for each head `tiles` tiles of queries. Made by each of the roles for itself, so that none
+  // has registers for what another needs.
   struct Work {
     Sequence s;
     int64_t kv_head;
-    int first_key, first_query, tiles;
+    int first_key, own_keys, first_query, tiles;
+
+    FS_DEVICE explicit Work(const Call& call)
+        : Work(call, place_of_block(call, call.a.cu_seqlens_k, call.a.keys, 1, kKeys, false)) {}
+    FS_DEVICE Work(const Call& call, const Place& place)
+        : s(call.a, place.sequence),
+          kv_head(place.kv_head),
+          first_key(int(place.tile * kKeys)),
+          // Where tensors are not packed, keys behind the sequence's length have gradients too: zero.
+          own_keys(place.tile < 0        ? 0
+                   : call.a.cu_seqlens_k ? s.keys
+                                         : int(call.a.keys)),
+          first_query(0),
+          tiles(0) {
+      const int last_key = smaller(first_key + kKeys, smaller(s.keys, own_keys)) - 1;
+      if (last_key < first_key) return;
+      const Range seeing = s.seeing(first_key, last_key);
+      first_query = seeing.begin;
+      tiles = larger(seeing.end - seeing.begin + kQueries - 1, 0) / kQueries;
+    }
   };
 
   static FS_DEVICE void run(const Args& args) {
-    const Call& call = args.call;
-    const AttentionArgs& a = call.a;
-    const Place place = place_of_block(call, a.cu_seqlens_k, a.keys, 1, kKeys, false);
-    Work work{Sequence(a, place.sequence), place.kv_head, int(place.tile * kKeys), 0, 0};
-    const Sequence& s = work.s;
-    // Where tensors are not packed, keys behind the sequence's length have gradients too: zero.
-    const int own_keys = a.cu_seqlens_k ? s.keys : int(a.keys);
-    if (place.tile < 0 || work.first_key >= own_keys) return;
-    const int last_key = smaller(work.first_key + kKeys, s.keys) - 1;
-    if (last_key >= work.first_key) {
-      const Range seeing = s.seeing(work.first_key, last_key);
-      work.first_query = seeing.begin;
-      work.tiles = larger(seeing.end - seeing.begin + kQueries - 1, 0) / kQueries;
-    }
     const Shared shared(tile_memory());
     if (thread_index() == 0) {
       barrier_begin(shared.own, 1);
@@ -81,23 +87,24 @@ struct HopperGradKeys {
       barriers_begun();
     }
     sync_block();
-    if (thread_index() < kWarpgroup) {
+    const int warpgroup = thread_index() / kWarpgroup;
+    if (warpgroup == 0) {
       registers_give<kProducerRegisters>();
       if (thread_index() < kWarp) {
-        if (one_lane()) bring_tiles(args, shared, work);
+        if (one_lane()) bring_tiles(args, shared, Work(args.call));
       } else {
-        bring_statistics(call, shared, work, thread_index() / kWarp - 1);
+        bring_statistics(args.call, shared, Work(args.call), thread_index() / kWarp - 1);
       }
       return;
     }
     registers_take<kConsumerRegisters>();
-    const int consumer = thread_index() / kWarpgroup - 1;
+    const Work work(args.call);
     if constexpr (!kShape.split) {
-      consume<true, true>(call, shared, work, 64 * consumer, own_keys);
-    } else if (consumer == 0) {
-      consume<true, false>(call, shared, work, 0, own_keys);
+      consume<true, true>(args.call, shared, work, 64 * warpgroup - 64);
+    } else if (warpgroup == 1) {
+      consume<true, false>(args.call, shared, work, 0);
     } else {
-      consume<false, true>(call, shared, work, 0, own_keys);
+      consume<false, true>(args.call, shared, work, 0);
     }
   }
 
@@ -166,8 +173,7 @@ struct HopperGradKeys {
 
   // 64 keys, from own_row of the block's on.
   template <bool kOfKey, bool kOfValue>
-  static FS_DEVICE void consume(const Call& call, const Shared& shared, const Work& work, int own_row,
-                                int own_keys) {
+  static FS_DEVICE void consume(const Call& call, const Shared& shared, const Work& work, int own_row) {
     const AttentionArgs& a = call.a;
     const Band band(work.s);
     const int first_key = work.first_key + own_row;
@@ -251,7 +257,7 @@ struct HopperGradKeys {
       FS_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int key = first_key + row_of_accumulator(thread_index(), 2 * half);
-        rows[half] = key < own_keys ? work.s.template key_row<E>(to, work.kv_head, key) : nullptr;
+        rows[half] = key < work.own_keys ? work.s.template key_row<E>(to, work.kv_head, key) : nullptr;
       }
       write_features(rows, sums, int(features), by, pairs);
     };

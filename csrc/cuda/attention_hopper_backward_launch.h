@@ -22,7 +22,7 @@ inline const char* make_head_map(TensorMap& map, const AttentionArgs& a, const H
 
 // Calls body(features) with a constant.
 template <class Body>
-const char* with_hopper_features(const AttentionArgs& a, const Body& body) {
+const char* with_hopper_features_only(const AttentionArgs& a, const Body& body) {
   switch (hopper_features(int(a.head_size > a.value_size ? a.head_size : a.value_size))) {
     case 64:
       return body(std::integral_constant<int, 64>());
@@ -35,6 +35,15 @@ const char* with_hopper_features(const AttentionArgs& a, const Body& body) {
     default:
       return body(std::integral_constant<int, 256>());
   }
+}
+
+// And whether there is a mask: body(features, masked).
+template <class Body>
+const char* with_hopper_features(const AttentionArgs& a, const Body& body) {
+  return with_hopper_features_only(a, [&](auto features) {
+    return a.mask.kind == MaskKind::kNone ? body(features, std::false_type())
+                                          : body(features, std::true_type());
+  });
 }
 
 template <class Kernel>
@@ -58,23 +67,16 @@ template <class E>
 const char* launch_hopper_grad_queries(const Call& call, const TilePass& pass) {
   Call of_heads = call;
   of_heads.parts = call.group;  // a block has one of the query heads
-  return with_hopper_features(call.a, [&](auto features) {
-    constexpr int kFeatures = decltype(features)::value;
-    constexpr HopperShape kShape = hopper_grad_queries(kFeatures);
-    return call.a.mask.kind == MaskKind::kNone ? launch_hopper<HopperGradQueries<E, kFeatures, false>>(
-                                                     of_heads, pass, kShape.own, kShape.other)
-                                               : launch_hopper<HopperGradQueries<E, kFeatures, true>>(
-                                                     of_heads, pass, kShape.own, kShape.other);
+  return with_hopper_features(call.a, [&](auto features, auto masked) {
+    using Kernel = HopperGradQueries<E, decltype(features)::value, decltype(masked)::value>;
+    return launch_hopper<Kernel>(of_heads, pass, Kernel::kQueries, Kernel::kKeys);
   });
 }
 template <class E>
 const char* launch_hopper_grad_keys(const Call& call, const TilePass& pass) {
-  return with_hopper_features(call.a, [&](auto features) {
-    constexpr int kFeatures = decltype(features)::value;
-    constexpr HopperShape kShape = hopper_grad_keys(kFeatures);
-    return call.a.mask.kind == MaskKind::kNone
-               ? launch_hopper<HopperGradKeys<E, kFeatures, false>>(call, pass, kShape.other, kShape.own)
-               : launch_hopper<HopperGradKeys<E, kFeatures, true>>(call, pass, kShape.other, kShape.own);
+  return with_hopper_features(call.a, [&](auto features, auto masked) {
+    using Kernel = HopperGradKeys<E, decltype(features)::value, decltype(masked)::value>;
+    return launch_hopper<Kernel>(call, pass, Kernel::kQueries, Kernel::kKeys);
   });
 }
 

@@ -22,7 +22,7 @@ namespace fastseq::FASTSEQ_ISA::attention {
 template <class E, int kFeatures, bool kMasked>
 struct HopperGradQueries {
   using Args = HopperCall;
-  static constexpr HopperShape kShape = hopper_grad_queries(kFeatures);
+  static constexpr HopperShape kShape = hopper_grad_queries(kFeatures, kMasked);
   static constexpr int kThreads = kHopperThreads, kSharedBytes = kShape.shared_bytes();
   static constexpr int kQueries = kShape.own, kKeys = kShape.other;
   static constexpr int kQueryBytes = hopper_tile_bytes(kFeatures, kQueries);
@@ -44,23 +44,31 @@ struct HopperGradQueries {
           empty(own + 3),
           flags(reinterpret_cast<int*>(own + 5)) {}
   };
+  // Made by each of the roles for itself, so that none has registers for what another needs.
   struct Work {
     Sequence s;
     int64_t kv_head, head;
     int first_query, first_key, tiles;
+    bool nothing;
+
+    FS_DEVICE explicit Work(const Call& call)
+        : Work(call, place_of_block(call, call.a.cu_seqlens_q, call.a.queries, 1, kQueries, true)) {}
+    FS_DEVICE Work(const Call& call, const Place& place)
+        : s(call.a, place.sequence),
+          kv_head(place.kv_head),
+          head(kv_head * call.group + place.part),
+          first_query(int(place.tile * kQueries)),
+          first_key(0),
+          tiles(0),
+          nothing(place.tile < 0 || first_query >= s.queries) {
+      if (nothing) return;
+      const int last_query = smaller(first_query + kQueries, s.queries) - 1;
+      first_key = s.visible(first_query).begin;
+      tiles = larger(s.visible(last_query).end - first_key + kKeys - 1, 0) / kKeys;
+    }
   };
 
   static FS_DEVICE void run(const Args& args) {
-    const Call& call = args.call;
-    const AttentionArgs& a = call.a;
-    const Place place = place_of_block(call, a.cu_seqlens_q, a.queries, 1, kQueries, true);
-    const int64_t head = place.kv_head * call.group + place.part;
-    Work work{Sequence(a, place.sequence), place.kv_head, head, int(place.tile * kQueries), 0, 0};
-    const Sequence& s = work.s;
-    if (place.tile < 0 || work.first_query >= s.queries) return;
-    const int last_query = smaller(work.first_query + kQueries, s.queries) - 1;
-    work.first_key = s.visible(work.first_query).begin;
-    work.tiles = larger(s.visible(last_query).end - work.first_key + kKeys - 1, 0) / kKeys;
     const Shared shared(tile_memory());
     if (thread_index() == 0) {
       barrier_begin(shared.own, 1);
@@ -71,11 +79,11 @@ struct HopperGradQueries {
     sync_block();
     if (thread_index() < kWarpgroup) {
       registers_give<kProducerRegisters>();
-      if (thread_index() < kWarp && one_lane()) bring_tiles(args, shared, work);
-      return;
+      if (thread_index() < kWarp && one_lane()) bring_tiles(args, shared, Work(args.call));
+    } else {
+      registers_take<kConsumerRegisters>();
+      consume(args.call, shared, Work(args.call), thread_index() / kWarpgroup * 64 - 64);
     }
-    registers_take<kConsumerRegisters>();
-    consume(call, shared, work, thread_index() / kWarpgroup * 64 - 64);
   }
 
  private:
@@ -112,6 +120,7 @@ struct HopperGradQueries {
 
   // 64 queries, from own_row of the block's on.
   static FS_DEVICE void consume(const Call& call, const Shared& shared, const Work& work, int own_row) {
+    if (work.nothing) return;
     const AttentionArgs& a = call.a;
     const Sequence& s = work.s;
     const Band band(s);

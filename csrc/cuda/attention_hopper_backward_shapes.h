@@ -30,12 +30,13 @@ struct HopperShape {
 };
 constexpr int kHopperThreads = 384;
 
-constexpr HopperShape hopper_grad_keys(int features) {
-  const int queries = features <= 96 ? 96 : 64;
+// With a mask tiles are smaller, for its addresses need registers too.
+constexpr HopperShape hopper_grad_keys(int features, bool masked) {
+  const int queries = features <= 96 && !masked ? 96 : 64;
   return {features, features > 128 ? 64 : 128, queries, features > 128, 3};
 }
-constexpr HopperShape hopper_grad_queries(int features) {
-  const int keys = features <= 128 ? 128 : features == 192 ? 80 : 48;
+constexpr HopperShape hopper_grad_queries(int features, bool masked) {
+  const int keys = features <= 128 ? masked ? 96 : 128 : features == 192 ? 80 : 48;
   return {features, 128, keys, false, 0};
 }
 

@@ -67,16 +67,22 @@ struct Field {
 template <int kFeatures>
 FS_DEVICE void load_features(unsigned char* to, const TensorMap& map, PhaseBarrier* full, int rows, int row,
                              int head, int batch) {
-  FS_UNROLL
-  for (int i = 0; i < (kFeatures + kTileColumns - 1) / kTileColumns; ++i) {
+  FS_NO_UNROLL  // the producer has few registers
+      for (int i = 0; i < (kFeatures + kTileColumns - 1) / kTileColumns; ++i) {
     load_tile(to + i * rows * kTileRowBytes, map, full, {i * kTileColumns, row, head, batch});
   }
+}
+
+// As new: or the compiler would make the operands of all steps before the loop, and keep them in registers.
+FS_DEVICE uint64_t made_here(uint64_t operand) {
+  return (operand & ~uint64_t(0xffffffff)) | as_new(uint32_t(operand));
 }
 
 // d = a b^T over the features: 64 rows of tiles that have a_rows, and kOther rows of others.
 template <class E, int kFeatures, int kOther>
 FS_DEVICE void multiply_features(float (&d)[kOther / 2], uint64_t a, int a_rows, const unsigned char* other) {
   const uint64_t b = operand_of_tiles<Major::k>(other, kOther);
+  a = made_here(a);
   FS_UNROLL
   for (int step = 0; step < kFeatures / 16; ++step) {
     wgmma<E, kOther, Major::k, Major::k>(d, at_step<Major::k>(a, a_rows, step),

@@ -49,7 +49,8 @@ bool plan_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
   if (p.device.major != 9 || p.device.minor != 0 || element_size(p.dtype) != 2) return false;
   if (!p.tma || p.beyond_mask || p.keys <= kFewKeys) return false;
   const int features = hopper_features(int(std::max(p.head_size, p.value_size)));
-  const HopperShape queries = hopper_grad_queries(features), keys = hopper_grad_keys(features);
+  const HopperShape queries = hopper_grad_queries(features, p.options),
+                    keys = hopper_grad_keys(features, p.options);  // a mask, if any
   if (std::max(queries.shared_bytes(), keys.shared_bytes()) > p.device.shared_bytes) return false;
   plan.grad_queries = {queries.own, queries.other, kHopperThreads, queries.shared_bytes(), 0, 0};
   plan.grad_queries.slots = slots(p, p.queries, queries.own);
