@@ -40,6 +40,8 @@ class Problem(NamedTuple):
     head_size: int
     value_size: int
     options: bool
+    only_mask: bool
+    tma: bool
     weights: bool
     of_mask: bool
     mask_has_batch: bool
@@ -47,8 +49,6 @@ class Problem(NamedTuple):
     mask_has_query: bool
     mask_has_key: bool
     one_pass: bool
-    tma: bool
-    beyond_mask: bool
 
 
 @lru_cache(maxsize=1024)
@@ -65,29 +65,29 @@ def _plan_of(engine: Engine, problem: Problem, device: torch.device) -> Any:
 def _has_options(a: Arguments) -> bool:
     """Whether there is anything between products and weights but the scale, lengths, causality, windows and
     sinks; csrc/cuda/attention.cu has the same bound of the scale."""
-    return a.attn_mask is not None or _has_options_beyond_mask(a)
+    return bool(
+        a.attn_mask is not None
+        or a.alibi_slopes is not None
+        or a.softcap
+        or a.dropout_p
+        or not a.scale > 1e-6
+    )
 
 
-def _has_options_beyond_mask(a: Arguments) -> bool:
-    return bool(a.alibi_slopes is not None or a.softcap or a.dropout_p or not a.scale > 1e-6)
+def _only_mask(a: Arguments) -> bool:
+    """Whether a mask is all that may be between products and weights."""
+    return a.alibi_slopes is None and not a.softcap and not a.dropout_p
 
 
-def _takes_tma(*tensors: Tensor) -> bool:
-    """Whether a tensor map can tell all of them: 16-bit elements, rows at multiples of 16 bytes, forwards;
-    see unfit() of csrc/cuda/tensor_map.h."""
-
-    def takes(x: Tensor) -> bool:
-        outer = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
-        dense = x.stride(-1) == 1 or x.size(-1) == 1
-        return bool(
-            x.element_size() == 2
-            and x.numel()
-            and x.data_ptr() % 16 == 0
-            and dense
-            and all(0 < 2 * stride < 1 << 40 and stride % 8 == 0 for stride in outer)
-        )
-
-    return all(takes(x) for x in tensors)
+def _fits_tensor_map(x: Tensor) -> bool:
+    """Whether the GPU's tensor memory accelerator can read it: csrc/cuda/tensor_map.h has the conditions."""
+    if x.data_ptr() % 16:
+        return False
+    size, most = x.element_size(), 1 << 40
+    return all(
+        n == 1 or (step > 0 and step * size % 16 == 0 and step * size * n < most)
+        for n, step in zip(x.shape[:-1], x.stride(), strict=False)
+    )
 
 
 def _run(engine: Engine, problem: Problem, a: Arguments, numbers: tuple[Any, ...]) -> None:
@@ -135,12 +135,12 @@ def _problem_of(
         backward,
         *sizes,
         _has_options(a) or (backward and of_weights),
+        _only_mask(a) and not (backward and of_weights),
+        all(map(_fits_tensor_map, (a.query, a.key, a.value, *others))),
         not backward and of_weights,
         of_mask is not None,
         *(of_mask or (False,) * 4),
         False,
-        _takes_tma(a.query, a.key, a.value, *others),
-        _has_options_beyond_mask(a) or (backward and of_weights),
     )
 
 

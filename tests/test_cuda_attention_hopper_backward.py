@@ -51,6 +51,8 @@ def plan(facts=HOPPER, **changed):
         head_size=128,
         value_size=128,
         options=False,
+        only_mask=True,
+        tma=True,
         weights=False,
         of_mask=False,
         mask_has_batch=False,
@@ -58,8 +60,6 @@ def plan(facts=HOPPER, **changed):
         mask_has_query=False,
         mask_has_key=False,
         one_pass=False,
-        tma=True,
-        beyond_mask=False,
     )
     return cuda_host.load().cuda_attention_plan(problem._replace(**changed), facts, "").describe()
 
@@ -137,7 +137,8 @@ def test_each_tile_of_queries_and_keys_has_a_block(packed):
         {"dtype": _C.DTYPES["float64"]},
         {"keys": FEW_KEYS},
         {"tma": False},
-        {"beyond_mask": True, "options": True},
+        {"only_mask": False, "options": True},
+        {"queries": 0},
     ],
     ids=str,
 )
@@ -149,7 +150,6 @@ OTHERS = {
     "soft cap": {"softcap": 3.0},
     "slopes": {"alibi": "H"},
     "dropout": {"dropout": 0.3},
-    "tiny scale": {"scale": 1e-7},
     "few keys": {"keys": FEW_KEYS},
     "odd rows": {"head_size": 60},
     "not aligned": {"layout": "off by one element"},
@@ -189,6 +189,8 @@ OPTIONS = {
         "heads": 4,
         "kv_heads": 2,
     },
+    "tiny scale": {"scale": 1e-7},
+    "negative scale": {"scale": -0.2, "causal": "top_left"},
     "sinks": {"sinks": True, "returns": ("lse",), "causal": "top_left"},
     "bool mask": {"mask": "bool"},
     "bool mask of keys": {"mask": "bool", "mask_dims": "BK", "causal": "top_left"},

@@ -12,7 +12,7 @@
 // next products. Nothing goes from one to the other, so that one multiplies while the other has its exponentials.
 // From 192 features on they have the same 64 keys: 1 makes dK, 2 dV; S is made by both.
 //
-// Assumes tensors that a tensor map can tell (16-byte strides), and no options but a mask (kMasked).
+// Assumes tensors that a tensor map can tell (16-byte strides), and no options but a mask, or a scale that needs scores (kMasked).
 //
 // Cost of a tile of 128 keys and 64 queries, 128 features: 4 x 128 x 64 x 128 = 4.2 M multiply-adds, 2048 cycles of
 // the tensor cores; 32 KB of Q and dO from the second-level cache (16 bytes a cycle) and, of shared memory, for each warpgroup

@@ -37,12 +37,12 @@ const char* with_hopper_features_only(const AttentionArgs& a, const Body& body) 
   }
 }
 
-// And whether there is a mask: body(features, masked).
+// And whether there is a mask, or a scale that needs scores: body(features, masked).
 template <class Body>
-const char* with_hopper_features(const AttentionArgs& a, const Body& body) {
-  return with_hopper_features_only(a, [&](auto features) {
-    return a.mask.kind == MaskKind::kNone ? body(features, std::false_type())
-                                          : body(features, std::true_type());
+const char* with_hopper_features(const Call& call, const Body& body) {
+  return with_hopper_features_only(call.a, [&](auto features) {
+    return call.product_units && call.a.mask.kind == MaskKind::kNone ? body(features, std::false_type())
+                                                                     : body(features, std::true_type());
   });
 }
 
@@ -67,14 +67,14 @@ template <class E>
 const char* launch_hopper_grad_queries(const Call& call, const TilePass& pass) {
   Call of_heads = call;
   of_heads.parts = call.group;  // a block has one of the query heads
-  return with_hopper_features(call.a, [&](auto features, auto masked) {
+  return with_hopper_features(call, [&](auto features, auto masked) {
     using Kernel = HopperGradQueries<E, decltype(features)::value, decltype(masked)::value>;
     return launch_hopper<Kernel>(of_heads, pass, Kernel::kQueries, Kernel::kKeys);
   });
 }
 template <class E>
 const char* launch_hopper_grad_keys(const Call& call, const TilePass& pass) {
-  return with_hopper_features(call.a, [&](auto features, auto masked) {
+  return with_hopper_features(call, [&](auto features, auto masked) {
     using Kernel = HopperGradKeys<E, decltype(features)::value, decltype(masked)::value>;
     return launch_hopper<Kernel>(call, pass, Kernel::kQueries, Kernel::kKeys);
   });

@@ -117,6 +117,7 @@ FS_DEVICE void add_mask(const Call& call, const Sequence& s, const Band& band, c
     for (int i = 0; i < kCount; ++i) x[i] *= float(a.scale);
   }
   with_mask<E, float>(a, s, [&](auto* mask) {
+    if (a.mask.kind == MaskKind::kNone) return;
     mask += head * a.mask.stride[1];
     FS_UNROLL
     for (int i = 0; i < kCount; ++i) {

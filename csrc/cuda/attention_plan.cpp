@@ -47,7 +47,8 @@ int64_t heads(const AttentionProblem& p) { return p.packed ? p.kv_heads : p.kv_h
 // Whether the backward pass is that of attention_hopper_backward_keys.h, and then its passes.
 bool plan_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
   if (p.device.major != 9 || p.device.minor != 0 || element_size(p.dtype) != 2) return false;
-  if (!p.tma || p.beyond_mask || p.keys <= kFewKeys) return false;
+  if (!p.tma || !p.only_mask || p.keys <= kFewKeys) return false;
+  if (std::min({p.batch, p.heads, p.queries, p.head_size, p.value_size}) == 0) return false;
   const int features = hopper_features(int(std::max(p.head_size, p.value_size)));
   const HopperShape queries = hopper_grad_queries(features, p.options),
                     keys = hopper_grad_keys(features, p.options);  // a mask, if any

@@ -15,12 +15,12 @@ struct AttentionProblem {
   bool tf32, packed, backward;
   int64_t batch, heads, kv_heads, queries, keys, head_size, value_size;
   bool options;      // anything between product and weight, or weights that have a gradient
+  bool only_mask;    // of the options there is none but a mask, or a scale that needs scores
+  bool tma;          // query, key and value fit tensor maps: see unfit() in tensor_map.h
   bool weights;      // forward: they are wanted
   bool of_mask;      // backward: whether the mask's gradient is wanted, and
   bool mask_has[4];  // which of batch, head, query and key it has
   bool one_pass;     // backward: grad_query may be summed up in any order
-  bool tma;          // a tensor map can tell the tensors that kernels read in tiles
-  bool beyond_mask;  // options that are no mask
   DeviceFacts device;
   int forced_kernel, forced_parts;  // -1, 0: not forced
 };

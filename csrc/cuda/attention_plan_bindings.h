@@ -77,10 +77,10 @@ inline void bind_attention_plan(py::module_& m) {
     p.tf32 = from.next() != 0, p.packed = from.next() != 0, p.backward = from.next() != 0;
     p.batch = from.next(), p.heads = from.next(), p.kv_heads = from.next();
     p.queries = from.next(), p.keys = from.next(), p.head_size = from.next(), p.value_size = from.next();
-    p.options = from.next() != 0, p.weights = from.next() != 0, p.of_mask = from.next() != 0;
+    p.options = from.next() != 0, p.only_mask = from.next() != 0, p.tma = from.next() != 0;
+    p.weights = from.next() != 0, p.of_mask = from.next() != 0;
     for (bool& has : p.mask_has) has = from.next() != 0;
     p.one_pass = from.next() != 0;
-    p.tma = from.next() != 0, p.beyond_mask = from.next() != 0;
     if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
     p.device = device_facts(device);
     read_forced_attention_plan(forced, p);
