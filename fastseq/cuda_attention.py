@@ -124,9 +124,11 @@ def _problem_of(
     backward: bool,
     of_mask: Sequence[bool] | None,
     of_weights: bool,
-    one_pass: bool = False,
+    one_pass: bool,
+    *others: Tensor,
 ) -> Problem:
-    """of_mask: as in attention_ops.Kernels.plan; of_weights: whether they are wanted, or have a gradient."""
+    """of_mask: as in attention_ops.Kernels.plan; of_weights: whether they are wanted, or have a gradient;
+    others: what kernels read in tiles, beside query, key and value."""
     return Problem(
         DTYPES[a.query.dtype],
         precision.of_products(a.query.dtype) == "tf32",
@@ -134,8 +136,8 @@ def _problem_of(
         backward,
         *sizes,
         _has_options(a) or (backward and of_weights),
-        not backward and _only_mask(a),
-        not backward and all(map(_fits_tensor_map, (a.query, a.key, a.value))),
+        _only_mask(a) and not (backward and of_weights),
+        all(map(_fits_tensor_map, (a.query, a.key, a.value, *others))),
         not backward and of_weights,
         of_mask is not None,
         *(of_mask or (False,) * 4),
@@ -146,7 +148,7 @@ def _problem_of(
 def forward(engine: Engine, sizes: Attention, a: Arguments, *results: Tensor) -> None:
     if sizes.heads:
         numbers = attention_numbers.of_forward(sizes, a, results, 0, _seed(a))
-        _run(engine, _problem_of(sizes, a, False, None, bool(a.return_weights)), a, numbers)
+        _run(engine, _problem_of(sizes, a, False, None, bool(a.return_weights), False), a, numbers)
 
 
 def backward(engine: Engine, sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradients) -> None:
@@ -155,7 +157,8 @@ def backward(engine: Engine, sizes: Attention, a: Arguments, incoming: Incoming,
     all_wanted = grads.query is not None and grads.key is not None and grads.value is not None
     one_pass = all_wanted and not incoming.deterministic
     of_weights = incoming.grad_weights is not None
-    _run(engine, _problem_of(sizes, a, True, of_mask, of_weights, one_pass), a, numbers)
+    problem = _problem_of(sizes, a, True, of_mask, of_weights, one_pass, incoming.grad_output)
+    _run(engine, problem, a, numbers)
 
 
 def plan_in_data(
@@ -165,7 +168,7 @@ def plan_in_data(
     device = a.query.device
     facts = engine.facts(device.index or 0)
     sizes = check_attention(a)
-    problem = _problem_of(sizes, a, backward, of_mask, bool(a.return_weights))
+    problem = _problem_of(sizes, a, backward, of_mask, bool(a.return_weights), False)
     plan = {"engine": "cuda_attention", "facts": facts, "partition": {}, "tf32": problem.tf32}
     if not sizes.heads:
         return plan | {"kernel": "none"}

@@ -24,5 +24,11 @@ const char* launch_weights(Call& call, const GpuAttentionPlan& plan);
 template <class M>
 const char* launch_backward(Call& call, const GpuAttentionPlan& plan);
 
+// The kernels for compute capability 9.0 of one 16-bit dtype.
+template <class E>
+const char* launch_hopper_grad_queries(const Call& call, const TilePass& pass);
+template <class E>
+const char* launch_hopper_grad_keys(const Call& call, const TilePass& pass);
+
 }  // namespace attention
 }  // namespace fastseq::FASTSEQ_ISA

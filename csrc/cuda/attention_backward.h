@@ -57,10 +57,6 @@ FS_DEVICE void finish_grad_scores(const Queries& queries, const Sums<T> (&x)[kRo
   });
 }
 
-// Of few keys the sum of weights times their gradients, which delta should be, is made from these themselves: what the
-// rounding of output leaves in the other form is more than such a small sum can bear. See csrc/cpu/attention_backward.cpp.
-constexpr int kFewKeys = 16;
-
 template <class T>
 FS_DEVICE Query<T> query_of(const Call& call, const Sequence& s, int64_t head, int index) {
   const AttentionArgs& a = call.a;

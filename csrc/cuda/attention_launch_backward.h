@@ -16,45 +16,67 @@ const char* launch_elements(const Call& call, int64_t elements) {
 }
 
 template <class M>
+const char* launch_grad_queries(Call& call, const GpuAttentionPlan& plan) {
+  constexpr int kSize = sizeof(typename M::Element);
+  if constexpr (kSize == 2) {
+    if (plan.hopper) return launch_hopper_grad_queries<typename M::Element>(call, plan.grad_queries);
+  }
+  return with_features(plan, [&](auto features) {
+    constexpr int kFeatures = decltype(features)::value;
+    return plan.options ? launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures>, true>>(
+                              call, plan.grad_queries)
+                        : launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures>, false>>(
+                              call, plan.grad_queries);
+  });
+}
+template <class M>
+const char* launch_grad_keys(Call& call, const GpuAttentionPlan& plan) {
+  constexpr int kSize = sizeof(typename M::Element);
+  if constexpr (kSize == 2) {
+    if (plan.hopper) return launch_hopper_grad_keys<typename M::Element>(call, plan.grad_keys);
+  }
+  return with_features(plan, [&](auto features) {
+    constexpr int kFeatures = decltype(features)::value;
+    return plan.options
+               ? launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures>, true>>(call, plan.grad_keys)
+               : launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures>, false>>(call, plan.grad_keys);
+  });
+}
+
+template <class M>
+const char* launch_one_pass(Call& call, const GpuAttentionPlan& plan) {
+  return with_features(plan, [&](auto features) {
+    using Shape = OnePassShape<sizeof(typename M::Element), decltype(features)::value>;
+    return launch_pass<GradKeys<M, Shape, true, true>>(call, plan.grad_keys);
+  });
+}
+
+template <class M>
 const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
   constexpr int kSize = sizeof(typename M::Element);
   const AttentionArgs& a = call.a;
   const int64_t batch = a.cu_seqlens_q ? 1 : a.batch;
   if (const char* error = launch_rows<Delta<M>>(call, batch * a.heads * a.queries)) return error;
-  const char* error = with_features(plan, [&](auto features) -> const char* {
-    constexpr int kFeatures = decltype(features)::value;
-    if (plan.one_pass) {
-      call.grad_query_sums = static_cast<unsigned char*>(a.workspace) + plan.sums_at;
-      const int64_t elements = batch * a.heads * a.queries * a.head_size;
-      const char* error = nullptr;
-      if (elements)
-        error = fill_zero(call.grad_query_sums, size_t(elements) * sizeof(typename M::Sum), a.stream);
-      if (!error)
-        error = launch_pass<GradKeys<M, OnePassShape<kSize, kFeatures>, true, true>>(call, plan.grad_keys);
-      if (!error) error = launch_elements<FinishQueries<M>>(call, elements);
-      if (error) return error;
-    }
+  const char* error = nullptr;
+  if (plan.one_pass) {
+    call.grad_query_sums = static_cast<unsigned char*>(a.workspace) + plan.sums_at;
+    const int64_t elements = batch * a.heads * a.queries * a.head_size;
+    if (elements)
+      error = fill_zero(call.grad_query_sums, size_t(elements) * sizeof(typename M::Sum), a.stream);
+    if (!error) error = launch_one_pass<M>(call, plan);
+    if (!error) error = launch_elements<FinishQueries<M>>(call, elements);
+  } else {
     // Of few keys this pass makes delta too, so that it comes first.
     const bool may_be_few = a.keys <= kFewKeys || a.key_lengths || a.cu_seqlens_k;
-    if (!plan.one_pass && (a.grad_query.data || may_be_few)) {
-      const char* const error =
-          plan.options
-              ? launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures>, true>>(call, plan.grad_queries)
-              : launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures>, false>>(call,
-                                                                                       plan.grad_queries);
-      if (error) return error;
-    }
-    if (!plan.one_pass && (a.grad_key.data || a.grad_value.data)) {
-      const char* const error =
-          plan.options
-              ? launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures>, true>>(call, plan.grad_keys)
-              : launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures>, false>>(call, plan.grad_keys);
-      if (error) return error;
-    }
-    if (!a.grad_mask) return nullptr;
+    if (a.grad_query.data || may_be_few) error = launch_grad_queries<M>(call, plan);
+    if (!error && (a.grad_key.data || a.grad_value.data)) error = launch_grad_keys<M>(call, plan);
+  }
+  if (!error && a.grad_mask) {
     call.part_output = static_cast<unsigned char*>(a.workspace) + plan.mask_at;
-    return launch_pass<GradMask<M, PairShape<kSize, kFeatures>>>(call, plan.grad_mask);
-  });
+    error = with_features(plan, [&](auto features) {
+      return launch_pass<GradMask<M, PairShape<kSize, decltype(features)::value>>>(call, plan.grad_mask);
+    });
+  }
   if (error) return error;
   if (a.grad_mask && plan.mask_parts > 1) {
     int64_t elements = 1;

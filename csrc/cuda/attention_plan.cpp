@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention_hopper_backward_shapes.h"
 #include "attention_shapes.h"
 
 namespace fastseq {
@@ -43,6 +44,24 @@ int64_t slots(const AttentionProblem& p, int64_t rows, int size) {
   return p.packed ? rows / size + p.batch : ceil_div(rows, size);
 }
 int64_t heads(const AttentionProblem& p) { return p.packed ? p.kv_heads : p.kv_heads * p.batch; }
+
+// Whether the backward pass is that of attention_hopper_backward_keys.h, and then its passes.
+bool plan_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
+  if (p.device.major != 9 || p.device.minor != 0 || element_size(p.dtype) != 2) return false;
+  if (!p.tma || !p.only_mask || p.keys <= kFewKeys) return false;
+  if (std::min({p.batch, p.heads, p.queries, p.head_size, p.value_size}) == 0) return false;
+  const int features = hopper_features(int(std::max(p.head_size, p.value_size)));
+  const HopperGradShape queries = hopper_grad_queries(features, p.options),
+                    keys = hopper_grad_keys(features, p.options);  // a mask, if any
+  if (std::max(queries.shared_bytes(), keys.shared_bytes()) > p.device.shared_bytes) return false;
+  plan.grad_queries = {queries.own, queries.other, kHopperThreads, queries.shared_bytes(), 0, 0};
+  plan.grad_queries.slots = slots(p, p.queries, queries.own);
+  plan.grad_queries.blocks = (p.packed ? 1 : p.batch) * p.heads * plan.grad_queries.slots;
+  plan.grad_keys = {keys.own, keys.other, kHopperThreads, keys.shared_bytes(), 0, 0};
+  plan.grad_keys.slots = slots(p, p.keys, keys.own);
+  plan.grad_keys.blocks = heads(p) * plan.grad_keys.slots;
+  return true;
+}
 
 void check(const AttentionProblem& p, const GpuAttentionPlan& plan) {
   const int most =
@@ -189,18 +208,22 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
     check(p, plan);
     return plan;
   }
-  plan.grad_queries =
-      with_sizes(size, plan.features, [&](auto s, auto f) { return pass<GradQueriesShape<s, f>>(s, 2, 4); });
-  plan.grad_queries.slots = slots(p, rows, plan.grad_queries.own);
-  plan.grad_queries.blocks = units * plan.grad_queries.slots;
-  plan.grad_keys = with_sizes(size, plan.features, [&](auto s, auto f) {
-    if (p.one_pass) return pass<OnePassShape<s, f>>(s, 2, 4);
-    return pass<GradKeysShape<s, f>>(s, 2, 4);
-  });
-  plan.grad_keys.shared_bytes += 2 * plan.grad_keys.other * query_bytes(size);
-  if (p.one_pass) plan.grad_keys.shared_bytes += score_bytes(size, plan.grad_keys.other, plan.grad_keys.own);
-  plan.grad_keys.slots = slots(p, p.keys, plan.grad_keys.own);
-  plan.grad_keys.blocks = units * plan.grad_keys.slots;
+  plan.hopper = !p.one_pass && plan_hopper_backward(p, plan);
+  if (!plan.hopper) {
+    plan.grad_queries = with_sizes(size, plan.features,
+                                   [&](auto s, auto f) { return pass<GradQueriesShape<s, f>>(s, 2, 4); });
+    plan.grad_queries.slots = slots(p, rows, plan.grad_queries.own);
+    plan.grad_queries.blocks = units * plan.grad_queries.slots;
+    plan.grad_keys = with_sizes(size, plan.features, [&](auto s, auto f) {
+      if (p.one_pass) return pass<OnePassShape<s, f>>(s, 2, 4);
+      return pass<GradKeysShape<s, f>>(s, 2, 4);
+    });
+    plan.grad_keys.shared_bytes += 2 * plan.grad_keys.other * query_bytes(size);
+    if (p.one_pass)
+      plan.grad_keys.shared_bytes += score_bytes(size, plan.grad_keys.other, plan.grad_keys.own);
+    plan.grad_keys.slots = slots(p, p.keys, plan.grad_keys.own);
+    plan.grad_keys.blocks = units * plan.grad_keys.slots;
+  }
   plan.workspace_bytes = aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * sum_size);
   if (p.one_pass) {
     plan.one_pass = true;

@@ -37,6 +37,7 @@ struct GpuAttentionPlan {
   AttentionKernelKind kernel;
   int features;  // of the tiles: head_size and value_size at most
   bool options;
+  bool hopper;           // backward: attention_hopper_backward_keys.h and its like
   int parts, part_keys;  // of the forward pass
   // kHopper: features of its tiles; heads in a tile of rows; packs of heads, of all sequences, whose keys and values are
   // worked on at the same time.

@@ -44,8 +44,10 @@ struct BoundAttentionPlan {
 inline py::dict describe_attention(const BoundAttentionPlan& bound) {
   const GpuAttentionPlan& plan = bound.plan;
   py::dict d;
-  d["kernel"] =
-      bound.backward ? plan.one_pass ? "one_pass" : "two_passes" : kAttentionKernelNames[int(plan.kernel)];
+  d["kernel"] = !bound.backward ? kAttentionKernelNames[int(plan.kernel)]
+                : plan.one_pass ? "one_pass"
+                : plan.hopper   ? "hopper"
+                                : "two_passes";
   d["features"] = plan.kernel == AttentionKernelKind::kHopper ? plan.hopper_features : plan.features;
   d["options"] = plan.options;
   d["workspace_bytes"] = plan.workspace_bytes;

@@ -123,6 +123,11 @@ auto with_hopper_shape(int features, bool masked, const Body& body) {
   return body(HopperShape<256, 2, 64>(), no);
 }
 
+// Backward: of few keys the sum of weights times their gradients, which delta should be, is made from these themselves:
+// what the rounding of output leaves in the other form is more than such a small sum can bear. See
+// csrc/cpu/attention_backward.cpp.
+constexpr int kFewKeys = 16;
+
 // Calls body(element size, features) with the two as constants; features 64, 128 or 256.
 template <class Body>
 auto with_sizes(int size, int features, const Body& body) {

@@ -10,6 +10,8 @@ set(cuda_sources csrc/cuda/recurrent.cu csrc/cuda/recurrent_cell.cu csrc/cuda/at
 # Those that need thread-block clusters, or include prim_hopper.h: for sm_90a alone.
 set(cuda_cluster_sources csrc/cuda/hopper_primitives.cu csrc/cuda/hopper_products.cu
   csrc/cuda/attention_hopper_bfloat16.cu csrc/cuda/attention_hopper_float16.cu)
+list(APPEND cuda_cluster_sources csrc/cuda/attention_hopper_backward_bfloat16.cu
+  csrc/cuda/attention_hopper_backward_float16.cu)
 foreach(arithmetic IN ITEMS bfloat16 float16 tf32 float32 float64)
   list(APPEND cuda_sources csrc/cuda/recurrent_${arithmetic}.cu csrc/cuda/attention_forward_${arithmetic}.cu
     csrc/cuda/attention_backward_${arithmetic}.cu)

@@ -1,0 +1,247 @@
+// Gradients of queries for compute capability 9.0: GradQueries of attention_backward.h, as
+// attention_hopper_backward_keys.h, which tells how, is GradKeys.
+//
+//   S = Q K^T, dP = dO V^T, P = exp2((S - highest) factor) inverse_sum, dS = P (dP - delta), dQ = dQ + dS K
+//
+// Block: 128 queries of one query head, which stay in shared memory with the gradients of their outputs. It goes over
+// the keys that any of them sees, which come through two stages, 128 at a time up to 128 features.
+// Warpgroup 0 brings them; warpgroups 1 and 2 have 64 queries each, whose numbers are in registers.
+// Of sequences of few keys, all of which are in one tile, it makes delta too: see kFewKeys.
+//
+// Cost of a tile of 128 queries and 128 keys, 128 features: 3 x 128 x 128 x 128 = 6.3 M multiply-adds, 3072 cycles of
+// the tensor cores; 64 KB of K and V from the second-level cache (21 bytes a cycle) and, of shared memory, for each
+// warpgroup twice 48 KB and once 32 KB: 2048 cycles in all; 16384 ex2, 1024 cycles, beside the products of the other
+// warpgroup.
+// Registers: 64 sums, 64 + 64 scores, and what is left of 240. Shared memory: 193 KB.
+#pragma once
+
+#include "attention_hopper_backward_tiles.h"
+
+namespace fastseq::FASTSEQ_ISA::attention {
+
+template <class E, int kFeatures, bool kMasked>
+struct HopperGradQueries {
+  using Args = HopperCall;
+  static constexpr HopperGradShape kShape = hopper_grad_queries(kFeatures, kMasked);
+  static constexpr int kThreads = kHopperThreads, kSharedBytes = kShape.shared_bytes();
+  static constexpr int kQueries = kShape.own, kKeys = kShape.other;
+  static constexpr int kQueryBytes = hopper_tile_bytes(kFeatures, kQueries);
+  static constexpr int kKeyBytes = hopper_tile_bytes(kFeatures, kKeys);
+  static_assert(kKeys >= kFewKeys);
+
+  struct Shared {
+    unsigned char *queries, *grads, *keys, *values;
+    PhaseBarrier *own, *full, *empty;
+    int* flags;
+
+    FS_DEVICE explicit Shared(unsigned char* memory)
+        : queries(memory),
+          grads(queries + kQueryBytes),
+          keys(grads + kQueryBytes),
+          values(keys + 2 * kKeyBytes),
+          own(reinterpret_cast<PhaseBarrier*>(memory + kShape.tile_bytes())),
+          full(own + 1),
+          empty(own + 3),
+          flags(reinterpret_cast<int*>(own + 5)) {}
+  };
+  // Made by each of the roles for itself, so that none has registers for what another needs.
+  struct Work {
+    Sequence s;
+    int64_t kv_head, head;
+    int first_query, first_key, tiles;
+    bool nothing;
+
+    FS_DEVICE explicit Work(const Call& call)
+        : Work(call, place_of_block(call, call.a.cu_seqlens_q, call.a.queries, 1, kQueries, true)) {}
+    FS_DEVICE Work(const Call& call, const Place& place)
+        : s(call.a, place.sequence),
+          kv_head(place.kv_head),
+          head(kv_head * call.group + place.part),
+          first_query(int(place.tile * kQueries)),
+          first_key(0),
+          tiles(0),
+          nothing(place.tile < 0 || first_query >= s.queries) {
+      if (nothing) return;
+      const int last_query = smaller(first_query + kQueries, s.queries) - 1;
+      first_key = s.visible(first_query).begin;
+      tiles = larger(s.visible(last_query).end - first_key + kKeys - 1, 0) / kKeys;
+    }
+  };
+
+  static FS_DEVICE void run(const Args& args) {
+    const Shared shared(tile_memory());
+    if (thread_index() == 0) {
+      barrier_begin(shared.own, 1);
+      for (int i = 0; i < 2; ++i)
+        barrier_begin(shared.full + i, 1), barrier_begin(shared.empty + i, kConsumerWarps);
+      barriers_begun();
+    }
+    sync_block();
+    if (thread_index() < kWarpgroup) {
+      registers_give<kProducerRegisters>();
+      if (thread_index() < kWarp && one_lane()) bring_tiles(args, shared, Work(args.call));
+    } else {
+      registers_take<kConsumerRegisters>();
+      consume(args.call, shared, Work(args.call), thread_index() / kWarpgroup * 64 - 64);
+    }
+  }
+
+ private:
+  // Calls body(first key, stage, parity) for each tile.
+  template <class Body>
+  static FS_DEVICE void for_tiles(const Work& work, Body body) {
+    FS_NO_UNROLL
+    for (int tile = 0; tile < work.tiles; ++tile) body(work.first_key + tile * kKeys, tile % 2, tile / 2 % 2);
+  }
+
+  static FS_DEVICE void bring_tiles(const Args& args, const Shared& shared, const Work& work) {
+    if (work.tiles == 0) return;
+    const Sequence& s = work.s;
+    const int row = int(s.first_query) + work.first_query, b = int(s.b);
+    const int head = int(work.head), kv_head = int(work.kv_head);
+    barrier_expect(shared.own, 2 * kQueryBytes);
+    load_features<kFeatures>(shared.queries, args.query, shared.own, kQueries, row, head, b);
+    load_features<kFeatures>(shared.grads, args.grad_output, shared.own, kQueries, row, head, b);
+    for_tiles(work, [&](int key, int stage, int parity) {
+      PhaseBarrier* const full = shared.full + stage;
+      const int key_row = int(s.first_key) + key;
+      barrier_wait(shared.empty + stage, parity ^ 1);
+      barrier_expect(full, 2 * kKeyBytes);
+      load_features<kFeatures>(shared.keys + stage * kKeyBytes, args.key, full, kKeys, key_row, kv_head, b);
+      load_features<kFeatures>(shared.values + stage * kKeyBytes, args.value, full, kKeys, key_row, kv_head,
+                               b);
+    });
+  }
+
+  // A thread's two queries.
+  struct Queries {
+    float highest[2], inverse_sum[2], delta[2];
+  };
+
+  // 64 queries, from own_row of the block's on.
+  static FS_DEVICE void consume(const Call& call, const Shared& shared, const Work& work, int own_row) {
+    if (work.nothing) return;
+    const AttentionArgs& a = call.a;
+    const Sequence& s = work.s;
+    const Band band(s);
+    const int first_query = work.first_query + own_row;
+    const float factor = Scoring<float>(call).factor;
+    const uint64_t queries = operand_of_tiles<Major::k>(shared.queries + own_row * kTileRowBytes, kQueries);
+    const uint64_t grads = operand_of_tiles<Major::k>(shared.grads + own_row * kTileRowBytes, kQueries);
+    Queries of{};
+    FS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int query = first_query + row_of_accumulator(thread_index(), 2 * half);
+      if (query >= s.queries) continue;
+      of.highest[half] = *s.of_query<const float>(a.highest, work.head, query);
+      of.inverse_sum[half] = *s.of_query<const float>(a.inverse_sum, work.head, query);
+      of.delta[half] = *delta_of(call, work, query);
+    }
+    float sums[kFeatures / 2];
+    FS_UNROLL
+    for (int i = 0; i < kFeatures / 2; ++i) sums[i] = 0;
+    if (work.tiles) barrier_wait(shared.own, 0);
+
+    for_tiles(work, [&](int key, int stage, int parity) {
+      unsigned char *const keys = shared.keys + stage * kKeyBytes, *const values =
+                                                                       shared.values + stage * kKeyBytes;
+      const bool hides = kMasked || any_in_warp(!band.shows_all(work.first_query, kQueries, key, kKeys));
+      const bool sees = any_in_warp(band.shows_any(first_query, 64, key, kKeys));
+      barrier_wait(shared.full + stage, parity);
+      bool special = false;
+      if (hides)
+        special = any_of_consumers(special_in<E>(keys, kKeyBytes), shared.flags + stage * kConsumerWarps);
+      const auto settle = [&] {
+        if (special) clear_special<E>(keys, kKeyBytes, nullptr, 0);
+      };
+      if (sees) {
+        float x[kKeys / 2], dx[kKeys / 2];
+        wgmma_fence(x);
+        multiply_features<E, kFeatures, kKeys>(x, queries, kQueries, keys);
+        wgmma_fence(dx);
+        multiply_features<E, kFeatures, kKeys>(dx, grads, kQueries, values);
+        wgmma_wait<1>(x);
+        const Field<true> field(first_query, key);
+        if constexpr (kMasked) add_mask<E>(call, s, band, field, work.head, x);
+        if (hides) {
+          hide(band, field, x);
+          weigh<true>(x, of, factor);
+        } else {
+          weigh<false>(x, of, factor);
+        }
+        wgmma_wait<0>(dx);
+        if (s.keys <= kFewKeys) sum_few(call, work, first_query, x, dx, of);
+        if (hides)
+          grad_scores<true>(x, dx, of);
+        else
+          grad_scores<false>(x, dx, of);
+        if (special) add_special_rows<E>(sums, dx, keys);
+        settle();
+        uint32_t words[kKeys / 16][4];
+        round_to_words<E>(dx, words);
+        wgmma_fence(sums, words);
+        add_rows<E, kFeatures, kKeys>(sums, words, keys);
+        wgmma_wait<0>(sums, words);
+      } else {
+        settle();
+      }
+      sync_warp();
+      if (thread_index() % kWarp == 0) barrier_arrive(shared.empty + stage);
+    });
+
+    if (!a.grad_query.data) return;
+    E* rows[2];
+    FS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int query = first_query + row_of_accumulator(thread_index(), 2 * half);
+      rows[half] = query < s.queries ? s.template query_row<E>(a.grad_query, work.head, query) : nullptr;
+    }
+    write_features(rows, sums, int(a.head_size), float(a.scale), call.pairs_of_grad_query);
+  }
+
+  static FS_DEVICE float* delta_of(const Call& call, const Work& work, int query) {
+    return static_cast<float*>(call.delta) + work.s.b * call.delta_stride[0] +
+           work.head * call.delta_stride[1] + work.s.first_query + query;
+  }
+
+  // As in attention_hopper_backward_keys.h, of rows.
+  template <bool kHides>
+  static FS_DEVICE void weigh(float (&x)[kKeys / 2], const Queries& of, float factor) {
+    FS_UNROLL
+    for (int i = 0; i < kKeys / 2; ++i) {
+      const float weight = weight_of(x[i], of.highest[i / 2 % 2], factor);
+      x[i] = kHides && weight == 0 ? 0.0f : weight * of.inverse_sum[i / 2 % 2];
+    }
+  }
+  template <bool kHides>
+  static FS_DEVICE void grad_scores(const float (&x)[kKeys / 2], float (&dx)[kKeys / 2], const Queries& of) {
+    FS_UNROLL
+    for (int i = 0; i < kKeys / 2; ++i) {
+      dx[i] = kHides && x[i] == 0 ? 0.0f : x[i] * (dx[i] - of.delta[i / 2 % 2]);
+    }
+  }
+
+  // delta of the queries, all of whose keys are in this tile, here and where others read it.
+  static FS_DEVICE void sum_few(const Call& call, const Work& work, int first_query,
+                                const float (&x)[kKeys / 2], const float (&dx)[kKeys / 2], Queries& of) {
+    const AttentionArgs& a = call.a;
+    const Sequence& s = work.s;
+    FS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float sum = 0;
+      FS_UNROLL
+      for (int i = 0; i < kFewKeys / 2; ++i) {  // from the tile's first key on
+        if (i / 2 % 2 == half && x[i] != 0) sum = fma(x[i], dx[i], sum);
+      }
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      const int query = first_query + row_of_accumulator(thread_index(), 2 * half);
+      if (query >= s.queries) continue;
+      if (a.grad_lse.data) sum -= *s.of_query<const float>(a.grad_lse, work.head, query);
+      of.delta[half] = sum;
+      if (thread_index() % 4 == 0) *delta_of(call, work, query) = sum;
+    }
+  }
+};
+
+}  // namespace fastseq::FASTSEQ_ISA::attention

@@ -1,0 +1,257 @@
+// What the two backward kernels for compute capability 9.0 have in common: see attention_hopper_backward_keys.h.
+#pragma once
+
+#include <prim_hopper.h>
+
+#include "attention_backward.h"
+#include "attention_hopper_backward_shapes.h"
+
+namespace fastseq::FASTSEQ_ISA::attention {
+
+constexpr int kConsumers = 2, kConsumerThreads = kConsumers * kWarpgroup,
+              kConsumerWarps = kConsumerThreads / kWarp;
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // 168 each before
+constexpr int kAllConsumers = 1;                                  // the number of their barrier
+
+// Boxes are 64 features wide, and as many rows high as the kernel's tiles. `call.parts` are the query heads of a key
+// head where a block has one of them.
+struct HopperCall {
+  TensorMap query, key, value, grad_output;
+  Call call;
+};
+
+// Which keys the queries of a sequence see, as far as lengths, causality and window go: those for which key - query
+// is from low to high.
+struct Band {
+  int queries, keys, low, high;
+
+  FS_DEVICE explicit Band(const Sequence& s) : queries(s.queries), keys(s.keys), low(-kFar), high(kFar) {
+    if (s.left >= 0) low = int(clamp(int64_t(s.offset) - s.left, -kFar, kFar));
+    if (s.right >= 0) high = int(clamp(int64_t(s.offset) + s.right, -kFar, kFar));
+  }
+  FS_DEVICE bool shows(int query, int key) const {
+    const int distance = key - query;
+    return query < queries && key < keys && distance >= low && distance <= high;
+  }
+  // All, or any, of `m` queries from `query` on and `n` keys from `key` on.
+  FS_DEVICE bool shows_all(int query, int m, int key, int n) const {
+    return query + m <= queries && key + n <= keys && key - (query + m - 1) >= low &&
+           key + n - 1 - query <= high;
+  }
+  FS_DEVICE bool shows_any(int query, int m, int key, int n) const {
+    const int last_query = smaller(query + m, queries) - 1, last_key = smaller(key + n, keys) - 1;
+    return last_query >= query && last_key >= key && last_key - query >= low && key - last_query <= high;
+  }
+};
+
+// The query and the key of accumulator i, in products whose rows are queries, or keys.
+template <bool kQueriesAreRows>
+struct Field {
+  int first_query, first_key;  // of the warpgroup
+
+  FS_DEVICE Field(int query, int key)
+      : first_query(query + of(kQueriesAreRows, 0)), first_key(key + of(!kQueriesAreRows, 0)) {}
+  FS_DEVICE int query(int i) const { return first_query + of_constant(kQueriesAreRows, i); }
+  FS_DEVICE int key(int i) const { return first_key + of_constant(!kQueriesAreRows, i); }
+
+ private:
+  FS_DEVICE static int of(bool row, int i) {
+    return row ? row_of_accumulator(thread_index(), i) : column_of_accumulator(thread_index(), i);
+  }
+  FS_DEVICE static constexpr int of_constant(bool row, int i) {
+    return row ? i / 2 % 2 * 8 : i / 4 * 8 + i % 2;
+  }
+};
+
+// All features of `rows` rows from `row` on, and so many bytes for `full`.
+template <int kFeatures>
+FS_DEVICE void load_features(unsigned char* to, const TensorMap& map, PhaseBarrier* full, int rows, int row,
+                             int head, int batch) {
+  FS_NO_UNROLL  // the producer has few registers
+      for (int i = 0; i < (kFeatures + kTileColumns - 1) / kTileColumns; ++i) {
+    load_tile(to + i * rows * kTileRowBytes, map, full, {i * kTileColumns, row, head, batch});
+  }
+}
+
+// As new: or the compiler would make the operands of all steps before the loop, and keep them in registers.
+FS_DEVICE uint64_t made_here(uint64_t operand) {
+  return (operand & ~uint64_t(0xffffffff)) | as_new(uint32_t(operand));
+}
+
+// d = a b^T over the features: 64 rows of tiles that have a_rows, and kOther rows of others.
+template <class E, int kFeatures, int kOther>
+FS_DEVICE void multiply_features(float (&d)[kOther / 2], uint64_t a, int a_rows, const unsigned char* other) {
+  const uint64_t b = operand_of_tiles<Major::k>(other, kOther);
+  a = made_here(a);
+  FS_UNROLL
+  for (int step = 0; step < kFeatures / 16; ++step) {
+    wgmma<E, kOther, Major::k, Major::k>(d, at_step<Major::k>(a, a_rows, step),
+                                         at_step<Major::k>(b, kOther, step), step > 0);
+  }
+  wgmma_commit();
+}
+// d += a b over kOther rows of b.
+template <class E, int kFeatures, int kOther>
+FS_DEVICE void add_rows(float (&d)[kFeatures / 2], const uint32_t (&a)[kOther / 16][4],
+                        const unsigned char* other) {
+  const uint64_t b = operand_of_tiles<Major::mn>(other, kOther);
+  FS_UNROLL
+  for (int step = 0; step < kOther / 16; ++step) {
+    wgmma<E, kFeatures, Major::mn>(d, a[step], at_step<Major::mn>(b, kOther, step), true);
+  }
+  wgmma_commit();
+}
+template <class E, int kCount>
+FS_DEVICE void round_to_words(const float (&x)[kCount], uint32_t (&words)[kCount / 8][4]) {
+  FS_UNROLL
+  for (int i = 0; i < kCount / 2; ++i) words[i / 4][i % 4] = pack(x[2 * i], x[2 * i + 1], E{});
+}
+
+// Products -> scores: the mask is added, and -inf where it hides.
+template <class E, class Field, int kCount>
+FS_DEVICE void add_mask(const Call& call, const Sequence& s, const Band& band, const Field& field,
+                        int64_t head, float (&x)[kCount]) {
+  const AttentionArgs& a = call.a;
+  if (!call.product_units) {
+    FS_UNROLL
+    for (int i = 0; i < kCount; ++i) x[i] *= float(a.scale);
+  }
+  with_mask<E, float>(a, s, [&](auto* mask) {
+    if (a.mask.kind == MaskKind::kNone) return;
+    mask += head * a.mask.stride[1];
+    FS_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const int query = field.query(i), key = field.key(i);
+      if (!band.shows(query, key)) continue;
+      const auto of_mask = mask[query * a.mask.stride[2] + key * a.mask.stride[3]];
+      if constexpr (sizeof(of_mask) == 1) {
+        if (!of_mask) x[i] = -float(INFINITY);
+      } else {
+        x[i] = add_bias(x[i], widen(of_mask));
+      }
+    }
+  });
+}
+template <class Field, int kCount>
+FS_DEVICE void hide(const Band& band, const Field& field, float (&x)[kCount]) {
+  FS_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    if (!band.shows(field.query(i), field.key(i))) x[i] = -float(INFINITY);
+  }
+}
+
+// ---- NaN and infinity ----
+//
+// What is hidden has a factor of zero in the sums, and zero times NaN is NaN. So where some of a tile is hidden, the
+// consumers look for what is not finite in what is summed up over. If there is any, it is added to the sums by itself,
+// with factors that are not zero, and then the tile has zeros in its place: the sums of what is finite have the bits that
+// they always have. All of this is for correctness, and slow.
+
+constexpr uint32_t exponents_of(bfloat16) { return 0x7f807f80; }
+constexpr uint32_t exponents_of(float16) { return 0x7c007c00; }
+
+template <class E>
+FS_DEVICE uint32_t carries_of(uint32_t word) {  // where one more makes the exponent too large
+  constexpr uint32_t kAll = exponents_of(E{}), kOne = kAll & ~(kAll << 1);
+  return ((word & kAll) + kOne) & 0x80008000;
+}
+template <class E>
+FS_DEVICE uint32_t special_in(const unsigned char* tiles, int bytes) {
+  uint32_t carries = 0;
+  FS_NO_UNROLL
+  for (int at = (thread_index() - kWarpgroup) * 16; at < bytes; at += kConsumerThreads * 16) {
+    const Vector16 v = *reinterpret_cast<const Vector16*>(tiles + at);
+    FS_UNROLL
+    for (int i = 0; i < 4; ++i) carries |= carries_of<E>(v.word[i]);
+  }
+  return carries;
+}
+// Whether any thread of the consumers, who all call this, has found something; `flags` are the stage's own, which a phase
+// of its barriers separates from the next time.
+FS_DEVICE bool any_of_consumers(uint32_t found, int* flags) {
+  const bool any = any_in_warp(found != 0);
+  const int warp = (thread_index() - kWarpgroup) / kWarp;
+  if (thread_index() % kWarp == 0) flags[warp] = any;
+  named_sync(kAllConsumers, kConsumerThreads);
+  int all = 0;
+  FS_UNROLL
+  for (int i = 0; i < kConsumerWarps; ++i) all |= flags[i];
+  return any_in_warp(all);
+}
+// All of the consumers call it, when they have made what is not finite part of their sums.
+template <class E>
+FS_DEVICE void clear_special(unsigned char* tiles, int bytes) {
+  FS_NO_UNROLL
+  for (int at = (thread_index() - kWarpgroup) * 4; at < bytes; at += kConsumerThreads * 4) {
+    uint32_t& word = *reinterpret_cast<uint32_t*>(tiles + at);
+    const uint32_t carries = carries_of<E>(word);
+    if (carries) word &= ~((carries >> 15) * 0xffff);
+  }
+}
+template <class E>
+FS_DEVICE void clear_special(unsigned char* first, int first_bytes, unsigned char* second, int second_bytes) {
+  named_sync(kAllConsumers, kConsumerThreads);  // nobody looks at it any more
+  clear_special<E>(first, first_bytes);
+  clear_special<E>(second, second_bytes);
+  fence_async();
+  named_sync(kAllConsumers, kConsumerThreads);
+}
+
+// The sums of a warp's 16 rows: what is not finite in the tile, times what is not zero. A call on arrays in memory.
+template <class E>
+FS_DEVICE_CALL void add_special(float* d, int features, const float* left, int other,
+                                const unsigned char* tiles) {
+  const int lane = thread_index() % kWarp;
+  FS_NO_UNROLL
+  for (int row = 0; row < other; ++row) {
+    // The factors of this row of the tile are with one lane of four.
+    const int i = row / 8 * 4 + row % 2;
+    const bool has = row / 2 % 4 == lane % 4;
+    float factor[2] = {has ? left[i] : 0.0f, has ? left[i + 2] : 0.0f};
+    FS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      factor[half] += shuffle_xor(factor[half], 1);
+      factor[half] += shuffle_xor(factor[half], 2);
+    }
+    FS_NO_UNROLL
+    for (int j = 0; j < features / 4; ++j) {
+      const int column = j / 2 * 8 + lane % 4 * 2 + j % 2;
+      const unsigned char* const tile = tiles + column / kTileColumns * other * kTileRowBytes;
+      const float x = widen(*reinterpret_cast<const E*>(tile + tile_offset(row, column % kTileColumns)));
+      if (is_finite(x)) continue;
+      FS_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if (factor[half] != 0) d[j / 2 * 4 + half * 2 + j % 2] += factor[half] * x;
+      }
+    }
+  }
+}
+// Element by element, or the arrays would be in memory from the beginning.
+template <class E, int kSums, int kFactors>
+FS_DEVICE void add_special_rows(float (&d)[kSums], const float (&left)[kFactors],
+                                const unsigned char* tiles) {
+  float to[kSums], from[kFactors];
+  FS_UNROLL
+  for (int i = 0; i < kSums; ++i) to[i] = d[i];
+  FS_UNROLL
+  for (int i = 0; i < kFactors; ++i) from[i] = left[i];
+  add_special<E>(to, 2 * kSums, from, 2 * kFactors, tiles);
+  FS_UNROLL
+  for (int i = 0; i < kSums; ++i) d[i] = to[i];
+}
+
+// ---- results ----
+
+// 64 rows of sums, rounded: the row of accumulator 0 and the one 8 below it, null where there is none.
+template <class E, int kCount>
+FS_DEVICE void write_features(E* const (&to)[2], const float (&d)[kCount], int features, float factor,
+                              bool pairs) {
+  FS_UNROLL
+  for (int i = 0; i < kCount; i += 2) {
+    const int column = column_of_accumulator(thread_index(), i), half = i / 2 % 2;
+    if (!to[half] || column >= features) continue;
+    write_two(to[half] + column, d[i] * factor, d[i + 1] * factor, column + 1 < features, pairs);
+  }
+}
+
+}  // namespace fastseq::FASTSEQ_ISA::attention
