@@ -64,7 +64,7 @@ class Hopper:
         moved = {name: x.detach().to(self.device.where) for name, x in data.items()}
         for name, x in data.items():
             moved[name].requires_grad_(x.requires_grad)
-        with self.device.using() as ran:
+        with self.device.using(attention="hopper") as ran:
             results = with_gradients(call_fastseq(case, moved), moved, case.dtype)
             kernels = {plan["kernel"] for plan in ran if plan["pass"] == "forward"}
         assert kernels == {"hopper"}
@@ -72,7 +72,7 @@ class Hopper:
 
     def forward(self, case, data):
         moved = {name: x.detach().to(self.device.where) for name, x in data.items()}
-        with torch.no_grad(), self.device.using() as ran:
+        with torch.no_grad(), self.device.using(attention="hopper") as ran:
             results = call_fastseq(replace(case, returns=("lse",)), moved)
             assert [plan["kernel"] for plan in ran] == ["hopper"]
         return {name: x.cpu() for name, x in results.items()}
