@@ -265,6 +265,37 @@ def test_equal_huge_scores_attend_alike(hopper, size, mask):
     assert torch.equal(result["lse"] == -math.inf, count[..., 0] == 0)
 
 
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("exponent", [10, 18, 19, 20, 21, 30])
+def test_scores_around_the_bound_of_one_multiply_add(hopper, exponent, sign, descending):
+    """Weights that differ by little, of scores whose size is around 2^exponent in units of powers of two."""
+    case = Case(torch.bfloat16, 1, 1, 0, 128, 300, 64, scale=math.log(2), sinks=exponent < 20)
+    data = make_data(case)
+    steps = torch.arange(300.0) // 60  # 5 scores, of which each tile has a few
+    size = sign * 2.0**exponent + 2.0 ** max(exponent - 22, -2) * (steps.flip(0) if descending else steps)
+    # As sums of products that are exact: each number is three of 8 bits.
+    key, rest = torch.zeros(300, 64, dtype=torch.bfloat16), size.double()
+    for i in range(4):
+        key[:, i] = rest.to(torch.bfloat16)
+        rest = rest - key[:, i].double()
+    assert not rest.any()
+    data["query"] = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16).index_fill_(3, torch.arange(4), 1)
+    data["key"] = key.view(1, 1, 300, 64)
+    if case.sinks:
+        data["sinks"] = torch.tensor([size.max().item() * math.log(2)])
+    result = hopper.forward(case, data)
+    scores = size.double() * math.log(2)
+    sinks = data["sinks"].double() if case.sinks else torch.full((1,), -math.inf, dtype=torch.float64)
+    weights = torch.cat([scores, sinks]).softmax(0)[:300]
+    expected = weights @ data["value"][0, 0].detach().double()
+    error = (result["output"][0, 0] - expected).abs().max()
+    # A float of this size times log 2 is off by so much, which is what a sink's weight may be off by.
+    assert error < 2e-3 + (2.0 ** (exponent - 23) if case.sinks else 0)
+    lse = torch.cat([scores, sinks]).logsumexp(0)
+    assert (result["lse"] - lse).abs().max() < abs(lse) * 2e-7 + 1e-6
+
+
 def test_rows_that_see_nothing_are_zero(hopper):
     case = Case(torch.float16, 2, 2, 0, 200, 140, 128, causal="bottom_right", returns=("lse",))
     result = hopper.run(case, make_data(case))
@@ -395,6 +426,13 @@ NOT_HOPPER = {
     "few rows": {"queries": 16},
     "few rows and many keys": {"queries": 100, "keys": 20000, "heads": 4, "kv_heads": 4},
 }
+
+
+def test_plan_does_not_depend_on_the_batch_and_the_number_of_heads():
+    """A row's bits would, too."""
+    for queries, keys in ((17, 256), (17, 257), (100, 20000), (128, 300), (129, 300), (2048, 2048)):
+        sizes = [{"batch": b, "heads": h, "kv_heads": h} for b in (1, 64) for h in (1, 40)]
+        assert len({plan_of(queries=queries, keys=keys, **each)["kernel"] for each in sizes}) == 1
 
 
 @pytest.mark.parametrize("why", NOT_HOPPER)

@@ -24,7 +24,7 @@
 // barriers. "full" is for the bytes of a load, "empty" for one arrival of each consumer's warp.
 //
 // Cost of a score: D + Dv multiply-adds of tensor cores (4096 operations a cycle: at D = 128 a tile of 64 x 128 takes
-// 1024 cycles); an addition, a product, half a maximum, an addition, half a conversion, and one ex2, of which a
+// 1024 cycles); a maximum, a multiply-add, an addition, half a conversion, and one ex2, of which a
 // multiprocessor makes 16 a cycle (512 cycles a tile, whatever D is). Shared memory is read once for each 64 rows: 64
 // of 128 cycles of a product. From L2, 2 (D + Dv) bytes of a key for each tile of rows.
 // Registers: S and P of kKeys / 2 and kKeys / 4, O of kFeatures / 2, of the 240 (two consumers) or 160 (three).
@@ -33,18 +33,10 @@
 
 #include <prim_hopper.h>
 
+#include "attention_hopper_items.h"
 #include "attention_rows.h"
 
 namespace fastseq::FASTSEQ_ISA::attention {
-
-struct HopperArgs {
-  TensorMap query, key, value;  // (feature, head of pack, row, pack, batch); (feature, row, head, batch)
-  Call call;                    // its group is the heads of a pack
-  int packs;                    // of a key head
-  int queries;                  // of a tile of rows
-  int items, units;             // tiles of rows; packs of all heads and sequences
-  int units_at_once;            // whose tiles alternate
-};
 
 template <class M, class Shape, bool kMasked>
 struct HopperForward {
@@ -103,52 +95,10 @@ struct HopperForward {
   }
 
  private:
-  // ---- items ----
-
-  // Calls body(number) for each item of the block. Its place among the blocks is the other way round every other time,
-  // so that nobody has the heavier one always.
-  template <class Body>
-  static FS_DEVICE void for_items(const Args& args, Body body) {
-    const int blocks = block_count();
-    FS_NO_UNROLL
-    for (int turn = 0; turn * blocks < args.items; ++turn) {
-      const int index = turn * blocks + (turn % 2 == 0 ? block_index() : blocks - 1 - block_index());
-      if (index < args.items) body(index);
-    }
-  }
-
-  // The rows of an item; the key head is that of the pack. Units follow each other in sections, whose keys and values
-  // stay in the second-level cache while their tiles alternate, those that see most first.
-  static FS_DEVICE Rows rows_of(const Args& args, int item) {
-    const Call& call = args.call;
-    const AttentionArgs& a = call.a;
-    const int slots = int(call.slots), heads = int(a.kv_heads) * args.packs;
-    const int begin = item / (args.units_at_once * slots) * args.units_at_once;
-    const int count = smaller(args.units_at_once, args.units - begin), rest = item - begin * slots;
-    const int unit = begin + rest % count, slot = slots - 1 - rest / count;
-    Place p{unit / heads, unit % heads, slot, 0};
-    if (a.cu_seqlens_q) find_packed(p, slot, a.cu_seqlens_q, a.batch, a.queries, call.group, kRows);
-    return Rows(call, p, args.queries);
-  }
   // Once more, from its number: cheaper than to keep all of it in registers meanwhile. Where all tiles need it, it is
   // kept.
   static FS_DEVICE Rows rows_again(const Args& args, const Rows& rows, int item) {
-    return kMasked ? rows : rows_of(args, int(as_new(uint32_t(item))));
-  }
-
-  // Tiles of keys that a row sees, from begin to end; all rows see all of those from whole to edge.
-  struct Tiles {
-    int begin, whole, edge, end;
-  };
-  static FS_DEVICE Tiles tiles_of(const Rows& rows) {
-    if (rows.count <= 0) return {};
-    const Range some = rows.some(), all = rows.all();
-    Tiles t;
-    t.begin = some.begin / kKeys;
-    t.end = some.begin < some.end ? (some.end + kKeys - 1) / kKeys : t.begin;
-    t.whole = kMasked ? t.end : smaller(larger((all.begin + kKeys - 1) / kKeys, t.begin), t.end);
-    t.edge = larger(smaller(all.end / kKeys, t.end), t.whole);
-    return t;
+    return kMasked ? rows : rows_of_item<kRows>(args, int(as_new(uint32_t(item))));
   }
 
   // ---- the producer ----
@@ -157,8 +107,8 @@ struct HopperForward {
     prefetch(args.query), prefetch(args.key), prefetch(args.value);
     int loads = 0, items = 0;
     for_items(args, [&](int item) {
-      const Rows rows = rows_of(args, item);
-      const Tiles tiles = tiles_of(rows);
+      const Rows rows = rows_of_item<kRows>(args, item);
+      const KeyTiles tiles = key_tiles_of<kKeys>(rows, kMasked);
       if (tiles.begin == tiles.end) return;
       const int kv_head = int(rows.kv_head) / args.packs;
       const int batch = int(rows.s.b), first_key = int(rows.s.first_key);
@@ -196,8 +146,7 @@ struct HopperForward {
   struct State {
     int number;                // of the consumer
     int loads = 0;             // tiles of keys and values so far, which tell stage and phase
-    int items = 0;             // tiles of queries
-    int votes = 0;             // of the warpgroup
+    int turns = 0;             // whether it is that of the odd ones, 1 of votes and 2 of tiles of queries
     float highest[2], sum[2];  // of the thread's rows; the sum over its own columns
     FS_DEVICE int stage() const { return loads % kStages; }
     FS_DEVICE int phase() const { return loads / kStages & 1; }
@@ -219,21 +168,23 @@ struct HopperForward {
     Output o;
     Weights p;
     for_items(args, [&](int item) {
-      const Rows rows = rows_of(args, item);
+      const Rows rows = rows_of_item<kRows>(args, item);
       if (rows.count <= 0) return;
-      const Tiles tiles = tiles_of(rows);
+      const KeyTiles tiles = key_tiles_of<kKeys>(rows, kMasked);
       FS_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int row = state.first_row() + thread_index() % kWarp / 4 + 8 * i;
         const int64_t head = rows.head(row < rows.count ? row : 0);
         state.highest[i] =
             a.sinks ? static_cast<const float*>(a.sinks)[head] / scoring.unit : -float(INFINITY);
-        state.sum[i] = state.highest[i] > -float(INFINITY) && thread_index() % 4 == 0 ? 1 : 0;
+        const bool counts = state.highest[i] > -float(INFINITY) && thread_index() % 4 == 0;
+        state.sum[i] = counts ? excess(state.highest[i], scoring.factor) : 0;
       }
       FS_UNROLL
       for (int i = 0; i < kFeatures / 2; ++i) o[i] = 0;
       if (tiles.begin < tiles.end) {
-        barrier_wait(shared.query_full, state.items++ & 1);
+        barrier_wait(shared.query_full, state.turns >> 1);
+        state.turns ^= 2;
         FS_NO_UNROLL
         for (int tile = tiles.begin; tile < tiles.end;) {
           if (tile == tiles.whole && tile < tiles.edge) {
@@ -249,9 +200,9 @@ struct HopperForward {
     });
   }
 
-  // S of the tile that comes next but `ahead`, issued.
-  static FS_DEVICE void issue_scores(const Shared& shared, const State& state, int load, Scores& s) {
-    const uint64_t q = operand_of_tiles<Major::k>(shared.query + state.number * 64 * kTileRowBytes, kRows);
+  // S and O of the tile that is the load-th, issued.
+  static FS_DEVICE void issue_scores(const Shared& shared, int number, int load, Scores& s) {
+    const uint64_t q = operand_of_tiles<Major::k>(shared.query + number * 64 * kTileRowBytes, kRows);
     const uint64_t k = operand_of_tiles<Major::k>(shared.keys + load % kStages * kStageBytes, kKeys);
     FS_UNROLL
     for (int i = 0; i < kFeatures / 16; ++i) {
@@ -269,8 +220,25 @@ struct HopperForward {
     wgmma_commit();
   }
 
+  // Weights are 2^(score factor - reference), one multiply-add and one ex2. The reference is the highest score times the
+  // factor, rounded, so that the weight of the highest is 2^(what rounding took), not 1: between 2^-1/32 and 2^1/32 below
+  // kHuge. All weights of a row have that in common, it cancels in output, and the sum that is written is divided by it.
+  // From kHuge on, where it might be anything, the difference comes first, as in weight_of().
+  static constexpr float kHuge = 1 << 20;
+  static FS_DEVICE bool is_huge(float x) { return !(x < kHuge && x > -kHuge); }
+  // as_new(), or the compiler would make one multiply-add of it and what follows.
+  static FS_DEVICE float reference(float highest, float factor) { return as_new(highest * factor); }
+  static FS_DEVICE float excess(float highest, float factor) {
+    const float rounded = reference(highest, factor);
+    return is_huge(rounded) ? 1.0f : exp2(fma(highest, factor, -rounded));
+  }
+
   // Scores -> weights relative to that of the highest so far; rescale makes what was summed up before relative to it.
   static FS_DEVICE void softmax(const Scoring<float>& scoring, State& state, Scores& s, float (&rescale)[2]) {
+    const float factor = scoring.factor;
+    // Without any visible key so far, all weights are those of -inf beside 0.
+    const auto visible = [](float highest) { return highest == -float(INFINITY) ? 0.0f : highest; };
+    bool huge = false;
     FS_UNROLL
     for (int h = 0; h < 2; ++h) {
       float most = state.highest[h];
@@ -278,14 +246,32 @@ struct HopperForward {
       for (int i = 2 * h; i < kKeys / 2; i += 4) most = max(most, max(s[i], s[i + 1]));
       most = max(most, shuffle_xor(most, 1));
       most = max(most, shuffle_xor(most, 2));
-      // Without any visible key so far, all weights are those of -inf beside 0.
-      const float from = most == -float(INFINITY) ? 0.0f : most;
-      rescale[h] = weight_of(state.highest[h], from, scoring.factor);
+      const float before = state.highest[h], now = visible(most);
+      const float rounded_before = reference(before, factor), rounded = reference(now, factor);
+      const bool was = is_huge(rounded_before), is = is_huge(rounded);
+      float exponent = rounded_before - rounded;
+      if (was) exponent = fma(before, factor, -rounded);
+      if (is) exponent = was ? (before - now) * factor : fma(-now, factor, rounded_before);
+      rescale[h] = exp2(exponent);
       state.highest[h] = most;
+      huge |= is;
+    }
+    if (any_in_warp(huge)) {
+      FS_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const float now = visible(state.highest[h]), less = is_huge(now * factor) ? now : 0.0f;
+        FS_UNROLL
+        for (int i = 2 * h; i < kKeys / 2; i += 4) s[i] -= less, s[i + 1] -= less;
+      }
+    }
+    FS_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const float rounded = reference(visible(state.highest[h]), factor);
+      const float less = is_huge(rounded) ? 0.0f : rounded;
       float total = 0;
       FS_UNROLL
       for (int i = 2 * h; i < kKeys / 2; i += 4) {
-        s[i] = weight_of(s[i], from, scoring.factor), s[i + 1] = weight_of(s[i + 1], from, scoring.factor);
+        s[i] = exp2(fma(s[i], factor, -less)), s[i + 1] = exp2(fma(s[i + 1], factor, -less));
         total += s[i] + s[i + 1];
       }
       state.sum[h] = fma(state.sum[h], rescale[h], total);
@@ -307,7 +293,7 @@ struct HopperForward {
     float rescale[2];
     barrier_wait(shared.keys_full + state.stage(), state.phase());
     wgmma_fence(s);
-    issue_scores(shared, state, state.loads, s);
+    issue_scores(shared, state.number, state.loads, s);
     wgmma_wait<0>(s);
     release(shared.keys_empty + state.stage());
     softmax(scoring, state, s, rescale);
@@ -320,7 +306,7 @@ struct HopperForward {
       barrier_wait(shared.keys_full + state.stage(), state.phase());
       if (kTurns) named_sync(kFirstTurn + state.number, 2 * kWarpgroup);
       wgmma_fence(s, o, p);
-      issue_scores(shared, state, state.loads, s);
+      issue_scores(shared, state.number, state.loads, s);
       issue_output(shared, before, o, p);
       if (kTurns) named_arrive(kFirstTurn + (state.number + 1) % kConsumers, 2 * kWarpgroup);
       wgmma_wait<1>(s);
@@ -344,7 +330,8 @@ struct HopperForward {
   // Whether it is so for any thread of the warpgroup. Two places in turn: who writes to one has met, since it was read
   // last, all that have read it.
   static FS_DEVICE bool any_in_warpgroup(const Shared& shared, State& state, bool x) {
-    uint32_t* const votes = shared.votes + (state.number * 2 + (state.votes++ & 1)) * 4;
+    uint32_t* const votes = shared.votes + (state.number * 2 + (state.turns & 1)) * 4;
+    state.turns ^= 1;
     const bool any = any_in_warp(x);
     if (thread_index() % kWarp == 0) votes[thread_index() / kWarp % 4] = any;
     sync_warp();
@@ -435,7 +422,7 @@ struct HopperForward {
     barrier_wait(shared.keys_full + stage, phase);
     if (works) {
       wgmma_fence(s);
-      issue_scores(shared, state, load, s);
+      issue_scores(shared, state.number, load, s);
       wgmma_wait<0>(s);
     } else {
       sync_warp();  // all of its lanes have seen the phase that now ends
@@ -494,7 +481,9 @@ struct HopperForward {
                           o[4 * n + 2 * h + 1] * inverse);
         }
       }
-      if (lane % 4 == 0) write_normalizer(call, scoring, rows.s, head, index, state.highest[h], whole);
+      if (lane % 4 != 0) continue;
+      const float highest = state.highest[h];
+      write_normalizer(call, scoring, rows.s, head, index, highest, whole / excess(highest, scoring.factor));
     }
   }
 };

@@ -176,9 +176,9 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
     }
     if (forced || (p.forced_kernel < 0 && plan.kernel == AttentionKernelKind::kTiles && reason.empty())) {
       const GpuAttentionPlan hopper = hopper_plan(p);
-      // Few tiles leave most of the GPU idle, unless keys are cut into parts.
-      const bool few = !p.packed && rows <= kSplitRows && p.keys > kPartKeys &&
-                       2 * hopper.forward.blocks < p.device.multiprocessors;
+      // Few rows leave most of the GPU idle, unless keys are cut into parts. How many of them there are in the batch does
+      // not count: a row's bits are not to depend on it.
+      const bool few = !p.packed && rows <= kSplitRows && p.keys > kPartKeys;
       const bool fits = hopper.forward.shared_bytes <= p.device.shared_bytes;
       if (forced || (fits && !few)) {
         check(p, hopper);

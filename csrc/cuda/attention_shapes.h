@@ -82,11 +82,11 @@ using PairShape =
 // Of the kernel for sm_90a: consumers of 64 rows each, beside the producer; keys of a tile; stages of tiles.
 //
 //   features   rows x keys   registers of S, P and O, of how many   shared memory
-//   64         192 x 128     64 + 32 + 32 of 160                    90 KB of 227
-//   96         128 x 144     72 + 36 + 48 of 240                    177 KB
-//   128        128 x 128     64 + 32 + 64 of 240                    161 KB
-//   192        128 x 112     56 + 28 + 96 of 240                    217 KB
-//   256        128 x 64      32 + 16 + 128 of 240                   193 KB
+//   64         192 x 128     64 + 32 + 32 of 160                    88 KB of 227
+//   96         128 x 144     72 + 36 + 48 of 240                    176 KB
+//   128        128 x 128     64 + 32 + 64 of 240                    160 KB
+//   192        128 x 112     56 + 28 + 96 of 240                    216 KB
+//   256        128 x 64      32 + 16 + 128 of 240                   192 KB
 // With a mask 64 features have two consumers, for its numbers need registers too; 256 have 80 keys, for S and P are not
 // there at the same time.
 template <int features, int consumers, int keys, int stages = 2>
