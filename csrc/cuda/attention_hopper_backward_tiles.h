@@ -11,7 +11,8 @@ namespace fastseq::FASTSEQ_ISA::attention {
 constexpr int kConsumers = 2, kConsumerThreads = kConsumers * kWarpgroup,
               kConsumerWarps = kConsumerThreads / kWarp;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // 168 each before
-constexpr int kAllConsumers = 1;                                  // the number of their barrier
+// Numbers of barriers: of all consumers, and of the turns of the first and the second.
+constexpr int kAllConsumers = 1, kFirstTurn = 2;
 
 // Boxes are 64 features wide, and as many rows high as the kernel's tiles. `call.parts` are the query heads of a key
 // head where a block has one of them.
