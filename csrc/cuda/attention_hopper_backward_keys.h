@@ -6,19 +6,21 @@
 //
 // Block: 128 keys of a key head, whose keys and values stay in shared memory. It goes over the query heads that share
 // them, one after the other, and over the queries that see any of them, which come through three stages.
-// Warpgroup 0 brings them: one thread the tiles, three warps the numbers of each query
-// (highest, inverse_sum, delta).
+// Warpgroup 0 brings them: one thread the tiles, three warps the numbers of each query (highest, inverse_sum, delta).
 // Warpgroups 1 and 2 have 64 keys each, S^T and dP^T of these in registers, and feed P^T and dS^T from there to the
-// next products. Nothing goes from one to the other, so that one multiplies while the other has its exponentials.
+// next products. They take turns: one has its exponentials while dV, dK and the next tile's S and dP of the other are
+// multiplied.
 // From 192 features on they have the same 64 keys: 1 makes dK, 2 dV; S is made by both.
 //
-// Assumes tensors that a tensor map can tell (16-byte strides), and no options but a mask, or a scale that needs scores (kMasked).
+// Assumes tensors that a tensor map can tell (strides of 16 bytes), and no options but a mask, or a scale that needs
+// scores (kMasked).
 //
 // Cost of a tile of 128 keys and 64 queries, 128 features: 4 x 128 x 64 x 128 = 4.2 M multiply-adds, 2048 cycles of
-// the tensor cores; 32 KB of Q and dO from the second-level cache (16 bytes a cycle) and, of shared memory, for each warpgroup
-// twice 32 KB for S and dP, whose left operand is there too, and twice 16 KB: 1536 cycles in all; 8192 ex2, 512
-// cycles, and some ten other operations for each, 640 cycles, beside the products of the other warpgroup.
-// Registers: 64 + 64 sums, 32 + 32 scores, and what is left of 240. Shared memory: 130 KB.
+// the tensor cores; 32 KB of Q and dO from the second-level cache (16 bytes a cycle); of shared memory, for each
+// warpgroup, twice 32 KB for S and dP, whose left operand is there too, and twice 16 KB: 1536 cycles in all; 8192 ex2,
+// 512 cycles, and some ten other operations for each, 640 cycles.
+// Once a block, beside its tiles: S and dP of the last tile a second time, 1024 cycles, see consume().
+// Registers: 64 + 64 sums, 32 + 32 scores, and what is left of 240. Shared memory: 163 KB.
 #pragma once
 
 #include "attention_hopper_backward_tiles.h"
@@ -33,6 +35,7 @@ struct HopperGradKeys {
   static constexpr int kKeys = kShape.own, kQueries = kShape.other, kStages = kShape.stages;
   static constexpr int kKeyBytes = hopper_tile_bytes(kFeatures, kKeys);
   static constexpr int kQueryBytes = hopper_tile_bytes(kFeatures, kQueries);
+  static_assert(kQueries % kWarp == 0);
 
   struct Shared {
     unsigned char *keys, *values, *queries, *grads;
@@ -51,8 +54,8 @@ struct HopperGradKeys {
           empty(full + kStages),
           flags(reinterpret_cast<int*>(empty + kStages)) {}
   };
-  // What the block goes over: for each head `tiles` tiles of queries. Made by each of the roles for itself, so that none
-  // has registers for what another needs.
+  // What the block goes over: for each head `tiles` tiles of queries. Made by each of the roles for itself, so that
+  // none has registers for what another needs.
   struct Work {
     Sequence s;
     int64_t kv_head;
@@ -177,9 +180,9 @@ struct HopperGradKeys {
     });
   }
 
-  // 64 keys. The products of the next tile are begun before those of this one are waited for, and the two consumers take
-  // turns: one has its exponentials while the other multiplies. What a consumer does not see it hides: the other one,
-  // which shares the stages with it, would have to be waited for anyhow.
+  // 64 keys. The products of the next tile are begun before those of this one are waited for, and the two consumers
+  // take turns: one has its exponentials while the other multiplies. What a consumer does not see it hides: the other
+  // one, which shares the stages with it, would have to be waited for anyhow.
   template <bool kOfKey, bool kOfValue>
   static FS_DEVICE void consume(const Call& call, const Shared& shared, const Work& work, int consumer) {
     const AttentionArgs& a = call.a;

@@ -4,15 +4,15 @@
 //   S = Q K^T, dP = dO V^T, P = exp2((S - highest) factor) inverse_sum, dS = P (dP - delta), dQ = dQ + dS K
 //
 // Block: 128 queries of one query head, which stay in shared memory with the gradients of their outputs. It goes over
-// the keys that any of them sees, which come through two stages, 128 at a time up to 128 features.
+// the keys that any of them sees, which come through three stages, 96 at a time with 128 features.
 // Warpgroup 0 brings them; warpgroups 1 and 2 have 64 queries each, whose numbers are in registers.
 // Of sequences of few keys, all of which are in one tile, it makes delta too: see kFewKeys.
 //
-// Cost of a tile of 128 queries and 128 keys, 128 features: 3 x 128 x 128 x 128 = 6.3 M multiply-adds, 3072 cycles of
-// the tensor cores; 64 KB of K and V from the second-level cache (21 bytes a cycle) and, of shared memory, for each
-// warpgroup twice 48 KB and once 32 KB: 2048 cycles in all; 16384 ex2, 1024 cycles, beside the products of the other
-// warpgroup.
-// Registers: 64 sums, 64 + 64 scores, and what is left of 240. Shared memory: 193 KB.
+// Cost of a tile of 128 queries and 96 keys, 128 features: 3 x 128 x 96 x 128 = 4.7 M multiply-adds, 2304 cycles of
+// the tensor cores; 48 KB of K and V from the second-level cache (21 bytes a cycle); of shared memory, for each
+// warpgroup, twice 40 KB for S and dP and once 24 KB: 1664 cycles in all; 12288 ex2, 768 cycles, and some ten other
+// operations for each, 960 cycles.
+// Registers: 64 sums, 48 + 48 scores, and what is left of 240. Shared memory: 208 KB.
 #pragma once
 
 #include "attention_hopper_backward_tiles.h"

@@ -2,8 +2,8 @@
 //
 // A block is a warpgroup that brings tiles and two that multiply. Registers of these, at most 240: the gradients that
 // they add up (features / 2 for each 64 rows) and two tiles of scores (other / 2 each). Shared memory, at most 227 KB:
-// two tiles of what the block owns, and two for each stage of what it goes
-// over. Products of a tile begin before the one before is done with: with two stages its loading would be waited for.
+// two tiles of what the block owns, and two for each stage of what it goes over. Products of a tile begin before the
+// one before is done with, so that with two stages its loading is waited for; three do not always fit.
 #pragma once
 
 namespace fastseq::attention {
@@ -16,7 +16,8 @@ constexpr int hopper_features(int features) {
 constexpr int hopper_tile_bytes(int features, int rows) { return (features + 63) / 64 * 64 * rows * 2; }
 
 // `own` and `other` as in TilePass of attention_plan.h. From 192 features on, the gradients of 64 keys and those of 64
-// values fill the registers of a warpgroup each: then the two have the same 64 keys (`split`), and both make the scores.
+// values fill the registers of a warpgroup each: then the two have the same 64 keys (`split`), and both make the
+// scores.
 struct HopperShape {
   int features, own, other;
   bool split;
@@ -34,9 +35,10 @@ struct HopperShape {
 };
 constexpr int kHopperThreads = 384;
 
-// With a mask tiles are smaller, for its addresses need registers too.
+// With a mask tiles are smaller, for its addresses need registers too. Of 96 features and as many queries, dV and dK
+// under way and the next S take more registers than there are: then ptxas has each product waited for.
 constexpr HopperShape hopper_grad_keys(int features, bool masked) {
-  const int queries = features <= 96 && !masked ? 96 : 64;
+  const int queries = features == 64 && !masked ? 96 : 64;
   return {features, features > 128 ? 64 : 128, queries, features > 128, features == 256 ? 2 : 3, 3};
 }
 constexpr HopperShape hopper_grad_queries(int features, bool masked) {
