@@ -66,7 +66,7 @@ struct HopperGradKeys {
     FS_DEVICE Work(const Call& call, const Place& place)
         : s(call.a, place.sequence),
           kv_head(place.kv_head),
-          first_key(int(place.tile * kKeys)),
+          first_key(place.tile < 0 ? 0 : int(place.tile * kKeys)),
           // Where tensors are not packed, keys behind the sequence's length have gradients too: zero.
           own_keys(place.tile < 0        ? 0
                    : call.a.cu_seqlens_k ? s.keys
