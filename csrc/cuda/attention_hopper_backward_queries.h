@@ -22,8 +22,8 @@ namespace fastseq::FASTSEQ_ISA::attention {
 template <class E, int kFeatures, bool kMasked>
 struct HopperGradQueries {
   using Args = HopperCall;
-  static constexpr HopperShape kShape = hopper_grad_queries(kFeatures, kMasked);
-  static constexpr int kThreads = kHopperThreads, kSharedBytes = kShape.shared_bytes();
+  static constexpr HopperBackwardShape kShape = hopper_grad_queries(kFeatures, kMasked);
+  static constexpr int kThreads = kHopperBackwardThreads, kSharedBytes = kShape.shared_bytes();
   static constexpr int kQueries = kShape.own, kKeys = kShape.other, kStages = kShape.stages;
   static constexpr int kQueryBytes = hopper_tile_bytes(kFeatures, kQueries);
   static constexpr int kKeyBytes = hopper_tile_bytes(kFeatures, kKeys);

@@ -9,7 +9,7 @@
 namespace fastseq::attention {
 
 // Of heads up to 256 features: 64, 96, 128, 192 or 256.
-constexpr int hopper_features(int features) {
+constexpr int hopper_backward_features(int features) {
   return features <= 64 ? 64 : features <= 96 ? 96 : features <= 128 ? 128 : features <= 192 ? 192 : 256;
 }
 // Tiles are 64 features wide.
@@ -18,7 +18,7 @@ constexpr int hopper_tile_bytes(int features, int rows) { return (features + 63)
 // `own` and `other` as in TilePass of attention_plan.h. From 192 features on, the gradients of 64 keys and those of 64
 // values fill the registers of a warpgroup each: then the two have the same 64 keys (`split`), and both make the
 // scores.
-struct HopperShape {
+struct HopperBackwardShape {
   int features, own, other;
   bool split;
   int stages;
@@ -33,15 +33,15 @@ struct HopperShape {
     return tile_bytes() + statistics_bytes() + (1 + 2 * stages) * 8 + stages * 8 * 4;
   }
 };
-constexpr int kHopperThreads = 384;
+constexpr int kHopperBackwardThreads = 384;
 
 // With a mask tiles are smaller, for its addresses need registers too. Of 96 features and as many queries, dV and dK
 // under way and the next S take more registers than there are: then ptxas has each product waited for.
-constexpr HopperShape hopper_grad_keys(int features, bool masked) {
+constexpr HopperBackwardShape hopper_grad_keys(int features, bool masked) {
   const int queries = features == 64 && !masked ? 96 : 64;
   return {features, features > 128 ? 64 : 128, queries, features > 128, features == 256 ? 2 : 3, 3};
 }
-constexpr HopperShape hopper_grad_queries(int features, bool masked) {
+constexpr HopperBackwardShape hopper_grad_queries(int features, bool masked) {
   const int keys = features == 64 && !masked ? 128 : features <= 128 ? 96 : features == 192 ? 80 : 48;
   return {features, 128, keys, false, features > 128 ? 2 : 3, 0};
 }
