@@ -5,20 +5,22 @@
 //   dV = dV + P^T dO, dK = dK + dS^T Q
 //
 // Block: 128 keys of a key head, whose keys and values stay in shared memory. It goes over the query heads that share
-// them, one after the other, and over the queries that see any of them, which come through two stages.
-// Warpgroup 0 brings them: one thread the tiles, three warps the numbers of each query
-// (highest, inverse_sum, delta).
+// them, one after the other, and over the queries that see any of them, which come through three stages.
+// Warpgroup 0 brings them: one thread the tiles, three warps the numbers of each query (highest, inverse_sum, delta).
 // Warpgroups 1 and 2 have 64 keys each, S^T and dP^T of these in registers, and feed P^T and dS^T from there to the
-// next products. Nothing goes from one to the other, so that one multiplies while the other has its exponentials.
+// next products. They take turns: one has its exponentials while dV, dK and the next tile's S and dP of the other are
+// multiplied.
 // From 192 features on they have the same 64 keys: 1 makes dK, 2 dV; S is made by both.
 //
-// Assumes tensors that a tensor map can tell (16-byte strides), and no options but a mask, or a scale that needs scores (kMasked).
+// Assumes tensors that a tensor map can tell (strides of 16 bytes), and no options but a mask, or a scale that needs
+// scores (kMasked).
 //
 // Cost of a tile of 128 keys and 64 queries, 128 features: 4 x 128 x 64 x 128 = 4.2 M multiply-adds, 2048 cycles of
-// the tensor cores; 32 KB of Q and dO from the second-level cache (16 bytes a cycle) and, of shared memory, for each warpgroup
-// twice 32 KB for S and dP, whose left operand is there too, and twice 16 KB: 1536 cycles in all; 8192 ex2, 512
-// cycles, and some ten other operations for each, 640 cycles, beside the products of the other warpgroup.
-// Registers: 64 + 64 sums, 32 + 32 scores, and what is left of 240. Shared memory: 130 KB.
+// the tensor cores; 32 KB of Q and dO from the second-level cache (16 bytes a cycle); of shared memory, for each
+// warpgroup, twice 32 KB for S and dP, whose left operand is there too, and twice 16 KB: 1536 cycles in all; 8192 ex2,
+// 512 cycles, and some ten other operations for each, 640 cycles.
+// Once a block, beside its tiles: S and dP of the last tile a second time, 1024 cycles, see consume().
+// Registers: 64 + 64 sums, 32 + 32 scores, and what is left of 240. Shared memory: 163 KB.
 #pragma once
 
 #include "attention_hopper_backward_tiles.h"
@@ -28,11 +30,12 @@ namespace fastseq::FASTSEQ_ISA::attention {
 template <class E, int kFeatures, bool kMasked>
 struct HopperGradKeys {
   using Args = HopperCall;
-  static constexpr HopperGradShape kShape = hopper_grad_keys(kFeatures, kMasked);
-  static constexpr int kThreads = kHopperThreads, kSharedBytes = kShape.shared_bytes();
-  static constexpr int kKeys = kShape.own, kQueries = kShape.other;
+  static constexpr HopperBackwardShape kShape = hopper_grad_keys(kFeatures, kMasked);
+  static constexpr int kThreads = kHopperBackwardThreads, kSharedBytes = kShape.shared_bytes();
+  static constexpr int kKeys = kShape.own, kQueries = kShape.other, kStages = kShape.stages;
   static constexpr int kKeyBytes = hopper_tile_bytes(kFeatures, kKeys);
   static constexpr int kQueryBytes = hopper_tile_bytes(kFeatures, kQueries);
+  static_assert(kQueries % kWarp == 0);
 
   struct Shared {
     unsigned char *keys, *values, *queries, *grads;
@@ -44,15 +47,15 @@ struct HopperGradKeys {
         : keys(memory),
           values(keys + kKeyBytes),
           queries(values + kKeyBytes),
-          grads(queries + 2 * kQueryBytes),
-          statistics(reinterpret_cast<float*>(grads + 2 * kQueryBytes)),
+          grads(queries + kStages * kQueryBytes),
+          statistics(reinterpret_cast<float*>(grads + kStages * kQueryBytes)),
           own(reinterpret_cast<PhaseBarrier*>(memory + kShape.tile_bytes() + kShape.statistics_bytes())),
           full(own + 1),
-          empty(own + 3),
-          flags(reinterpret_cast<int*>(own + 5)) {}
+          empty(full + kStages),
+          flags(reinterpret_cast<int*>(empty + kStages)) {}
   };
-  // What the block goes over: for each head `tiles` tiles of queries. Made by each of the roles for itself, so that none
-  // has registers for what another needs.
+  // What the block goes over: for each head `tiles` tiles of queries. Made by each of the roles for itself, so that
+  // none has registers for what another needs.
   struct Work {
     Sequence s;
     int64_t kv_head;
@@ -63,7 +66,7 @@ struct HopperGradKeys {
     FS_DEVICE Work(const Call& call, const Place& place)
         : s(call.a, place.sequence),
           kv_head(place.kv_head),
-          first_key(int(place.tile * kKeys)),
+          first_key(place.tile < 0 ? 0 : int(place.tile * kKeys)),
           // Where tensors are not packed, keys behind the sequence's length have gradients too: zero.
           own_keys(place.tile < 0        ? 0
                    : call.a.cu_seqlens_k ? s.keys
@@ -82,7 +85,7 @@ struct HopperGradKeys {
     const Shared shared(tile_memory());
     if (thread_index() == 0) {
       barrier_begin(shared.own, 1);
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < kStages; ++i)
         barrier_begin(shared.full + i, 4), barrier_begin(shared.empty + i, kConsumerWarps);
       barriers_begun();
     }
@@ -100,28 +103,30 @@ struct HopperGradKeys {
     registers_take<kConsumerRegisters>();
     const Work work(args.call);
     if constexpr (!kShape.split) {
-      consume<true, true>(args.call, shared, work, 64 * warpgroup - 64);
+      consume<true, true>(args.call, shared, work, warpgroup - 1);
     } else if (warpgroup == 1) {
       consume<true, false>(args.call, shared, work, 0);
     } else {
-      consume<false, true>(args.call, shared, work, 0);
+      consume<false, true>(args.call, shared, work, 1);
     }
   }
 
  private:
-  // Calls body(query head, first query, stage, parity) for each tile.
+  // A tile of a head, and its stage.
+  struct Step {
+    int head = 0, tile = 0, stage = 0, parity = 0;
+
+    FS_DEVICE void advance(int tiles) {
+      if (++tile == tiles) tile = 0, ++head;
+      if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+  };
+  // Calls body(step) for each tile.
   template <class Body>
   static FS_DEVICE void for_tiles(const Call& call, const Work& work, Body body) {
-    int stage = 0, parity = 0;
+    if (work.tiles == 0) return;
     FS_NO_UNROLL
-    for (int i = 0; i < call.group; ++i) {
-      FS_NO_UNROLL
-      for (int tile = 0; tile < work.tiles; ++tile) {
-        body(int(work.kv_head) * call.group + i, work.first_query + tile * kQueries, stage, parity);
-        stage ^= 1;
-        parity ^= stage == 0;
-      }
-    }
+    for (Step at; at.head < call.group; at.advance(work.tiles)) body(at);
   }
 
   static FS_DEVICE void bring_tiles(const Args& args, const Shared& shared, const Work& work) {
@@ -131,10 +136,11 @@ struct HopperGradKeys {
     barrier_expect(shared.own, 2 * kKeyBytes);
     load_features<kFeatures>(shared.keys, args.key, shared.own, kKeys, key_row, kv_head, b);
     load_features<kFeatures>(shared.values, args.value, shared.own, kKeys, key_row, kv_head, b);
-    for_tiles(args.call, work, [&](int head, int query, int stage, int parity) {
+    for_tiles(args.call, work, [&](const Step& at) {
+      const int stage = at.stage, head = kv_head * args.call.group + at.head;
       PhaseBarrier* const full = shared.full + stage;
-      const int row = int(s.first_query) + query;
-      barrier_wait(shared.empty + stage, parity ^ 1);
+      const int row = int(s.first_query) + work.first_query + at.tile * kQueries;
+      barrier_wait(shared.empty + stage, at.parity ^ 1);
       barrier_expect(full, 2 * kQueryBytes);
       load_features<kFeatures>(shared.queries + stage * kQueryBytes, args.query, full, kQueries, row, head,
                                b);
@@ -158,23 +164,29 @@ struct HopperGradKeys {
                         work.kv_head * call.group * of_head + s.first_query + work.first_query + lane;
     const int left = s.queries - work.first_query - lane;
     float* const to = shared.statistics + which * kQueries + lane;
-    int at = 0;  // of the head's queries
-    for_tiles(call, work, [&](int, int first, int stage, int parity) {
-      if (first == work.first_query && at) from += of_head, at = 0;
-      barrier_wait(shared.empty + stage, parity ^ 1);
+    int row = 0;  // of the head's
+    for_tiles(call, work, [&](const Step& at) {
+      barrier_wait(shared.empty + at.stage, at.parity ^ 1);
       FS_NO_UNROLL
-      for (int i = 0; i < kQueries; i += kWarp)
-        to[stage * 3 * kQueries + i] = at + i < left ? from[at + i] : 0.0f;
-      at += kQueries;
+      for (const int end = row + kQueries; row < end; row += kWarp) {
+        to[at.stage * 3 * kQueries + kQueries - (end - row)] = row < left ? *from : 0.0f;
+        from += kWarp;
+      }
       sync_warp();
-      if (lane == 0) barrier_arrive(shared.full + stage);
+      if (lane == 0) barrier_arrive(shared.full + at.stage);
+      if (at.tile + 1 < work.tiles) return;
+      from += of_head - row;
+      row = 0;
     });
   }
 
-  // 64 keys, from own_row of the block's on.
+  // 64 keys. The products of the next tile are begun before those of this one are waited for, and the two consumers
+  // take turns: one has its exponentials while the other multiplies. What a consumer does not see it hides: the other
+  // one, which shares the stages with it, would have to be waited for anyhow.
   template <bool kOfKey, bool kOfValue>
-  static FS_DEVICE void consume(const Call& call, const Shared& shared, const Work& work, int own_row) {
+  static FS_DEVICE void consume(const Call& call, const Shared& shared, const Work& work, int consumer) {
     const AttentionArgs& a = call.a;
+    const int own_row = kShape.split ? 0 : 64 * consumer;
     const Band band(work.s);
     const int first_key = work.first_key + own_row;
     const float factor = Scoring<float>(call).factor;
@@ -183,72 +195,100 @@ struct HopperGradKeys {
     float of_key[kFeatures / 2], of_value[kFeatures / 2];
     FS_UNROLL
     for (int i = 0; i < kFeatures / 2; ++i) of_key[i] = of_value[i] = 0;
-    if (work.tiles) barrier_wait(shared.own, 0);
-
-    for_tiles(call, work, [&](int head, int query, int stage, int parity) {
-      unsigned char *const queries = shared.queries + stage * kQueryBytes, *const grads = shared.grads +
-                                                                                          stage * kQueryBytes;
-      const float* const statistics =
-          shared.statistics + stage * 3 * kQueries + column_of_accumulator(thread_index(), 0);
-      const bool hides = kMasked || any_in_warp(!band.shows_all(query, kQueries, work.first_key, kKeys));
-      const bool sees = any_in_warp(band.shows_any(query, kQueries, first_key, 64));
-      barrier_wait(shared.full + stage, parity);
-      bool special = false;
-      if (hides) {
-        const uint32_t found = special_in<E>(queries, kQueryBytes) | special_in<E>(grads, kQueryBytes);
-        special = any_of_consumers(found, shared.flags + stage * kConsumerWarps);
-      }
-      const auto settle = [&] {
-        if (special) clear_special<E>(queries, kQueryBytes, grads, kQueryBytes);
-      };
-      if (sees) {
-        float x[kQueries / 2], dx[kQueries / 2];
+    const auto queries_of = [&](const Step& at) { return shared.queries + at.stage * kQueryBytes; };
+    const auto grads_of = [&](const Step& at) { return shared.grads + at.stage * kQueryBytes; };
+    if (work.tiles) {
+      float x[kQueries / 2], dx[kQueries / 2];
+      const auto begin_scores = [&](const Step& at) {
+        barrier_wait(shared.full + at.stage, at.parity);
         wgmma_fence(x);
-        multiply_features<E, kFeatures, kQueries>(x, keys, kKeys, queries);
+        multiply_features<E, kFeatures, kQueries>(x, keys, kKeys, queries_of(at));
+      };
+      const auto begin_grads = [&](const Step& at) {
         if constexpr (kOfKey) {
           wgmma_fence(dx);
-          multiply_features<E, kFeatures, kQueries>(dx, values, kKeys, grads);
+          multiply_features<E, kFeatures, kQueries>(dx, values, kKeys, grads_of(at));
         }
-        wgmma_wait<kOfKey ? 1 : 0>(x);
-        const Field<false> field(query, first_key);
-        if constexpr (kMasked) add_mask<E>(call, work.s, band, field, head, x);
+      };
+      const auto finish_scores = [&] {
+        if constexpr (kOfKey) {
+          wgmma_wait<0>(x, dx);
+        } else {
+          wgmma_wait<0>(x);
+        }
+      };
+      Step now;
+      barrier_wait(shared.own, 0);
+      begin_scores(now);
+      begin_grads(now);
+      if (consumer == 1) named_arrive(kFirstTurn, kConsumerThreads);
+      finish_scores();
+      FS_NO_UNROLL
+      do {
+        const int query = work.first_query + now.tile * kQueries;
+        const float* const statistics =
+            shared.statistics + now.stage * 3 * kQueries + column_of_accumulator(thread_index(), 0);
+        const bool hides = kMasked || any_in_warp(!band.shows_all(query, kQueries, work.first_key, kKeys));
+        bool special = false;
         if (hides) {
+          const uint32_t found =
+              special_in<E>(queries_of(now), kQueryBytes) | special_in<E>(grads_of(now), kQueryBytes);
+          special = any_of_consumers(found, shared.flags + now.stage * kConsumerWarps);
+        }
+        if (hides) {
+          const Field<false> field(query, first_key);
+          const int64_t head = work.kv_head * call.group + now.head;
+          if constexpr (kMasked) add_mask<E>(call, work.s, band, field, head, x);
           hide(band, field, x);
           weigh<true>(x, statistics, factor);
         } else {
           weigh<false>(x, statistics, factor);
         }
         if constexpr (kOfKey) {
-          wgmma_wait<0>(dx);
-          if (hides)
+          if (hides) {
             grad_scores<true>(x, dx, statistics);
-          else
+          } else {
             grad_scores<false>(x, dx, statistics);
+          }
         }
         if (special) {
-          if constexpr (kOfKey) add_special_rows<E>(of_key, dx, queries);
-          if constexpr (kOfValue) add_special_rows<E>(of_value, x, grads);
+          if constexpr (kOfKey) add_special_rows<E>(of_key, dx, queries_of(now));
+          if constexpr (kOfValue) add_special_rows<E>(of_value, x, grads_of(now));
+          clear_special<E>(queries_of(now), kQueryBytes, grads_of(now), kQueryBytes);
         }
-        settle();
         uint32_t p[kQueries / 16][4], dp[kQueries / 16][4];
+        if constexpr (kOfValue) round_to_words<E>(x, p);
+        if constexpr (kOfKey) round_to_words<E>(dx, dp);
+        named_sync(kFirstTurn + consumer, kConsumerThreads);
         if constexpr (kOfValue) {
-          round_to_words<E>(x, p);
           wgmma_fence(of_value, p);
-          add_rows<E, kFeatures, kQueries>(of_value, p, grads);
+          add_rows<E, kFeatures, kQueries>(of_value, p, grads_of(now));
         }
         if constexpr (kOfKey) {
-          round_to_words<E>(dx, dp);
           wgmma_fence(of_key, dp);
-          add_rows<E, kFeatures, kQueries>(of_key, dp, queries);
+          add_rows<E, kFeatures, kQueries>(of_key, dp, queries_of(now));
         }
-        if constexpr (kOfValue) wgmma_wait<0>(of_value, p);
-        if constexpr (kOfKey) wgmma_wait<0>(of_key, dp);
-      } else {
-        settle();
-      }
-      sync_warp();
-      if (thread_index() % kWarp == 0) barrier_arrive(shared.empty + stage);
-    });
+        Step next = now;
+        next.advance(work.tiles);
+        // After the last tile it is made once more, for nothing: a branch here would have each product waited for.
+        const bool more = next.head < call.group;
+        const Step then = more ? next : now;
+        begin_scores(then);
+        if constexpr (kOfKey && kOfValue) {
+          wgmma_wait<1>(of_value, p, of_key, dp);
+        } else if constexpr (kOfKey) {
+          wgmma_wait<1>(of_key, dp);
+        } else {
+          wgmma_wait<1>(of_value, p);
+        }
+        sync_warp();
+        if (more && thread_index() % kWarp == 0) barrier_arrive(shared.empty + now.stage);
+        begin_grads(then);
+        named_arrive(kFirstTurn + 1 - consumer, kConsumerThreads);
+        finish_scores();
+        now = next;
+      } while (now.head < call.group);
+    }
 
     E* rows[2];
     const auto write = [&](const HeadTensor& to, const float (&sums)[kFeatures / 2], int64_t features,

@@ -23,7 +23,7 @@ inline const char* make_head_map(TensorMap& map, const AttentionArgs& a, const H
 // Calls body(features) with a constant.
 template <class Body>
 const char* with_hopper_features_only(const AttentionArgs& a, const Body& body) {
-  switch (hopper_features(int(a.head_size > a.value_size ? a.head_size : a.value_size))) {
+  switch (hopper_backward_features(int(a.head_size > a.value_size ? a.head_size : a.value_size))) {
     case 64:
       return body(std::integral_constant<int, 64>());
     case 96:
@@ -47,7 +47,7 @@ const char* with_hopper_features(const Call& call, const Body& body) {
 }
 
 template <class Kernel>
-const char* launch_hopper(const Call& call, const TilePass& pass, int of_queries, int of_keys) {
+const char* launch_hopper_pass(const Call& call, const TilePass& pass, int of_queries, int of_keys) {
   if (pass.blocks == 0) return nullptr;
   if (pass.threads != Kernel::kThreads || pass.shared_bytes != Kernel::kSharedBytes)
     return "the plan is another kernel's";
@@ -69,14 +69,14 @@ const char* launch_hopper_grad_queries(const Call& call, const TilePass& pass) {
   of_heads.parts = call.group;  // a block has one of the query heads
   return with_hopper_features(call, [&](auto features, auto masked) {
     using Kernel = HopperGradQueries<E, decltype(features)::value, decltype(masked)::value>;
-    return launch_hopper<Kernel>(of_heads, pass, Kernel::kQueries, Kernel::kKeys);
+    return launch_hopper_pass<Kernel>(of_heads, pass, Kernel::kQueries, Kernel::kKeys);
   });
 }
 template <class E>
 const char* launch_hopper_grad_keys(const Call& call, const TilePass& pass) {
   return with_hopper_features(call, [&](auto features, auto masked) {
     using Kernel = HopperGradKeys<E, decltype(features)::value, decltype(masked)::value>;
-    return launch_hopper<Kernel>(call, pass, Kernel::kQueries, Kernel::kKeys);
+    return launch_hopper_pass<Kernel>(call, pass, Kernel::kQueries, Kernel::kKeys);
   });
 }
 

@@ -4,15 +4,15 @@
 //   S = Q K^T, dP = dO V^T, P = exp2((S - highest) factor) inverse_sum, dS = P (dP - delta), dQ = dQ + dS K
 //
 // Block: 128 queries of one query head, which stay in shared memory with the gradients of their outputs. It goes over
-// the keys that any of them sees, which come through two stages, 128 at a time up to 128 features.
+// the keys that any of them sees, which come through three stages, 96 at a time with 128 features.
 // Warpgroup 0 brings them; warpgroups 1 and 2 have 64 queries each, whose numbers are in registers.
 // Of sequences of few keys, all of which are in one tile, it makes delta too: see kFewKeys.
 //
-// Cost of a tile of 128 queries and 128 keys, 128 features: 3 x 128 x 128 x 128 = 6.3 M multiply-adds, 3072 cycles of
-// the tensor cores; 64 KB of K and V from the second-level cache (21 bytes a cycle) and, of shared memory, for each
-// warpgroup twice 48 KB and once 32 KB: 2048 cycles in all; 16384 ex2, 1024 cycles, beside the products of the other
-// warpgroup.
-// Registers: 64 sums, 64 + 64 scores, and what is left of 240. Shared memory: 193 KB.
+// Cost of a tile of 128 queries and 96 keys, 128 features: 3 x 128 x 96 x 128 = 4.7 M multiply-adds, 2304 cycles of
+// the tensor cores; 48 KB of K and V from the second-level cache (21 bytes a cycle); of shared memory, for each
+// warpgroup, twice 40 KB for S and dP and once 24 KB: 1664 cycles in all; 12288 ex2, 768 cycles, and some ten other
+// operations for each, 960 cycles.
+// Registers: 64 sums, 48 + 48 scores, and what is left of 240. Shared memory: 208 KB.
 #pragma once
 
 #include "attention_hopper_backward_tiles.h"
@@ -22,9 +22,9 @@ namespace fastseq::FASTSEQ_ISA::attention {
 template <class E, int kFeatures, bool kMasked>
 struct HopperGradQueries {
   using Args = HopperCall;
-  static constexpr HopperGradShape kShape = hopper_grad_queries(kFeatures, kMasked);
-  static constexpr int kThreads = kHopperThreads, kSharedBytes = kShape.shared_bytes();
-  static constexpr int kQueries = kShape.own, kKeys = kShape.other;
+  static constexpr HopperBackwardShape kShape = hopper_grad_queries(kFeatures, kMasked);
+  static constexpr int kThreads = kHopperBackwardThreads, kSharedBytes = kShape.shared_bytes();
+  static constexpr int kQueries = kShape.own, kKeys = kShape.other, kStages = kShape.stages;
   static constexpr int kQueryBytes = hopper_tile_bytes(kFeatures, kQueries);
   static constexpr int kKeyBytes = hopper_tile_bytes(kFeatures, kKeys);
   static_assert(kKeys >= kFewKeys);
@@ -38,11 +38,11 @@ struct HopperGradQueries {
         : queries(memory),
           grads(queries + kQueryBytes),
           keys(grads + kQueryBytes),
-          values(keys + 2 * kKeyBytes),
+          values(keys + kStages * kKeyBytes),
           own(reinterpret_cast<PhaseBarrier*>(memory + kShape.tile_bytes())),
           full(own + 1),
-          empty(own + 3),
-          flags(reinterpret_cast<int*>(own + 5)) {}
+          empty(full + kStages),
+          flags(reinterpret_cast<int*>(empty + kStages)) {}
   };
   // Made by each of the roles for itself, so that none has registers for what another needs.
   struct Work {
@@ -72,7 +72,7 @@ struct HopperGradQueries {
     const Shared shared(tile_memory());
     if (thread_index() == 0) {
       barrier_begin(shared.own, 1);
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < kStages; ++i)
         barrier_begin(shared.full + i, 1), barrier_begin(shared.empty + i, kConsumerWarps);
       barriers_begun();
     }
@@ -82,17 +82,19 @@ struct HopperGradQueries {
       if (thread_index() < kWarp && one_lane()) bring_tiles(args, shared, Work(args.call));
     } else {
       registers_take<kConsumerRegisters>();
-      consume(args.call, shared, Work(args.call), thread_index() / kWarpgroup * 64 - 64);
+      consume(args.call, shared, Work(args.call), thread_index() / kWarpgroup - 1);
     }
   }
 
  private:
-  // Calls body(first key, stage, parity) for each tile.
-  template <class Body>
-  static FS_DEVICE void for_tiles(const Work& work, Body body) {
-    FS_NO_UNROLL
-    for (int tile = 0; tile < work.tiles; ++tile) body(work.first_key + tile * kKeys, tile % 2, tile / 2 % 2);
-  }
+  struct Step {
+    int tile = 0, stage = 0, parity = 0;
+
+    FS_DEVICE void advance() {
+      ++tile;
+      if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+  };
 
   static FS_DEVICE void bring_tiles(const Args& args, const Shared& shared, const Work& work) {
     if (work.tiles == 0) return;
@@ -102,15 +104,17 @@ struct HopperGradQueries {
     barrier_expect(shared.own, 2 * kQueryBytes);
     load_features<kFeatures>(shared.queries, args.query, shared.own, kQueries, row, head, b);
     load_features<kFeatures>(shared.grads, args.grad_output, shared.own, kQueries, row, head, b);
-    for_tiles(work, [&](int key, int stage, int parity) {
-      PhaseBarrier* const full = shared.full + stage;
-      const int key_row = int(s.first_key) + key;
-      barrier_wait(shared.empty + stage, parity ^ 1);
+    FS_NO_UNROLL
+    for (Step at; at.tile < work.tiles; at.advance()) {
+      PhaseBarrier* const full = shared.full + at.stage;
+      const int key_row = int(s.first_key) + work.first_key + at.tile * kKeys;
+      barrier_wait(shared.empty + at.stage, at.parity ^ 1);
       barrier_expect(full, 2 * kKeyBytes);
-      load_features<kFeatures>(shared.keys + stage * kKeyBytes, args.key, full, kKeys, key_row, kv_head, b);
-      load_features<kFeatures>(shared.values + stage * kKeyBytes, args.value, full, kKeys, key_row, kv_head,
+      load_features<kFeatures>(shared.keys + at.stage * kKeyBytes, args.key, full, kKeys, key_row, kv_head,
                                b);
-    });
+      load_features<kFeatures>(shared.values + at.stage * kKeyBytes, args.value, full, kKeys, key_row,
+                               kv_head, b);
+    }
   }
 
   // A thread's two queries.
@@ -118,9 +122,10 @@ struct HopperGradQueries {
     float highest[2], inverse_sum[2], delta[2];
   };
 
-  // 64 queries, from own_row of the block's on.
-  static FS_DEVICE void consume(const Call& call, const Shared& shared, const Work& work, int own_row) {
+  // 64 queries.
+  static FS_DEVICE void consume(const Call& call, const Shared& shared, const Work& work, int consumer) {
     if (work.nothing) return;
+    const int own_row = 64 * consumer;
     const AttentionArgs& a = call.a;
     const Sequence& s = work.s;
     const Band band(s);
@@ -140,54 +145,65 @@ struct HopperGradQueries {
     float sums[kFeatures / 2];
     FS_UNROLL
     for (int i = 0; i < kFeatures / 2; ++i) sums[i] = 0;
-    if (work.tiles) barrier_wait(shared.own, 0);
-
-    for_tiles(work, [&](int key, int stage, int parity) {
-      unsigned char *const keys = shared.keys + stage * kKeyBytes, *const values =
-                                                                       shared.values + stage * kKeyBytes;
-      const bool hides = kMasked || any_in_warp(!band.shows_all(work.first_query, kQueries, key, kKeys));
-      const bool sees = any_in_warp(band.shows_any(first_query, 64, key, kKeys));
-      barrier_wait(shared.full + stage, parity);
-      bool special = false;
-      if (hides)
-        special = any_of_consumers(special_in<E>(keys, kKeyBytes), shared.flags + stage * kConsumerWarps);
-      const auto settle = [&] {
-        if (special) clear_special<E>(keys, kKeyBytes, nullptr, 0);
-      };
-      if (sees) {
-        float x[kKeys / 2], dx[kKeys / 2];
+    const auto keys_of = [&](const Step& at) { return shared.keys + at.stage * kKeyBytes; };
+    if (work.tiles) {
+      float x[kKeys / 2], dx[kKeys / 2];
+      const auto begin_scores = [&](const Step& at) {
+        barrier_wait(shared.full + at.stage, at.parity);
         wgmma_fence(x);
-        multiply_features<E, kFeatures, kKeys>(x, queries, kQueries, keys);
+        multiply_features<E, kFeatures, kKeys>(x, queries, kQueries, keys_of(at));
+      };
+      const auto begin_grads = [&](const Step& at) {
         wgmma_fence(dx);
-        multiply_features<E, kFeatures, kKeys>(dx, grads, kQueries, values);
-        wgmma_wait<1>(x);
-        const Field<true> field(first_query, key);
-        if constexpr (kMasked) add_mask<E>(call, s, band, field, work.head, x);
+        multiply_features<E, kFeatures, kKeys>(dx, grads, kQueries, shared.values + at.stage * kKeyBytes);
+      };
+      Step now;
+      barrier_wait(shared.own, 0);
+      begin_scores(now);
+      begin_grads(now);
+      if (consumer == 1) named_arrive(kFirstTurn, kConsumerThreads);
+      wgmma_wait<0>(x, dx);
+      FS_NO_UNROLL
+      do {
+        const int key = work.first_key + now.tile * kKeys;
+        const bool hides = kMasked || any_in_warp(!band.shows_all(work.first_query, kQueries, key, kKeys));
+        bool special = false;
         if (hides) {
+          int* const flags = shared.flags + now.stage * kConsumerWarps;
+          special = any_of_consumers(special_in<E>(keys_of(now), kKeyBytes), flags);
+          const Field<true> field(first_query, key);
+          if constexpr (kMasked) add_mask<E>(call, s, band, field, work.head, x);
           hide(band, field, x);
           weigh<true>(x, of, factor);
+          if (s.keys <= kFewKeys) sum_few(call, work, first_query, x, dx, of);
+          grad_scores<true>(x, dx, of);
         } else {
           weigh<false>(x, of, factor);
-        }
-        wgmma_wait<0>(dx);
-        if (s.keys <= kFewKeys) sum_few(call, work, first_query, x, dx, of);
-        if (hides)
-          grad_scores<true>(x, dx, of);
-        else
           grad_scores<false>(x, dx, of);
-        if (special) add_special_rows<E>(sums, dx, keys);
-        settle();
+        }
+        if (special) {
+          add_special_rows<E>(sums, dx, keys_of(now));
+          clear_special<E>(keys_of(now), kKeyBytes, nullptr, 0);
+        }
         uint32_t words[kKeys / 16][4];
         round_to_words<E>(dx, words);
+        named_sync(kFirstTurn + consumer, kConsumerThreads);
         wgmma_fence(sums, words);
-        add_rows<E, kFeatures, kKeys>(sums, words, keys);
-        wgmma_wait<0>(sums, words);
-      } else {
-        settle();
-      }
-      sync_warp();
-      if (thread_index() % kWarp == 0) barrier_arrive(shared.empty + stage);
-    });
+        add_rows<E, kFeatures, kKeys>(sums, words, keys_of(now));
+        Step next = now;
+        next.advance();
+        const bool more = next.tile < work.tiles;  // see attention_hopper_backward_keys.h
+        const Step then = more ? next : now;
+        begin_scores(then);
+        wgmma_wait<1>(sums, words);
+        sync_warp();
+        if (more && thread_index() % kWarp == 0) barrier_arrive(shared.empty + now.stage);
+        begin_grads(then);
+        named_arrive(kFirstTurn + 1 - consumer, kConsumerThreads);
+        wgmma_wait<0>(x, dx);
+        now = next;
+      } while (now.tile < work.tiles);
+    }
 
     if (!a.grad_query.data) return;
     E* rows[2];

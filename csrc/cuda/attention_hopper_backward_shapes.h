@@ -2,42 +2,48 @@
 //
 // A block is a warpgroup that brings tiles and two that multiply. Registers of these, at most 240: the gradients that
 // they add up (features / 2 for each 64 rows) and two tiles of scores (other / 2 each). Shared memory, at most 227 KB:
-// two tiles of what the block owns, four of what it goes over.
+// two tiles of what the block owns, and two for each stage of what it goes over. Products of a tile begin before the
+// one before is done with, so that with two stages its loading is waited for; three do not always fit.
 #pragma once
 
 namespace fastseq::attention {
 
 // Of heads up to 256 features: 64, 96, 128, 192 or 256.
-constexpr int hopper_features(int features) {
+constexpr int hopper_backward_features(int features) {
   return features <= 64 ? 64 : features <= 96 ? 96 : features <= 128 ? 128 : features <= 192 ? 192 : 256;
 }
 // Tiles are 64 features wide.
 constexpr int hopper_tile_bytes(int features, int rows) { return (features + 63) / 64 * 64 * rows * 2; }
 
 // `own` and `other` as in TilePass of attention_plan.h. From 192 features on, the gradients of 64 keys and those of 64
-// values fill the registers of a warpgroup each: then the two have the same 64 keys (`split`), and both make the scores.
-struct HopperGradShape {
+// values fill the registers of a warpgroup each: then the two have the same 64 keys (`split`), and both make the
+// scores.
+struct HopperBackwardShape {
   int features, own, other;
   bool split;
+  int stages;
   int statistics;  // numbers of a row that goes through shared memory
 
   constexpr int tile_bytes() const {
-    return 2 * hopper_tile_bytes(features, own) + 4 * hopper_tile_bytes(features, other);
+    return 2 * hopper_tile_bytes(features, own) + 2 * stages * hopper_tile_bytes(features, other);
   }
-  constexpr int statistics_bytes() const { return 2 * statistics * other * 4; }
-  // And five barriers, and a flag for each of eight warps and two stages.
-  constexpr int shared_bytes() const { return tile_bytes() + statistics_bytes() + 5 * 8 + 2 * 8 * 4; }
+  constexpr int statistics_bytes() const { return stages * statistics * other * 4; }
+  // And barriers, and a flag for each of eight warps and each stage.
+  constexpr int shared_bytes() const {
+    return tile_bytes() + statistics_bytes() + (1 + 2 * stages) * 8 + stages * 8 * 4;
+  }
 };
-constexpr int kHopperThreads = 384;
+constexpr int kHopperBackwardThreads = 384;
 
-// With a mask tiles are smaller, for its addresses need registers too.
-constexpr HopperGradShape hopper_grad_keys(int features, bool masked) {
-  const int queries = features <= 96 && !masked ? 96 : 64;
-  return {features, features > 128 ? 64 : 128, queries, features > 128, 3};
+// With a mask tiles are smaller, for its addresses need registers too. Of 96 features and as many queries, dV and dK
+// under way and the next S take more registers than there are: then ptxas has each product waited for.
+constexpr HopperBackwardShape hopper_grad_keys(int features, bool masked) {
+  const int queries = features == 64 && !masked ? 96 : 64;
+  return {features, features > 128 ? 64 : 128, queries, features > 128, features == 256 ? 2 : 3, 3};
 }
-constexpr HopperGradShape hopper_grad_queries(int features, bool masked) {
-  const int keys = features <= 128 ? masked ? 96 : 128 : features == 192 ? 80 : 48;
-  return {features, 128, keys, false, 0};
+constexpr HopperBackwardShape hopper_grad_queries(int features, bool masked) {
+  const int keys = features == 64 && !masked ? 128 : features <= 128 ? 96 : features == 192 ? 80 : 48;
+  return {features, 128, keys, false, features > 128 ? 2 : 3, 0};
 }
 
 }  // namespace fastseq::attention

@@ -11,7 +11,8 @@ namespace fastseq::FASTSEQ_ISA::attention {
 constexpr int kConsumers = 2, kConsumerThreads = kConsumers * kWarpgroup,
               kConsumerWarps = kConsumerThreads / kWarp;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // 168 each before
-constexpr int kAllConsumers = 1;                                  // the number of their barrier
+// Numbers of barriers: of all consumers, and of the turns of the first and the second.
+constexpr int kAllConsumers = 1, kFirstTurn = 2;
 
 // Boxes are 64 features wide, and as many rows high as the kernel's tiles. `call.parts` are the query heads of a key
 // head where a block has one of them.
@@ -144,8 +145,8 @@ FS_DEVICE void hide(const Band& band, const Field& field, float (&x)[kCount]) {
 //
 // What is hidden has a factor of zero in the sums, and zero times NaN is NaN. So where some of a tile is hidden, the
 // consumers look for what is not finite in what is summed up over. If there is any, it is added to the sums by itself,
-// with factors that are not zero, and then the tile has zeros in its place: the sums of what is finite have the bits that
-// they always have. All of this is for correctness, and slow.
+// with factors that are not zero, and then the tile has zeros in its place: the sums of what is finite have the bits
+// that they always have. All of this is for correctness, and slow.
 
 constexpr uint32_t exponents_of(bfloat16) { return 0x7f807f80; }
 constexpr uint32_t exponents_of(float16) { return 0x7c007c00; }
@@ -166,8 +167,8 @@ FS_DEVICE uint32_t special_in(const unsigned char* tiles, int bytes) {
   }
   return carries;
 }
-// Whether any thread of the consumers, who all call this, has found something; `flags` are the stage's own, which a phase
-// of its barriers separates from the next time.
+// Whether any thread of the consumers, who all call this, has found something; `flags` are the stage's own, which a
+// phase of its barriers separates from the next time.
 FS_DEVICE bool any_of_consumers(uint32_t found, int* flags) {
   const bool any = any_in_warp(found != 0);
   const int warp = (thread_index() - kWarpgroup) / kWarp;

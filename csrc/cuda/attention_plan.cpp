@@ -50,14 +50,14 @@ bool plan_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
   if (p.device.major != 9 || p.device.minor != 0 || element_size(p.dtype) != 2) return false;
   if (!p.tma || !p.only_mask || p.keys <= kFewKeys) return false;
   if (std::min({p.batch, p.heads, p.queries, p.head_size, p.value_size}) == 0) return false;
-  const int features = hopper_features(int(std::max(p.head_size, p.value_size)));
-  const HopperGradShape queries = hopper_grad_queries(features, p.options),
-                    keys = hopper_grad_keys(features, p.options);  // a mask, if any
+  const int features = hopper_backward_features(int(std::max(p.head_size, p.value_size)));
+  const HopperBackwardShape queries = hopper_grad_queries(features, p.options),
+                            keys = hopper_grad_keys(features, p.options);  // a mask, if any
   if (std::max(queries.shared_bytes(), keys.shared_bytes()) > p.device.shared_bytes) return false;
-  plan.grad_queries = {queries.own, queries.other, kHopperThreads, queries.shared_bytes(), 0, 0};
+  plan.grad_queries = {queries.own, queries.other, kHopperBackwardThreads, queries.shared_bytes(), 0, 0};
   plan.grad_queries.slots = slots(p, p.queries, queries.own);
   plan.grad_queries.blocks = (p.packed ? 1 : p.batch) * p.heads * plan.grad_queries.slots;
-  plan.grad_keys = {keys.own, keys.other, kHopperThreads, keys.shared_bytes(), 0, 0};
+  plan.grad_keys = {keys.own, keys.other, kHopperBackwardThreads, keys.shared_bytes(), 0, 0};
   plan.grad_keys.slots = slots(p, p.keys, keys.own);
   plan.grad_keys.blocks = heads(p) * plan.grad_keys.slots;
   return true;
