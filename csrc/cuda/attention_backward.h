@@ -139,7 +139,8 @@ struct GradQueries {
       if (row >= rows.count) query[i].end = query[i].begin;
     }
     const auto query_at = [&](int m, int, int e) -> const Query<T>& { return query[2 * m + e / 2]; };
-    const bool few_keys = s.keys <= kFewKeys && kKeys >= kFewKeys && !a.grad_weights.data;
+    const bool few_keys =
+        some.end - some.begin <= kFewKeys && end_tile - first_tile <= 1 && !a.grad_weights.data;
     Sums<T> grad[kRowTiles][kFeatureTiles];
     clear(grad);
 

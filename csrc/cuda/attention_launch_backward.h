@@ -67,7 +67,8 @@ const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
     if (!error) error = launch_elements<FinishQueries<M>>(call, elements);
   } else {
     // Of few keys this pass makes delta too, so that it comes first.
-    const bool may_be_few = a.keys <= kFewKeys || a.key_lengths || a.cu_seqlens_k;
+    const bool may_be_few =
+        a.keys <= kFewKeys || a.key_lengths || a.cu_seqlens_k || a.left >= 0 || a.right >= 0;
     if (a.grad_query.data || may_be_few) error = launch_grad_queries<M>(call, plan);
     if (!error && (a.grad_key.data || a.grad_value.data)) error = launch_grad_keys<M>(call, plan);
   }
