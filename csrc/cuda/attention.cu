@@ -9,8 +9,6 @@ namespace {
 
 using attention::Call;
 
-int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 // Whether each row of a tensor begins at a multiple of so many elements; not if there is no tensor.
 bool rows_at_multiples(const HeadTensor& t, int elements, int size) {
   if (!t.data) return false;
@@ -42,8 +40,7 @@ Call call_of(const AttentionArgs& a, const GpuAttentionPlan& plan) {
   call.part_output = workspace + plan.output_at;
   call.part_highest = workspace + plan.highest_at;
   call.part_sum = workspace + plan.sum_at;
-  call.delta = workspace + plan.delta_at;
-  call.delta_stride[0] = a.heads * a.queries, call.delta_stride[1] = a.queries;
+  call.delta = {workspace + plan.delta_at, {a.heads * a.queries, a.queries}};
   return call;
 }
 

@@ -61,8 +61,7 @@ template <class T>
 FS_DEVICE Query<T> query_of(const Call& call, const Sequence& s, int64_t head, int index) {
   const AttentionArgs& a = call.a;
   const Range visible = s.visible(index);
-  const T delta = static_cast<const T*>(
-      call.delta)[s.b * call.delta_stride[0] + head * call.delta_stride[1] + s.first_query + index];
+  const T delta = *s.of_query<T>(call.delta, head, index);
   return {visible.begin,
           visible.end,
           index,
@@ -215,8 +214,7 @@ struct GradQueries {
       if (a.grad_lse.data) sum -= *s.of_query<const T>(a.grad_lse, q.head, q.index);
       query[i].delta = sum;
       if (lane % 4 == 0 && thread_index() / kWarp % kColumnWarps == 0) {
-        static_cast<T*>(call.delta)[s.b * call.delta_stride[0] + q.head * call.delta_stride[1] +
-                                    s.first_query + q.index] = sum;
+        *s.of_query<T>(call.delta, q.head, q.index) = sum;
       }
     }
   }

@@ -25,10 +25,9 @@ struct Call {
   bool pairs_of_output, pairs_of_grad_query, pairs_of_grad_key,
       pairs_of_grad_value;                      // at one of two elements
   void *part_output, *part_highest, *part_sum;  // [B, Hkv, parts, rows(, value_size)], in the dtype of sums
-  void* delta;                                  // [B, Hq, Sq], packed [Hq, rows]: see attention_rows.h
-  int64_t delta_stride[2];
-  void* grad_query_sums;  // like grad_query, in the dtype of sums: of the one-pass form
-  int mask_parts;         // the mask's gradient is summed up in so many parts
+  HeadRows delta;                               // see attention_rows.h
+  void* grad_query_sums;                        // like grad_query, in the dtype of sums: of the one-pass form
+  int mask_parts;                               // the mask's gradient is summed up in so many parts
 };
 
 FS_DEVICE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }

@@ -154,9 +154,9 @@ struct HopperGradKeys {
                                          int which) {
     const AttentionArgs& a = call.a;
     const Sequence& s = work.s;
-    const void* const rows = which == 0 ? a.highest.data : which == 1 ? a.inverse_sum.data : call.delta;
+    const void* const rows = which == 0 ? a.highest.data : which == 1 ? a.inverse_sum.data : call.delta.data;
     const auto stride = [&](int i) {
-      return which == 0 ? a.highest.stride[i] : which == 1 ? a.inverse_sum.stride[i] : call.delta_stride[i];
+      return which == 0 ? a.highest.stride[i] : which == 1 ? a.inverse_sum.stride[i] : call.delta.stride[i];
     };
     const int lane = thread_index() % kWarp;
     const int64_t of_head = stride(1);

@@ -216,8 +216,7 @@ struct HopperGradQueries {
   }
 
   static FS_DEVICE float* delta_of(const Call& call, const Work& work, int query) {
-    return static_cast<float*>(call.delta) + work.s.b * call.delta_stride[0] +
-           work.head * call.delta_stride[1] + work.s.first_query + query;
+    return work.s.template of_query<float>(call.delta, work.head, query);
   }
 
   // As in attention_hopper_backward_keys.h, of rows.

@@ -83,8 +83,7 @@ struct Pair {
                   *s.of_query<T>(a.inverse_sum, head, index),
                   0};
       if constexpr (kBackward) {
-        query[i].delta = static_cast<const T*>(
-            call.delta)[s.b * call.delta_stride[0] + head * call.delta_stride[1] + s.first_query + index];
+        query[i].delta = *s.of_query<T>(call.delta, head, index);
       }
     }
     const auto query_at = [&](int m, int, int e) -> const Query<T>& { return query[2 * m + e / 2]; };

@@ -23,8 +23,6 @@ constexpr int64_t kMostBlocks = 0x7fffffff;
 int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
-int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 [[noreturn]] void refuse(const std::string& given, const std::string& accepted, const std::string& remedy) {
   throw std::runtime_error("given: " + given + "\naccepted: " + accepted + "\ntry: " + remedy);
 }

@@ -11,6 +11,10 @@ namespace fastseq {
 enum class AttentionKernelKind : int { kTiles = 0, kDecode = 1, kHopper = 2 };
 constexpr const char* kAttentionKernelNames[] = {"tiles", "decode", "hopper"};
 
+constexpr int element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 struct AttentionProblem {
   DType dtype;
   bool tf32, packed, backward;

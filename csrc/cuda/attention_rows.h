@@ -5,11 +5,6 @@
 
 namespace fastseq::FASTSEQ_ISA::attention {
 
-template <class T>
-FS_DEVICE bool finite(T x) {
-  return x - x == 0;
-}
-
 // lse, and what makes weights of scores, of a row with this highest score and this sum of weights relative to it.
 template <class T>
 FS_DEVICE void write_normalizer(const Call& call, const Scoring<T>& scoring, const Sequence& s, int64_t head,
@@ -20,7 +15,7 @@ FS_DEVICE void write_normalizer(const Call& call, const Scoring<T>& scoring, con
     *s.of_query<T>(a.lse, head, query) = nothing ? -T(INFINITY) : highest * scoring.unit + log(sum);
   }
   if (a.highest.data) {
-    *s.of_query<T>(a.highest, head, query) = nothing || !finite(highest) ? T(0) : highest;
+    *s.of_query<T>(a.highest, head, query) = nothing || !is_finite(highest) ? T(0) : highest;
     *s.of_query<T>(a.inverse_sum, head, query) = nothing ? T(0) : T(1) / sum;
   }
 }
@@ -50,7 +45,7 @@ FS_DEVICE void write_output(const Call& call, const Sequence& s, int64_t head, i
       E rounded;
       narrow(x, rounded);
       const T r = x - widen(rounded);
-      return finite(r) ? r : T(0);
+      return is_finite(r) ? r : T(0);
     };
     write_two(s.query_row<E>(a.remainder, head, query) + column, rest(first), rest(second), two,
               call.pairs_of_output);
@@ -143,7 +138,7 @@ struct Delta {
       sum -= static_cast<const T*>(
           a.grad_lse.data)[b * a.grad_lse.stride[0] + head * a.grad_lse.stride[1] + query];
     }
-    static_cast<T*>(call.delta)[b * call.delta_stride[0] + head * call.delta_stride[1] + query] = sum;
+    static_cast<T*>(call.delta.data)[b * call.delta.stride[0] + head * call.delta.stride[1] + query] = sum;
   }
 };
 
@@ -165,8 +160,7 @@ struct GradSinks {
     for (int i = thread_index(); i < s.queries; i += kWarp) {
       const T inverse = *s.of_query<T>(a.inverse_sum, head, i);
       const T weight = weight_of(sink, *s.of_query<T>(a.highest, head, i), scoring.factor) * inverse;
-      const T delta = static_cast<const T*>(
-          call.delta)[s.b * call.delta_stride[0] + head * call.delta_stride[1] + s.first_query + i];
+      const T delta = *s.of_query<T>(call.delta, head, i);
       if (weight != 0) sum = fma(-weight, delta, sum);
     }
     FS_UNROLL
