@@ -16,6 +16,16 @@ bool rows_at_multiples(const HeadTensor& t, int elements, int size) {
   for (const int64_t stride : t.stride) good = good && stride % elements == 0;
   return good;
 }
+// Whether the keys of a mask are next to each other, and each of its rows begins at a multiple of two elements.
+bool pairs_of_mask(const AttentionArgs& a) {
+  if (a.mask.kind == MaskKind::kNone || a.mask.stride[3] != 1) return false;
+  const int size = a.mask.kind == MaskKind::kBool      ? 1
+                   : a.mask.kind == MaskKind::kFloat32 ? 4
+                                                       : element_size(a.dtype);
+  bool good = reinterpret_cast<uintptr_t>(a.mask.data) % uintptr_t(2 * size) == 0;
+  for (int i = 0; i < 3; ++i) good = good && a.mask.stride[i] % 2 == 0;
+  return good;
+}
 
 Call call_of(const AttentionArgs& a, const GpuAttentionPlan& plan) {
   Call call = {};
@@ -36,6 +46,7 @@ Call call_of(const AttentionArgs& a, const GpuAttentionPlan& plan) {
   call.pairs_of_grad_query = rows_at_multiples(a.grad_query, 2, size);
   call.pairs_of_grad_key = rows_at_multiples(a.grad_key, 2, size);
   call.pairs_of_grad_value = rows_at_multiples(a.grad_value, 2, size);
+  call.pairs_of_mask = pairs_of_mask(a);
   auto* const workspace = static_cast<unsigned char*>(a.workspace);
   call.part_output = workspace + plan.output_at;
   call.part_highest = workspace + plan.highest_at;

@@ -60,15 +60,9 @@ FS_DEVICE void finish_grad_scores(const Queries& queries, const Sums<T> (&x)[kRo
 template <class T>
 FS_DEVICE Query<T> query_of(const Call& call, const Sequence& s, int64_t head, int index) {
   const AttentionArgs& a = call.a;
-  const Range visible = s.visible(index);
   const T delta = *s.of_query<T>(call.delta, head, index);
-  return {visible.begin,
-          visible.end,
-          index,
-          int(head),
-          *s.of_query<T>(a.highest, head, index),
-          *s.of_query<T>(a.inverse_sum, head, index),
-          delta};
+  return {index, int(head), *s.of_query<T>(a.highest, head, index),
+          *s.of_query<T>(a.inverse_sum, head, index), delta};
 }
 
 // ---- gradients of queries ----
@@ -112,16 +106,17 @@ struct GradQueries {
               end_tile = some.begin < some.end ? (some.end + kKeys - 1) / kKeys : first_tile;
     const auto fetch = [&](int tile) {
       if (tile < end_tile) {
-        load_tile(keys_of(tile), kKeys, features, call.aligned_key,
-                  [&](int i) { return key_at(a.key, tile * kKeys + i); });
-        load_tile(values_of(tile), kKeys, value_features, call.aligned_value,
-                  [&](int i) { return key_at(a.value, tile * kKeys + i); });
+        load_tile<kThreads>(keys_of(tile), kKeys, features, call.aligned_key,
+                            [&](int i) { return key_at(a.key, tile * kKeys + i); });
+        load_tile<kThreads>(values_of(tile), kKeys, value_features, call.aligned_value,
+                            [&](int i) { return key_at(a.value, tile * kKeys + i); });
       }
       copy_async_commit();
     };
-    load_tile(queries, kRows, features, call.aligned_query, [&](int i) { return row_at(a.query, i); });
-    load_tile(grads, kRows, value_features, call.aligned_grad_output,
-              [&](int i) { return row_at(a.grad_output, i); });
+    load_tile<kThreads>(queries, kRows, features, call.aligned_query,
+                        [&](int i) { return row_at(a.query, i); });
+    load_tile<kThreads>(grads, kRows, value_features, call.aligned_grad_output,
+                        [&](int i) { return row_at(a.grad_output, i); });
     fetch(first_tile);
 
     const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
@@ -129,13 +124,14 @@ struct GradQueries {
     const int first_column = warp % kColumnWarps * (Shape::kFeatures / kColumnWarps);
     const bool active = first_row < rows.count;
     const Scoring<T> scoring(call);
+    const Band band(s);
     const Dropout<T> dropout(a);
     Query<T> query[2 * kRowTiles];
     FS_UNROLL
     for (int i = 0; i < 2 * kRowTiles; ++i) {
-      const int row = first_row + lane / 4 + 8 * i, known = row < rows.count ? row : 0;
+      const int row = first_row + lane / 4 + 8 * i,
+                known = row < rows.count ? row : 0;  // nothing is written of others
       query[i] = query_of<T>(call, s, rows.head(known), rows.query(known));
-      if (row >= rows.count) query[i].end = query[i].begin;
     }
     const auto query_at = [&](int m, int, int e) -> const Query<T>& { return query[2 * m + e / 2]; };
     const bool few_keys =
@@ -145,16 +141,18 @@ struct GradQueries {
 
     for (int tile = first_tile; tile < end_tile; ++tile) {
       const Orient<true> orient{first_row, tile * kKeys};
-      const bool edge = tile * kKeys < all.begin || (tile + 1) * kKeys > all.end || rows.count < kRows;
+      const bool edge = tile * kKeys < all.begin || (tile + 1) * kKeys > all.end;
       const bool masked = kAny && a.mask.kind != MaskKind::kNone;
       copy_async_wait<0>();
-      const bool special = any_in_block((edge || masked) && loaded_special(keys_of(tile), kKeys, features));
+      const bool special =
+          any_in_block((edge || masked) && loaded_special<kThreads>(keys_of(tile), kKeys, features));
       fetch(tile + 1);
-      if (!active || (masked && !mask_shows_any<E, T, kRowTiles, kKeyTiles>(a, s, orient, query_at)))
+      if (!active ||
+          (masked && !mask_shows_any<E, T, kRowTiles, kKeyTiles>(call, s, band, orient, query_at, edge)))
         continue;
       Sums<T> x[kRowTiles][kKeyTiles], dx[kRowTiles][kKeyTiles];
       multiply<M>(x, queries, first_row, keys_of(tile), features);
-      score<kAny, E>(call, scoring, s, orient, query_at, edge, x);
+      score<kAny, E>(call, scoring, s, band, orient, query_at, edge, x);
       multiply<M>(dx, grads, first_row, values_of(tile), value_features);
       grad_scores<kAny, E>(call, scoring, dropout, s, orient, query_at, x, dx);
       if (few_keys) sum_few(call, rows, first_row, x, dx, query);
@@ -163,13 +161,7 @@ struct GradQueries {
         multiply<M>(x, queries, first_row, keys_of(tile), features);
         multiply_by_slope_of_cap(scoring, x, dx);
       }
-      if (special) {
-        InMemory to(grad);
-        InMemory from(dx);
-        multiply_special_sums<M>(to.copy, from.copy, keys_of(tile), first_column, features);
-      } else {
-        multiply_sums<M>(grad, dx, keys_of(tile), first_column, features);
-      }
+      add_product<M>(special, grad, dx, keys_of(tile), first_column, features);
     }
     copy_async_wait<0>();
     if (!active || !a.grad_query.data) return;
@@ -283,21 +275,22 @@ struct GradKeys {
         const auto row_at = [&](const HeadTensor& t, int i) {
           return i < rows.count ? s.query_row<const E>(t, rows.head(i), rows.query(i)) : nullptr;
         };
-        load_tile(queries_of(tile), kQueries, features, call.aligned_query,
-                  [&](int i) { return row_at(a.query, i); });
-        load_tile(grads_of(tile), kQueries, value_features, call.aligned_grad_output,
-                  [&](int i) { return row_at(a.grad_output, i); });
+        load_tile<kThreads>(queries_of(tile), kQueries, features, call.aligned_query,
+                            [&](int i) { return row_at(a.query, i); });
+        load_tile<kThreads>(grads_of(tile), kQueries, value_features, call.aligned_grad_output,
+                            [&](int i) { return row_at(a.grad_output, i); });
         if (const int i = thread_index(); i < kQueries) {
           const int known = i < rows.count ? i : 0;
           Query<T> q = query_of<T>(call, s, rows.head(known), rows.query(known));
-          if (i >= rows.count) q.end = q.begin;
+          if (i >= rows.count) q.index = kFar;
           states_of(tile)[i] = q;
         }
       }
       copy_async_commit();
     };
-    load_tile(keys, kKeys, features, call.aligned_key, [&](int i) { return key_at(a.key, i); });
-    load_tile(values, kKeys, value_features, call.aligned_value, [&](int i) { return key_at(a.value, i); });
+    load_tile<kThreads>(keys, kKeys, features, call.aligned_key, [&](int i) { return key_at(a.key, i); });
+    load_tile<kThreads>(values, kKeys, value_features, call.aligned_value,
+                        [&](int i) { return key_at(a.value, i); });
     fetch(0);
 
     const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
@@ -305,13 +298,14 @@ struct GradKeys {
     const int first_column = warp % kColumnWarps * (Shape::kFeatures / kColumnWarps);
     const bool active = first_key + warp_key < s.keys;
     const Scoring<T> scoring(call);
+    const Band band(s);
     const Dropout<T> dropout(a);
     Sums<T> grad_key[kRowTiles][kFeatureTiles], grad_value[kRowTiles][kFeatureTiles];
     clear(grad_key), clear(grad_value);
     bool special_keys = false;
     if constexpr (kOnePass) {
       copy_async_wait<0>();
-      special_keys = any_in_block(loaded_special(keys, kKeys, features));
+      special_keys = any_in_block(loaded_special<kThreads>(keys, kKeys, features));
     }
 
     for (int tile = 0; tile < tiles; ++tile) {
@@ -321,20 +315,20 @@ struct GradKeys {
       const bool edge = first_key < all.begin || first_key + kKeys > all.end || rows.count < kQueries;
       const bool masked = kAny && a.mask.kind != MaskKind::kNone;
       copy_async_wait<0>();
-      const bool special =
-          any_in_block((edge || masked) && (loaded_special(queries_of(tile), kQueries, features) ||
-                                            loaded_special(grads_of(tile), kQueries, value_features)));
+      const bool special = any_in_block((edge || masked) &&
+                                        (loaded_special<kThreads>(queries_of(tile), kQueries, features) ||
+                                         loaded_special<kThreads>(grads_of(tile), kQueries, value_features)));
       fetch(tile + 1);
       const Query<T>* const state = states_of(tile);
       const auto query_at = [&](int, int n, int e) -> const Query<T>& {
         return state[Orient<false>::of_column(n, e)];
       };
-      const bool works =
-          active && !(masked && !mask_shows_any<E, T, kRowTiles, kQueryTiles>(a, s, orient, query_at));
+      const bool works = active && !(masked && !mask_shows_any<E, T, kRowTiles, kQueryTiles>(
+                                                   call, s, band, orient, query_at, edge));
       Sums<T> x[kRowTiles][kQueryTiles], dx[kRowTiles][kQueryTiles];
       if (works) {
         multiply<M>(x, keys, warp_key, queries_of(tile), features);
-        score<kAny, E>(call, scoring, s, orient, query_at, edge, x);
+        score<kAny, E>(call, scoring, s, band, orient, query_at, edge, x);
         multiply<M>(dx, values, warp_key, grads_of(tile), value_features);
         grad_scores<kAny, E>(call, scoring, dropout, s, orient, query_at, x, dx);
         finish_grad_scores<kAny>(query_at, x, dx);
@@ -345,25 +339,12 @@ struct GradKeys {
                 [&](int m, int n, int e, bool kept) { x[m][n][e] = kept ? x[m][n][e] : T(0); });
           }
         }
-        const auto add_products = [&](auto is_special, auto& of_key, auto& of_value, auto& weights,
-                                      auto& of_scores) {
-          constexpr bool kSpecial = decltype(is_special)::value;
-          add_product<M, kSpecial>(of_value, weights, grads_of(tile), first_column, value_features);
-          if (kAny && scoring.cap != 0) {
-            multiply<M>(weights, keys, warp_key, queries_of(tile), features);
-            multiply_by_slope_of_cap(scoring, weights, of_scores);
-          }
-          add_product<M, kSpecial>(of_key, of_scores, queries_of(tile), first_column, features);
-        };
-        if (special) {
-          InMemory of_key(grad_key);
-          InMemory of_value(grad_value);
-          InMemory weights(x);
-          InMemory of_scores(dx);
-          add_products(std::true_type(), of_key.copy, of_value.copy, weights.copy, of_scores.copy);
-        } else {
-          add_products(std::false_type(), grad_key, grad_value, x, dx);
+        add_product<M>(special, grad_value, x, grads_of(tile), first_column, value_features);
+        if (kAny && scoring.cap != 0) {
+          multiply<M>(x, keys, warp_key, queries_of(tile), features);
+          multiply_by_slope_of_cap(scoring, x, dx);
         }
+        add_product<M>(special, grad_key, dx, queries_of(tile), first_column, features);
       } else if (kOnePass) {
         clear(dx);
       }
@@ -418,13 +399,7 @@ struct GradKeys {
             query < kQueries ? scores[query * kScoreStride + Orient<true>::of_column(n, e)] : T(0);
       });
       clear(sums);
-      if (special_keys) {
-        InMemory to(sums);
-        InMemory from(of_scores);
-        multiply_special_sums<M>(to.copy, from.copy, keys, first_column, features);
-      } else {
-        multiply_sums<M>(sums, of_scores, keys, first_column, features);
-      }
+      add_product<M>(special_keys, sums, of_scores, keys, first_column, features);
       HeadTensor to = call.a.grad_query;
       to.data = call.grad_query_sums;
       for_elements<1, kTiles>([&](int m, int n, int e) {

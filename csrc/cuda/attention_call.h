@@ -24,6 +24,7 @@ struct Call {
   bool aligned_query, aligned_key, aligned_value, aligned_grad_output;
   bool pairs_of_output, pairs_of_grad_query, pairs_of_grad_key,
       pairs_of_grad_value;                      // at one of two elements
+  bool pairs_of_mask;                           // the mask's too, whose keys are next to each other
   void *part_output, *part_highest, *part_sum;  // [B, Hkv, parts, rows(, value_size)], in the dtype of sums
   HeadRows delta;                               // see attention_rows.h
   void* grad_query_sums;                        // like grad_query, in the dtype of sums: of the one-pass form
@@ -89,6 +90,30 @@ struct Sequence {
   template <class T>
   FS_DEVICE T* of_query(const HeadRows& t, int64_t head, int64_t i) const {
     return static_cast<T*>(t.data) + b * t.stride[0] + head * t.stride[1] + first_query + i;
+  }
+};
+
+// Which keys the queries of a sequence see, as far as lengths, causality and window go: those for which key - query
+// is from low to high.
+struct Band {
+  int queries, keys, low, high;
+
+  FS_DEVICE explicit Band(const Sequence& s) : queries(s.queries), keys(s.keys), low(-kFar), high(kFar) {
+    if (s.left >= 0) low = int(clamp(int64_t(s.offset) - s.left, -kFar, kFar));
+    if (s.right >= 0) high = int(clamp(int64_t(s.offset) + s.right, -kFar, kFar));
+  }
+  FS_DEVICE bool shows(int query, int key) const {
+    const int distance = key - query;
+    return query < queries && key < keys && distance >= low && distance <= high;
+  }
+  // All, or any, of `m` queries from `query` on and `n` keys from `key` on.
+  FS_DEVICE bool shows_all(int query, int m, int key, int n) const {
+    return query + m <= queries && key + n <= keys && key - (query + m - 1) >= low &&
+           key + n - 1 - query <= high;
+  }
+  FS_DEVICE bool shows_any(int query, int m, int key, int n) const {
+    const int last_query = smaller(query + m, queries) - 1, last_key = smaller(key + n, keys) - 1;
+    return last_query >= query && last_key >= key && last_key - query >= low && key - last_query <= high;
   }
 };
 
@@ -158,8 +183,10 @@ struct RowTile {
     count = p.tile < 0 ? 0 : smaller(larger(s.queries - first_query, 0), queries) * group;
   }
 
-  FS_DEVICE int query(int row) const { return first_query + (first_head + row) / group; }
-  FS_DEVICE int64_t head(int row) const { return kv_head * group + (first_head + row) % group; }
+  FS_DEVICE int query(int row) const { return first_query + (group == 1 ? row : (first_head + row) / group); }
+  FS_DEVICE int64_t head(int row) const {
+    return group == 1 ? kv_head : kv_head * group + (first_head + row) % group;
+  }
   FS_DEVICE Range some() const {  // keys that any row sees
     return {s.visible(first_query).begin, s.visible(query(count - 1)).end};
   }

@@ -58,7 +58,7 @@ struct Forward {
 
     const auto fetch_keys = [&](int tile) {
       if (tile < end_tile) {
-        load_tile(keys_of(tile), kKeys, features, call.aligned_key, [&](int i) {
+        load_tile<kThreads>(keys_of(tile), kKeys, features, call.aligned_key, [&](int i) {
           const int key = tile * kKeys + i;
           return key < s.keys ? s.key_row<const E>(a.key, rows.kv_head, key) : nullptr;
         });
@@ -67,14 +67,14 @@ struct Forward {
     };
     const auto fetch_values = [&](int tile) {
       if (tile < end_tile) {
-        load_tile(values_of(tile), kKeys, value_features, call.aligned_value, [&](int i) {
+        load_tile<kThreads>(values_of(tile), kKeys, value_features, call.aligned_value, [&](int i) {
           const int key = tile * kKeys + i;
           return key < s.keys ? s.key_row<const E>(a.value, rows.kv_head, key) : nullptr;
         });
       }
       copy_async_commit();
     };
-    load_tile(queries, kRows, features, call.aligned_query, [&](int i) {
+    load_tile<kThreads>(queries, kRows, features, call.aligned_query, [&](int i) {
       return i < rows.count ? s.query_row<const E>(a.query, rows.head(i), rows.query(i)) : nullptr;
     });
     fetch_keys(first_tile);
@@ -85,22 +85,15 @@ struct Forward {
     const int first_column = warp % kColumnWarps * (Shape::kFeatures / kColumnWarps);
     const bool active = first_row < rows.count;
     const Scoring<T> scoring(call);
+    const Band band(s);
     const Dropout<T> dropout(a);
     Query<T> query[2 * kRowTiles];
     T highest[2 * kRowTiles], sum[2 * kRowTiles];
     FS_UNROLL
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       const int row = first_row + lane / 4 + 8 * i;
-      const bool there = row < rows.count;
-      const int index = rows.query(there ? row : 0);
-      const Range visible = s.visible(index);
-      query[i] = {visible.begin,
-                  there ? visible.end : visible.begin,
-                  index,
-                  int(rows.head(there ? row : 0)),
-                  0,
-                  0,
-                  0};
+      const int known = row < rows.count ? row : 0;  // of a row that is not there nothing is written
+      query[i] = {rows.query(known), int(rows.head(known)), 0, 0, 0};
       const bool sink = a.sinks && (call.parts == 1 || rows.part == 0);
       highest[i] = sink ? static_cast<const T*>(a.sinks)[query[i].head] / scoring.unit : -T(INFINITY);
       sum[i] = highest[i] > -T(INFINITY) && lane % 4 == 0 ? T(1) : T(0);
@@ -111,17 +104,18 @@ struct Forward {
 
     for (int tile = first_tile; tile < end_tile; ++tile) {
       const Orient<true> orient{first_row, tile * kKeys};
-      const bool edge = tile * kKeys < all.begin || (tile + 1) * kKeys > all.end || rows.count < kRows;
+      const bool edge = tile * kKeys < all.begin || (tile + 1) * kKeys > all.end;
       const bool masked = kAny && a.mask.kind != MaskKind::kNone;
       fetch_keys(tile + 1);
       bool works = active;
-      if (masked && active) works = mask_shows_any<E, T, kRowTiles, kKeyTiles>(a, s, orient, query_at);
+      if (masked && active)
+        works = mask_shows_any<E, T, kRowTiles, kKeyTiles>(call, s, band, orient, query_at, edge);
       copy_async_wait<2>();
       sync_block();
       Sums<T> x[kRowTiles][kKeyTiles];
       if (works) {
         multiply<M>(x, queries, first_row, keys_of(tile), features);
-        score<kAny, E>(call, scoring, s, orient, query_at, edge, x);
+        score<kAny, E>(call, scoring, s, band, orient, query_at, edge, x);
         softmax(scoring, x, highest, sum, output);
         if constexpr (kAny) {
           if (dropout.active) {
@@ -134,15 +128,9 @@ struct Forward {
       fetch_values(tile + 1);
       copy_async_wait<2>();
       const bool special =
-          any_in_block((edge || masked) && loaded_special(values_of(tile), kKeys, value_features));
+          any_in_block((edge || masked) && loaded_special<kThreads>(values_of(tile), kKeys, value_features));
       if (!works) continue;
-      if (special) {
-        InMemory to(output);
-        InMemory from(x);
-        multiply_special_sums<M>(to.copy, from.copy, values_of(tile), first_column, value_features);
-      } else {
-        multiply_sums<M>(output, x, values_of(tile), first_column, value_features);
-      }
+      add_product<M>(special, output, x, values_of(tile), first_column, value_features);
     }
     copy_async_wait<0>();
     if (active) finish(call, rows, scoring, first_row, first_column, highest, sum, output);

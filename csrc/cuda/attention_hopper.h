@@ -392,19 +392,14 @@ struct HopperForward {
     FS_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int row = first_row + lane / 4 + 8 * i;
-      const bool there = row < rows.count;
-      const int index = rows.query(there ? row : 0);
-      const Range visible = rows.s.visible(index);
-      query[i] = {visible.begin,
-                  there ? visible.end : visible.begin,
-                  index,
-                  int(rows.head(there ? row : 0)),
-                  0,
-                  0,
-                  0};
+      const int known = row < rows.count ? row : 0;  // of a row that is not there nothing is written
+      query[i] = {rows.query(known), int(rows.head(known)), 0, 0, 0};
     }
     const auto query_at = [&](int m, int, int e) -> const Query<float>& { return query[2 * m + e / 2]; };
     const Orient<true> orient{first_row, tile * kKeys};
+    const Band band(rows.s);
+    const Range all = rows.all();
+    const bool edge = tile * kKeys < all.begin || (tile + 1) * kKeys > all.end;
 
     bool works = state.number * 64 < rows.count;
     if (works) {
@@ -414,7 +409,7 @@ struct HopperForward {
     }
     if constexpr (kMasked) {
       if (works && a.mask.kind != MaskKind::kNone) {
-        const bool any = mask_shows_any<E, float, 1, kKeys / 8>(a, rows.s, orient, query_at);
+        const bool any = mask_shows_any<E, float, 1, kKeys / 8>(call, rows.s, band, orient, query_at, edge);
         works = any_in_warpgroup(shared, state, any);
       }
     }
@@ -435,9 +430,13 @@ struct HopperForward {
           FS_UNROLL
           for (int i = 0; i < kKeys / 2; ++i) s[i] *= scoring.scale;
         }
-        apply_mask<E>(a, rows.s, orient, query_at, x);
+        if (a.mask.kind != MaskKind::kNone) {
+          for_mask<E, float, 1, kKeys / 8>(
+              call, rows.s, band, orient, query_at, edge,
+              [&](int m, int n, int e, float bias) { x[m][n][e] = add_bias(x[m][n][e], bias); });
+        }
       }
-      hide_edge(orient, query_at, x);
+      if (edge) hide_edge(band, orient, query_at, x);
       float rescale[2];
       softmax(scoring, state, s, rescale);
       multiply_rows(o, rescale);

@@ -21,30 +21,6 @@ struct HopperCall {
   Call call;
 };
 
-// Which keys the queries of a sequence see, as far as lengths, causality and window go: those for which key - query
-// is from low to high.
-struct Band {
-  int queries, keys, low, high;
-
-  FS_DEVICE explicit Band(const Sequence& s) : queries(s.queries), keys(s.keys), low(-kFar), high(kFar) {
-    if (s.left >= 0) low = int(clamp(int64_t(s.offset) - s.left, -kFar, kFar));
-    if (s.right >= 0) high = int(clamp(int64_t(s.offset) + s.right, -kFar, kFar));
-  }
-  FS_DEVICE bool shows(int query, int key) const {
-    const int distance = key - query;
-    return query < queries && key < keys && distance >= low && distance <= high;
-  }
-  // All, or any, of `m` queries from `query` on and `n` keys from `key` on.
-  FS_DEVICE bool shows_all(int query, int m, int key, int n) const {
-    return query + m <= queries && key + n <= keys && key - (query + m - 1) >= low &&
-           key + n - 1 - query <= high;
-  }
-  FS_DEVICE bool shows_any(int query, int m, int key, int n) const {
-    const int last_query = smaller(query + m, queries) - 1, last_key = smaller(key + n, keys) - 1;
-    return last_query >= query && last_key >= key && last_key - query >= low && key - last_query <= high;
-  }
-};
-
 // The query and the key of accumulator i, in products whose rows are queries, or keys.
 template <bool kQueriesAreRows>
 struct Field {
@@ -148,22 +124,12 @@ FS_DEVICE void hide(const Band& band, const Field& field, float (&x)[kCount]) {
 // with factors that are not zero, and then the tile has zeros in its place: the sums of what is finite have the bits
 // that they always have. All of this is for correctness, and slow.
 
-constexpr uint32_t exponents_of(bfloat16) { return 0x7f807f80; }
-constexpr uint32_t exponents_of(float16) { return 0x7c007c00; }
-
-template <class E>
-FS_DEVICE uint32_t carries_of(uint32_t word) {  // where one more makes the exponent too large
-  constexpr uint32_t kAll = exponents_of(E{}), kOne = kAll & ~(kAll << 1);
-  return ((word & kAll) + kOne) & 0x80008000;
-}
 template <class E>
 FS_DEVICE uint32_t special_in(const unsigned char* tiles, int bytes) {
   uint32_t carries = 0;
   FS_NO_UNROLL
   for (int at = (thread_index() - kWarpgroup) * 16; at < bytes; at += kConsumerThreads * 16) {
-    const Vector16 v = *reinterpret_cast<const Vector16*>(tiles + at);
-    FS_UNROLL
-    for (int i = 0; i < 4; ++i) carries |= carries_of<E>(v.word[i]);
+    carries |= carries_of<E>(*reinterpret_cast<const Vector16*>(tiles + at));
   }
   return carries;
 }

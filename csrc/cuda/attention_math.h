@@ -51,6 +51,24 @@ struct Tile {
 // Elements that are neither finite nor something that a product with zero leaves zero.
 FS_DEVICE bool is_finite(float x) { return x - x == 0; }
 FS_DEVICE bool is_finite(double x) { return x - x == 0; }
+// The same of the elements in a word, of doubles in their upper one: not 0 where one has an exponent of ones, which one
+// more carries into its sign.
+constexpr uint32_t exponents_of(bfloat16) { return 0x7f807f80; }
+constexpr uint32_t exponents_of(float16) { return 0x7c007c00; }
+constexpr uint32_t exponents_of(float) { return 0x7f800000; }
+constexpr uint32_t exponents_of(double) { return 0x7ff00000; }
+template <class E>
+FS_DEVICE uint32_t carries_of(uint32_t word) {
+  constexpr uint32_t kAll = exponents_of(E{}), kOne = kAll & ~(kAll << 1);
+  return ((word & kAll) + kOne) & (sizeof(E) == 2 ? 0x80008000 : 0x80000000);
+}
+template <class E>
+FS_DEVICE uint32_t carries_of(const Vector16& chunk) {
+  uint32_t carries = 0;
+  FS_UNROLL
+  for (int i = sizeof(E) == 8; i < 4; i += sizeof(E) == 8 ? 2 : 1) carries |= carries_of<E>(chunk.word[i]);
+  return carries;
+}
 template <class T>
 FS_DEVICE T sign_of(T x) {
   return x > T(0) ? T(1) : x < T(0) ? T(-1) : T(0);

@@ -57,12 +57,14 @@ struct Pair {
       return first_key + i < s.keys ? s.key_row<const E>(t, kv_head, first_key + i) : nullptr;
     };
     sync_block();  // nobody reads what was there before
-    load_tile(queries, kRows, features, call.aligned_query, [&](int i) { return row_at(a.query, i); });
-    load_tile(keys, kKeys, features, call.aligned_key, [&](int i) { return key_at(a.key, i); });
+    load_tile<kThreads>(queries, kRows, features, call.aligned_query,
+                        [&](int i) { return row_at(a.query, i); });
+    load_tile<kThreads>(keys, kKeys, features, call.aligned_key, [&](int i) { return key_at(a.key, i); });
     if constexpr (kBackward) {
-      load_tile(grads, kRows, value_features, call.aligned_grad_output,
-                [&](int i) { return row_at(a.grad_output, i); });
-      load_tile(values, kKeys, value_features, call.aligned_value, [&](int i) { return key_at(a.value, i); });
+      load_tile<kThreads>(grads, kRows, value_features, call.aligned_grad_output,
+                          [&](int i) { return row_at(a.grad_output, i); });
+      load_tile<kThreads>(values, kKeys, value_features, call.aligned_value,
+                          [&](int i) { return key_at(a.value, i); });
     }
     copy_async_commit();
     copy_async_wait<0>();
@@ -74,26 +76,22 @@ struct Pair {
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       const int row = Orient<true>::of_row(0, 0) + first_row + 8 * i,
                 index = first_query + (row < count ? row : 0);
-      const Range visible = s.visible(index);
-      query[i] = {visible.begin,
-                  row < count ? visible.end : visible.begin,
-                  index,
-                  int(head),
-                  *s.of_query<T>(a.highest, head, index),
-                  *s.of_query<T>(a.inverse_sum, head, index),
-                  0};
+      query[i] = {row < count ? index : kFar, int(head), *s.of_query<T>(a.highest, head, index),
+                  *s.of_query<T>(a.inverse_sum, head, index), 0};
       if constexpr (kBackward) {
         query[i].delta = *s.of_query<T>(call.delta, head, index);
       }
     }
     const auto query_at = [&](int m, int, int e) -> const Query<T>& { return query[2 * m + e / 2]; };
     const Orient<true> orient{first_row, first_key};
+    const Band band(s);
     if (first_row >= count) return;
-    if (a.mask.kind != MaskKind::kNone && !mask_shows_any<E, T, kRowTiles, kKeyTiles>(a, s, orient, query_at))
+    if (a.mask.kind != MaskKind::kNone &&
+        !mask_shows_any<E, T, kRowTiles, kKeyTiles>(call, s, band, orient, query_at, edge))
       return;
     Matrix x, dx;
     multiply<M>(x, queries, first_row, keys, features);
-    score<true, E>(call, scoring, s, orient, query_at, edge, x);
+    score<true, E>(call, scoring, s, band, orient, query_at, edge, x);
     if constexpr (kBackward) {
       multiply<M>(dx, grads, first_row, values, value_features);
     } else {

@@ -12,8 +12,7 @@ namespace fastseq::FASTSEQ_ISA::attention {
 // What is known of a query when it meets keys.
 template <class T>
 struct Query {
-  int begin, end;  // of the keys that it sees, as far as lengths, causality and window go
-  int index;       // in its sequence
+  int index;  // in its sequence; kFar: there is none
   int head;
   T highest, inverse_sum, delta;  // of the backward pass, see attention_rows.h
 };
@@ -75,26 +74,64 @@ FS_DEVICE void with_mask(const AttentionArgs& a, const Sequence& s, Body body) {
     body(static_cast<const float*>(a.mask.data) + at);
   }
 }
-FS_DEVICE bool shows(uint8_t x) { return x != 0; }
-template <class X>
-FS_DEVICE bool shows(X x) {
-  return widen(x) != -INFINITY;
+template <class T>
+FS_DEVICE T bias_of(uint8_t x) {
+  return x ? T(0) : -T(INFINITY);
+}
+template <class T, class X>
+FS_DEVICE T bias_of(X x) {
+  return T(widen(x));
+}
+
+// Calls body(m, n, e, bias) for each element of the warp's part, with what the mask adds to its score: -inf where it
+// hides, and where lengths, causality or window do; `edge` where these may.
+template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries, class Body>
+FS_DEVICE void for_mask(const Call& call, const Sequence& s, const Band& band, const O& orient,
+                        const Queries& queries, bool edge, Body body) {
+  constexpr bool kQueriesAreRows = std::is_same_v<O, Orient<true>>;
+  const AttentionArgs& a = call.a;
+  const int64_t* const stride = a.mask.stride;
+  with_mask<E, T>(a, s, [&](auto* mask) {
+    using X = std::remove_cv_t<std::remove_pointer_t<decltype(mask)>>;
+    const auto row = [&](const Query<T>& q) { return mask + q.head * stride[1] + q.index * stride[2]; };
+    if (edge || !call.pairs_of_mask) {
+      for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
+        const Query<T>& q = queries(m, n, e);
+        const int key = orient.key(m, n, e);
+        body(m, n, e, band.shows(q.index, key) ? bias_of<T>(row(q)[key * stride[3]]) : -T(INFINITY));
+      });
+    } else if constexpr (kQueriesAreRows) {
+      FS_UNROLL
+      for (int i = 0; i < 2 * kRowTiles; ++i) {
+        const int m = i / 2, e = i % 2 * 2;
+        const X* const from = row(queries(m, 0, e)) + orient.key(m, 0, e);
+        FS_UNROLL
+        for (int n = 0; n < kColumnTiles; ++n) {
+          const Two<X> two = *reinterpret_cast<const Two<X>*>(from + 8 * n);
+          body(m, n, e, bias_of<T>(two.value[0]));
+          body(m, n, e + 1, bias_of<T>(two.value[1]));
+        }
+      }
+    } else {
+      FS_UNROLL
+      for (int i = 0; i < 2 * kColumnTiles; ++i) {
+        const int n = i / 2, e = i % 2;
+        const X* const from = row(queries(0, n, e)) + orient.key(0, n, e);
+        FS_UNROLL
+        for (int j = 0; j < 2 * kRowTiles; ++j) body(j / 2, n, e + j % 2 * 2, bias_of<T>(from[8 * j]));
+      }
+    }
+  });
 }
 
 // Whether the mask shows any element of the warp's part. Asked before the products, so that what is hidden whole costs
 // no more than that; where the answer is yes, what was read is in the first-level cache.
 template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries>
-FS_DEVICE bool mask_shows_any(const AttentionArgs& a, const Sequence& s, const O& orient,
-                              const Queries& queries) {
+FS_DEVICE bool mask_shows_any(const Call& call, const Sequence& s, const Band& band, const O& orient,
+                              const Queries& queries, bool edge) {
   bool any = false;
-  with_mask<E, T>(a, s, [&](auto* mask) {
-    for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
-      const Query<T>& q = queries(m, n, e);
-      const int key = orient.key(m, n, e);
-      if (key < q.begin || key >= q.end) return;
-      any |= shows(mask[q.head * a.mask.stride[1] + q.index * a.mask.stride[2] + key * a.mask.stride[3]]);
-    });
-  });
+  for_mask<E, T, kRowTiles, kColumnTiles>(call, s, band, orient, queries, edge,
+                                          [&](int, int, int, T bias) { any |= bias != -T(INFINITY); });
   return any_in_warp(any);
 }
 
@@ -106,41 +143,20 @@ FS_DEVICE T add_bias(T x, T bias) {
 
 // ---- scores ----
 
-// Adds the mask, or hides by it what the query would see.
-template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries>
-FS_DEVICE void apply_mask(const AttentionArgs& a, const Sequence& s, const O& orient, const Queries& queries,
-                          Sums<T> (&x)[kRowTiles][kColumnTiles]) {
-  with_mask<E, T>(a, s, [&](auto* mask) {
-    if (a.mask.kind == MaskKind::kNone) return;
-    for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
-      const Query<T>& q = queries(m, n, e);
-      const int key = orient.key(m, n, e);
-      if (key < q.begin || key >= q.end) return;
-      const auto of_mask =
-          mask[q.head * a.mask.stride[1] + q.index * a.mask.stride[2] + key * a.mask.stride[3]];
-      if constexpr (sizeof(of_mask) == 1) {
-        if (!of_mask) x[m][n][e] = -T(INFINITY);
-      } else {
-        x[m][n][e] = add_bias(x[m][n][e], T(widen(of_mask)));
-      }
-    });
-  });
-}
-
 // -inf for keys that lengths, causality or window hide.
 template <class T, int kRowTiles, int kColumnTiles, class O, class Queries>
-FS_DEVICE void hide_edge(const O& orient, const Queries& queries, Sums<T> (&x)[kRowTiles][kColumnTiles]) {
+FS_DEVICE void hide_edge(const Band& band, const O& orient, const Queries& queries,
+                         Sums<T> (&x)[kRowTiles][kColumnTiles]) {
   for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
-    const Query<T>& q = queries(m, n, e);
-    const int key = orient.key(m, n, e);
-    if (key < q.begin || key >= q.end) x[m][n][e] = -T(INFINITY);
+    if (!band.shows(queries(m, n, e).index, orient.key(m, n, e))) x[m][n][e] = -T(INFINITY);
   });
 }
 
 // Products -> scores, -inf where the key is hidden; `edge` where some are by lengths, causality or window.
 template <bool kAny, class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries>
-FS_DEVICE void score(const Call& call, const Scoring<T>& scoring, const Sequence& s, const O& orient,
-                     const Queries& queries, bool edge, Sums<T> (&x)[kRowTiles][kColumnTiles]) {
+FS_DEVICE void score(const Call& call, const Scoring<T>& scoring, const Sequence& s, const Band& band,
+                     const O& orient, const Queries& queries, bool edge,
+                     Sums<T> (&x)[kRowTiles][kColumnTiles]) {
   const AttentionArgs& a = call.a;
   if constexpr (kAny) {
     if (scoring.cap != 0) {
@@ -158,9 +174,13 @@ FS_DEVICE void score(const Call& call, const Scoring<T>& scoring, const Sequence
             fma(-slopes[q.head * a.alibi.stride[1]], T(distance < 0 ? -distance : distance), x[m][n][e]);
       });
     }
-    apply_mask<E>(a, s, orient, queries, x);
+    if (a.mask.kind != MaskKind::kNone) {
+      return for_mask<E, T, kRowTiles, kColumnTiles>(
+          call, s, band, orient, queries, edge,
+          [&](int m, int n, int e, T bias) { x[m][n][e] = add_bias(x[m][n][e], bias); });
+    }
   }
-  if (edge) hide_edge(orient, queries, x);
+  if (edge) hide_edge(band, orient, queries, x);
 }
 
 // d score / d product, divided by the scale, of products under a soft cap.

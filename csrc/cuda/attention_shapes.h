@@ -22,7 +22,7 @@ constexpr int tile_bytes(int size, int features, int rows) {
   return rows * row_elements(size, features) * size;
 }
 // Of Query in attention_scores.h.
-constexpr int query_bytes(int size) { return size == 8 ? 40 : 28; }
+constexpr int query_bytes(int size) { return size == 8 ? 32 : 20; }
 
 // Of the gradients of scores that the one-pass form exchanges: see add_to_queries() in attention_backward.h.
 constexpr int score_bytes(int size, int queries, int keys) {

@@ -7,51 +7,60 @@
 namespace fastseq::FASTSEQ_ISA::attention {
 
 constexpr int round_up(int n, int size) { return (n + size - 1) / size * size; }
-constexpr int kFeatures = 16;  // columns are zero from the last feature to the next multiple of this
+constexpr int kFeatureQuantum = 16;  // columns are zero from the last feature to the next multiple of this
 
-// Brings rows into a tile, row r from address(r), zeros where that is null. With `aligned` rows it is on its way when
-// this returns, and there after copy_async_wait().
-template <class E, int kColumns, class Address>
-FS_DEVICE void load_tile(Tile<E, kColumns> tile, int rows, int features, bool aligned, Address address) {
+// Calls body(row, chunk) for the chunks of a tile that are this thread's, of so many threads: one column of them, or few.
+template <int kThreads, class E, int kColumns, class Body>
+FS_DEVICE void for_chunks(Tile<E, kColumns>, int rows, int features, Body body) {
   using T = Tile<E, kColumns>;
-  const int used = round_up(features, kFeatures) / T::kChunk;
-  FS_NO_UNROLL  // the kernels have no registers to spare for several addresses
-      for (int i = thread_index(); i < rows * T::kChunks; i += thread_count()) {
-    const int row = i / T::kChunks, c = i % T::kChunks;
+  constexpr int kAcross = T::kChunks < kThreads ? T::kChunks : kThreads, kDown = kThreads / kAcross;
+  static_assert(kThreads % kAcross == 0 && T::kChunks % kAcross == 0);
+  const int used = round_up(features, kFeatureQuantum) / T::kChunk;
+  FS_UNROLL
+  for (int i = 0; i < T::kChunks; i += kAcross) {
+    const int c = i + thread_index() % kAcross;
     if (c >= used) continue;
-    const E* const from = address(row);
-    const int count = from ? smaller(larger(features - c * T::kChunk, 0), T::kChunk) : 0;
-    E* const to = tile.chunk(row, c);
-    if (aligned) {
-      copy_async_or_zero(to, count ? from + c * T::kChunk : from, count * int(sizeof(E)));
-    } else {
-      alignas(16) E elements[T::kChunk] = {};
-      FS_UNROLL
-      for (int e = 0; e < T::kChunk; ++e) {
-        if (e < count) elements[e] = from[c * T::kChunk + e];
-      }
-      Vector16 words;
-      memcpy(&words, elements, 16);
-      *reinterpret_cast<Vector16*>(to) = words;
-    }
+    FS_NO_UNROLL  // the kernels have no registers to spare for several addresses
+        for (int row = thread_index() / kAcross; row < rows; row += kDown) body(row, c);
   }
 }
 
-// Whether there is a NaN or an infinity in what this thread has loaded.
-template <class E, int kColumns>
-FS_DEVICE bool loaded_special(Tile<E, kColumns> tile, int rows, int features) {
-  using T = Tile<E, kColumns>;
-  const int used = round_up(features, kFeatures) / T::kChunk;
-  bool special = false;
-  FS_NO_UNROLL
-  for (int i = thread_index(); i < rows * T::kChunks; i += thread_count()) {
-    const int row = i / T::kChunks, c = i % T::kChunks;
-    if (c >= used) continue;
-    const E* const chunk = tile.chunk(row, c);
-    FS_UNROLL
-    for (int e = 0; e < T::kChunk; ++e) special |= !is_finite(widen(chunk[e]));
+// Brings rows into a tile, row r from address(r), zeros where that is null. With `aligned` rows it is on its way when
+// this returns, and there after copy_async_wait().
+template <int kThreads, class E, int kColumns, class Address>
+FS_DEVICE void load_tile(Tile<E, kColumns> tile, int rows, int features, bool aligned, Address address) {
+  constexpr int kChunk = Tile<E, kColumns>::kChunk;
+  const auto elements_of = [&](int c) { return smaller(larger(features - c * kChunk, 0), kChunk); };
+  if (aligned) {
+    for_chunks<kThreads>(tile, rows, features, [&](int row, int c) {
+      const E* const from = address(row);
+      const int count = from ? elements_of(c) : 0;
+      copy_async_or_zero(tile.chunk(row, c), count ? from + c * kChunk : from, count * int(sizeof(E)));
+    });
+    return;
   }
-  return special;
+  for_chunks<kThreads>(tile, rows, features, [&](int row, int c) {
+    const E* const from = address(row);
+    const int count = from ? elements_of(c) : 0;
+    alignas(16) E elements[kChunk] = {};
+    FS_UNROLL
+    for (int e = 0; e < kChunk; ++e) {
+      if (e < count) elements[e] = from[c * kChunk + e];
+    }
+    Vector16 words;
+    memcpy(&words, elements, 16);
+    *reinterpret_cast<Vector16*>(tile.chunk(row, c)) = words;
+  });
+}
+
+// Whether there is a NaN or an infinity in what this thread has loaded.
+template <int kThreads, class E, int kColumns>
+FS_DEVICE bool loaded_special(Tile<E, kColumns> tile, int rows, int features) {
+  uint32_t carries = 0;
+  for_chunks<kThreads>(tile, rows, features, [&](int row, int c) {
+    carries |= carries_of<E>(*reinterpret_cast<const Vector16*>(tile.chunk(row, c)));
+  });
+  return carries != 0;
 }
 
 template <class T, int kRowTiles, int kColumnTiles>
@@ -62,6 +71,19 @@ FS_DEVICE void clear(Sums<T> (&d)[kRowTiles][kColumnTiles]) {
     for (int n = 0; n < kColumnTiles; ++n) {
       FS_UNROLL
       for (int e = 0; e < 4; ++e) d[m][n][e] = 0;
+    }
+  }
+}
+
+template <class T, int kRowTiles, int kColumnTiles>
+FS_DEVICE void copy_sums(Sums<T> (&to)[kRowTiles][kColumnTiles],
+                         const Sums<T> (&from)[kRowTiles][kColumnTiles]) {
+  FS_UNROLL
+  for (int m = 0; m < kRowTiles; ++m) {
+    FS_UNROLL
+    for (int n = 0; n < kColumnTiles; ++n) {
+      FS_UNROLL
+      for (int e = 0; e < 4; ++e) to[m][n][e] = from[m][n][e];
     }
   }
 }
@@ -172,28 +194,22 @@ FS_DEVICE void multiply_special_sums(Sums<typename M::Sum> (&d)[kRowTiles][kColu
                                      const Sums<typename M::Sum> (&left)[kRowTiles][kDepthTiles],
                                      Tile<typename M::Element, kColumns> right, int first_column,
                                      int features) {
-  add_special_product<M, true>(d[0], kRowTiles, kColumnTiles, left[0], kDepthTiles, right, first_column,
+  // Copies, element by element: or their address would be known, and they would be in memory everywhere else, too.
+  Sums<typename M::Sum> to[kRowTiles][kColumnTiles], from[kRowTiles][kDepthTiles];
+  copy_sums(to, d), copy_sums(from, left);
+  add_special_product<M, true>(to[0], kRowTiles, kColumnTiles, from[0], kDepthTiles, right, first_column,
                                features);
+  copy_sums(d, to);
 }
-template <class M, bool kSpecial, int kRowTiles, int kDepthTiles, int kColumnTiles, int kColumns>
-FS_DEVICE void add_product(Sums<typename M::Sum> (&d)[kRowTiles][kColumnTiles],
+template <class M, int kRowTiles, int kDepthTiles, int kColumnTiles, int kColumns>
+FS_DEVICE void add_product(bool special, Sums<typename M::Sum> (&d)[kRowTiles][kColumnTiles],
                            const Sums<typename M::Sum> (&left)[kRowTiles][kDepthTiles],
                            Tile<typename M::Element, kColumns> right, int first_column, int features) {
-  if constexpr (kSpecial) {
+  if (special) {
     multiply_special_sums<M>(d, left, right, first_column, features);
   } else {
     multiply_sums<M>(d, left, right, first_column, features);
   }
 }
-
-// A copy of an array of sums for that call, so that these stay in registers elsewhere; what it has become is copied back.
-template <class Array>
-struct InMemory {
-  Array copy;
-  Array& original;
-
-  FS_DEVICE explicit InMemory(Array& array) : original(array) { memcpy(&copy, &array, sizeof(Array)); }
-  FS_DEVICE ~InMemory() { memcpy(&original, &copy, sizeof(Array)); }
-};
 
 }  // namespace fastseq::FASTSEQ_ISA::attention
