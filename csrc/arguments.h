@@ -54,16 +54,21 @@ void read_sequence(Integers& from, int strides, SequenceTensor<Pointer>& tensor)
   for (int i = 0; i < strides; ++i) tensor.stride[i] = from.next();
 }
 
-// A function of so many arguments that says whether it has done anything, without pybind11's conversions, which would
-// take as long as the rest.
-template <bool (*run)(PyObject* const*), Py_ssize_t kArguments>
+// A function of so many arguments that says whether it has done anything, or what it needs, without pybind11's
+// conversions, which would take as long as the rest.
+template <auto run, Py_ssize_t kArguments>
 PyObject* call_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != kArguments) {
     PyErr_SetString(PyExc_TypeError, "another number of arguments is needed; the signatures are in _C.pyi");
     return nullptr;
   }
   try {
-    return PyBool_FromLong(run(arguments));
+    const auto result = run(arguments);
+    if constexpr (std::is_same_v<decltype(run(arguments)), bool>) {
+      return PyBool_FromLong(result);
+    } else {
+      return PyLong_FromLongLong(result);
+    }
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const std::bad_alloc&) {
@@ -73,7 +78,7 @@ PyObject* call_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
   return nullptr;
 }
-template <bool (*run)(PyObject* const*), Py_ssize_t kArguments>
+template <auto run, Py_ssize_t kArguments>
 PyMethodDef fast_call(const char* name) {
   const auto call = call_fast<run, kArguments>;
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call)), METH_FASTCALL, nullptr};

@@ -1,7 +1,10 @@
 // Attention's arguments as Python hands them over, the same for both engines; see arguments.h.
 #pragma once
 
+#include <cmath>
+
 #include "arguments.h"
+#include "tensor_view.h"
 
 namespace fastseq {
 
@@ -70,6 +73,35 @@ inline AttentionArgs read_backward(Integers& from) {
   a.grad_sinks = from.pointer<void>();
   a.remainder = read_head(from);
   return a;
+}
+
+// query, key, value and output of (B, heads, rows, features) on a type of device, is_causal, scale, enable_gqa: a call
+// without any other option. False if anything about the tensors is not as usual.
+inline bool read_plain(PyObject* const* arguments, int device_type, AttentionArgs& a) {
+  const int is_causal = PyObject_IsTrue(arguments[4]), enable_gqa = PyObject_IsTrue(arguments[6]);
+  if (arguments[5] != Py_None) a.scale = PyFloat_AsDouble(arguments[5]);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (!g_tensors) return false;
+  TensorView view[4];
+  HeadTensor* const tensors[4] = {&a.query, &a.key, &a.value, &a.output};
+  for (int i = 0; i < 4; ++i) {
+    if (!g_tensors.read(arguments[i], view[i], device_type) || view[i].rank != 4) return false;
+    if (!view[i].has_type(view[0]) || view[i].device != view[0].device) return false;
+    if (view[i].is_empty() || view[i].strides[3] != 1) return false;
+    *tensors[i] = {view[i].data, {view[i].strides[0], view[i].strides[1], view[i].strides[2]}};
+  }
+  const int64_t *const q = view[0].shape, *const k = view[1].shape, *const v = view[2].shape,
+                       *const o = view[3].shape;
+  const bool heads_fit = q[1] == k[1] || (enable_gqa && q[1] % k[1] == 0);
+  if (!dtype_of(view[0], a.dtype) || !heads_fit || q[0] != k[0] || q[0] != v[0] || k[1] != v[1] ||
+      q[3] != k[3] || k[2] != v[2] || o[0] != q[0] || o[1] != q[1] || o[2] != q[2] || o[3] != v[3]) {
+    return false;
+  }
+  a.batch = q[0], a.heads = q[1], a.kv_heads = k[1], a.queries = q[2], a.keys = k[2];
+  a.head_size = q[3], a.value_size = v[3];
+  if (arguments[5] == Py_None) a.scale = 1 / std::sqrt(double(a.head_size));
+  a.left = -1, a.right = is_causal ? 0 : -1;
+  return true;
 }
 
 }  // namespace fastseq

@@ -1,7 +1,6 @@
 // Attention in the Python module fastseq._C: addresses, strides and options in, structs filled, the GIL released.
 #include <pybind11/pybind11.h>
 
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
@@ -11,7 +10,6 @@
 #include "cpu/engine.h"
 #include "cpu/team.h"
 #include "fastseq.h"
-#include "tensor_view.h"
 
 namespace fastseq {
 namespace {
@@ -53,31 +51,11 @@ void backward(py::args numbers) {
 bool run_plain(PyObject* const* arguments) {
   AttentionArgs a = {};
   const long threads = PyLong_AsLong(arguments[0]);
-  const int is_causal = PyObject_IsTrue(arguments[5]), enable_gqa = PyObject_IsTrue(arguments[7]);
-  if (arguments[6] != Py_None) a.scale = PyFloat_AsDouble(arguments[6]);
   if (PyErr_Occurred()) throw py::error_already_set();
-  if (!g_tensors || threads < 1 || threads > 1 << 20) return false;
-  TensorView view[4];
-  HeadTensor* const tensors[4] = {&a.query, &a.key, &a.value, &a.output};
-  for (int i = 0; i < 4; ++i) {
-    if (!g_tensors.read(arguments[1 + i], view[i]) || view[i].rank != 4 || !view[i].has_type(view[0]))
-      return false;
-    if (view[i].is_empty() || view[i].strides[3] != 1) return false;
-    *tensors[i] = {view[i].data, {view[i].strides[0], view[i].strides[1], view[i].strides[2]}};
-  }
-  const int64_t *const q = view[0].shape, *const k = view[1].shape, *const v = view[2].shape,
-                       *const o = view[3].shape;
-  const bool heads_fit = q[1] == k[1] || (enable_gqa && q[1] % k[1] == 0);
-  if (!dtype_of(view[0], a.dtype) || !heads_fit || q[0] != k[0] || q[0] != v[0] || k[1] != v[1] ||
-      q[3] != k[3] || k[2] != v[2] || o[0] != q[0] || o[1] != q[1] || o[2] != q[2] || o[3] != v[3]) {
-    return false;
-  }
+  if (threads < 1 || threads > 1 << 20) return false;
+  if (!read_plain(arguments + 1, 1, a)) return false;
   read_forced_plan(a.forced_plan);
   a.threads = int(threads);
-  a.batch = q[0], a.heads = q[1], a.kv_heads = k[1], a.queries = q[2], a.keys = k[2];
-  a.head_size = q[3], a.value_size = v[3];
-  if (arguments[6] == Py_None) a.scale = 1 / std::sqrt(double(a.head_size));
-  a.left = -1, a.right = is_causal ? 0 : -1;
   py::gil_scoped_release release;
   attention_forward(a);
   return true;

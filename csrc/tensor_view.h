@@ -16,7 +16,7 @@ namespace fastseq {
 
 struct TensorView {
   void* data;
-  int32_t device_type, device;  // 1: CPU
+  int32_t device_type, device;  // 1: CPU, 2: CUDA
   int32_t rank;
   uint8_t type_code, bits;  // 2: IEEE floating point, 4: bfloat16
   uint16_t lanes;
@@ -75,9 +75,9 @@ class TensorReader {
     return table_ && is_neg_;
   }
 
-  // False if it is not a tensor that lies, as it is, in the memory of the CPU: one may lie elsewhere, be a view
-  // of negated numbers (the imaginary part of a conjugate), or have no memory at all. Leaves no Python error.
-  bool read(PyObject* object, TensorView& view) const {
+  // False if it is not a tensor that lies, as it is, in the memory of this type of device: one may lie elsewhere, be
+  // a view of negated numbers (the imaginary part of a conjugate), or have no memory at all. Leaves no Python error.
+  bool read(PyObject* object, TensorView& view, int device_type = 1) const {
     if (Py_TYPE(object) != tensor_ && Py_TYPE(object) != parameter_) return false;
     if (table_->view(object, &view) != 0) {
       PyErr_Clear();
@@ -89,9 +89,9 @@ class TensorReader {
       PyErr_Clear();
       return false;
     }
-    if (!view.data) return view.device_type == 1 && view.is_empty();
+    if (!view.data) return view.device_type == device_type && view.is_empty();
     view.data = static_cast<char*>(view.data) + view.byte_offset;
-    return view.device_type == 1;
+    return view.device_type == device_type;
   }
 
   explicit operator bool() const { return table_ && is_neg_; }

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 CELLS: dict[str, dict[str, Any]]  # mode -> code, gates, saved, cell_state
 DTYPES: dict[str, int]  # "float32" -> code
 MOST_FUSED_ROWS: int  # of cell_forward with weight_hh
@@ -238,6 +240,23 @@ def cuda_attention_plan(
 
 # The numbers are those of attention_forward and attention_backward, then tf32, one_pass, address of the seed,
 # device, stream, workspace. All addresses are on the device.
+# 0: done; -1: nothing was done, something is not as usual; else the bytes of workspace that are needed.
+def cuda_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    device_type: int,  # loops.Engine
+    tf32: bool,
+    facts: tuple[int, ...],
+    index: int,
+    stream: int,
+    workspace: int,
+    /,
+) -> int: ...
 def cuda_attention_forward(plan: AttentionPlan, /, *numbers: Any) -> None: ...
 def cuda_attention_backward(plan: AttentionPlan, /, *numbers: Any) -> None: ...
 def loop_forward(

@@ -282,17 +282,22 @@ def _run_backward(run: Callable[..., None], looks: bool, *arguments: Any) -> lis
 def plain(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Tensor | None:
-    """Attention without any other option or gradient, on the CPU; None if anything is not as usual.
+    """Attention without any other option or gradient; None if anything is not as usual.
 
     Dispatching, and collecting addresses in Python, take as long as a small call: see ops.recurrent_cell.
     """
-    usual = query.is_cpu and query.layout is torch.strided and query.dim() == value.dim() == 4
+    usual = query.layout is torch.strided and query.dim() == value.dim() == 4
     if not (READS_TENSORS and usual and nobody_listens()):
         return None
+    kernels = KERNELS.get("cpu" if query.is_cpu else "cuda" if query.is_cuda else "")
+    if kernels is None:
+        return None
     output = _empty_like(query, value.shape[3])
-    if _C.attention(torch.get_num_threads(), query, key, value, output, is_causal, scale, enable_gqa):
-        return output
-    return None
+    return output if kernels.plain(query, key, value, output, is_causal, scale, enable_gqa) else None
+
+
+def _plain_on_cpu(*arguments: Any) -> bool:
+    return _C.attention(torch.get_num_threads(), *arguments)
 
 
 # --------------------------------------------------------------------------------------------- registration
@@ -303,6 +308,8 @@ OPERATORS = ("attention", "attention_backward")
 class Kernels(NamedTuple):
     """The two operators on one device.
 
+    plain(query, key, value, output, is_causal, scale, enable_gqa): the former without any other option; False
+    if something is not as usual, and nothing was done.
     plan(longest, arguments, backward, of_mask), for fastseq.explain: what such a call runs, as in
     ops.Kernels. longest: the sizes, with as many queries and keys as the longest sequence has; of_mask: None,
     or of the mask that gets a gradient, for each dimension, whether it has it.
@@ -310,6 +317,7 @@ class Kernels(NamedTuple):
 
     attention: Callable[..., Any]
     attention_backward: Callable[..., Any]
+    plain: Callable[..., bool] = lambda *_: False
     plan: Callable[..., dict[str, Any]] | None = None
 
 
@@ -318,6 +326,7 @@ def cuda_kernels(engine: loops.Engine) -> Kernels:
     return Kernels(
         partial(_run, partial(cuda_attention.forward, engine), False),
         partial(_run_backward, partial(cuda_attention.backward, engine), False),
+        partial(cuda_attention.plain, engine),
         partial(cuda_attention.plan_in_data, engine),
     )
 
@@ -326,6 +335,7 @@ KERNELS = {
     "cpu": Kernels(
         partial(_run, cpu_attention.forward, True),
         partial(_run_backward, cpu_attention.backward, True),
+        _plain_on_cpu,
         cpu_attention.plan_in_data,
     )
 }

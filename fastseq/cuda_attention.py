@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -92,21 +92,21 @@ def _fits_tensor_map(x: Tensor) -> bool:
 
 def _run(engine: Engine, problem: Problem, a: Arguments, numbers: tuple[Any, ...]) -> None:
     device = a.query.device
-    with engine.current(device):
-        plan = _plan_of(engine, problem, device)
-        workspace = a.query.new_empty(plan.workspace_bytes, dtype=torch.uint8)
-        index, module = device.index or 0, engine.module
-        run = module.cuda_attention_backward if problem.backward else module.cuda_attention_forward
-        run(
-            plan,
-            *numbers,
-            problem.tf32,
-            problem.one_pass,
-            address(a.seed) if _seed_is_there(a) else 0,
-            index,
-            engine.stream(index),
-            address(workspace) if workspace.numel() else 0,
-        )
+    plan = _plan_of(engine, problem, device)
+    size = plan.workspace_bytes
+    workspace = a.query.new_empty(size, dtype=torch.uint8) if size else None
+    index, module = device.index or 0, engine.module
+    run = module.cuda_attention_backward if problem.backward else module.cuda_attention_forward
+    run(
+        plan,
+        *numbers,
+        problem.tf32,
+        problem.one_pass,
+        address(a.seed) if _seed_is_there(a) else 0,
+        index,
+        engine.stream(index),
+        0 if workspace is None else address(workspace),
+    )
 
 
 def _seed_is_there(a: Arguments) -> bool:
@@ -116,6 +116,40 @@ def _seed_is_there(a: Arguments) -> bool:
 
 def _seed(a: Arguments) -> int:
     return 0 if a.seed is None or _seed_is_there(a) else int(a.seed.item())
+
+
+def plain(
+    engine: Engine,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> bool:
+    """Attention without any other option, where the compiled module reads the tensors; False if it cannot."""
+    index = max(query.get_device(), 0)
+    call = partial(
+        engine.module.cuda_attention,
+        query,
+        key,
+        value,
+        output,
+        is_causal,
+        scale,
+        enable_gqa,
+        engine.device_type,
+        precision.of_products(query.dtype) == "tf32",
+        engine.facts(index),
+        index,
+        engine.stream(index),
+    )
+    needs = call(0)
+    if needs > 0:
+        workspace = query.new_empty(needs, dtype=torch.uint8)
+        needs = call(workspace.data_ptr())
+    return needs == 0
 
 
 def _problem_of(

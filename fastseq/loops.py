@@ -29,12 +29,14 @@ class Engine(NamedTuple):
     """Where loops run. Of a device index, `facts`: compute capability (two numbers), multiprocessors,
     bytes of shared memory of a block, bytes of L2, and, where it was asked, most blocks of a cluster and
     how many clusters of 2, 4, 8 and 16 blocks run at the same time; `stream`: the address of the current
-    stream. `current` makes a device the current one for a while."""
+    stream. `current` makes a device the current one for a while. device_type: of its memory, as DLPack
+    counts."""
 
     module: Any
     facts: Callable[[int], tuple[int, ...]]
     stream: Callable[[int], int]
     current: Callable[[torch.device], AbstractContextManager[Any]] = lambda device: nullcontext()
+    device_type: int = 1
 
 
 @lru_cache
@@ -51,7 +53,11 @@ def _cuda_facts(index: int) -> tuple[int, ...]:
     return facts
 
 
-CUDA = Engine(_C, _cuda_facts, lambda index: torch.cuda.current_stream(index).cuda_stream, torch.cuda.device)
+def _cuda_stream(index: int) -> int:
+    return torch._C._cuda_getCurrentRawStream(index)  # a small part of what torch.cuda.current_stream takes
+
+
+CUDA = Engine(_C, _cuda_facts, _cuda_stream, torch.cuda.device, 2)
 
 
 def _plainly(function: Callable[..., None]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import torch  # noqa: F401 - before any compiled module of ours: they share torch's OpenMP library
+import torch  # before any compiled module of ours: they share torch's OpenMP library
 
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
 
@@ -30,6 +30,7 @@ def load():
     spec = importlib.util.spec_from_file_location("_cuda_host", path())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.use_tensors(torch.Tensor, torch.nn.Parameter)
     return module
 
 

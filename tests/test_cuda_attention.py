@@ -230,6 +230,62 @@ def test_starts_of_packed_sequences_never_lead_out_of_bounds(twin, of_queries, o
         assert_same_bits(first, again)
 
 
+PLAIN = {
+    "decoding": {"queries": 1, "keys": 700, "kv_heads": 2},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "small scale": {"scale": 1e-7},
+    "features that no tensor map takes": {"head_size": 37},
+}
+
+
+@pytest.mark.parametrize("way", PLAIN)
+@every_kind
+def test_usual_calls_need_no_operator_and_give_its_bits(device, monkeypatch, kind, way):
+    sizes = {"batch": 2, "heads": 4, "queries": 37, "keys": 150, "head_size": 40} | PLAIN[way]
+    options = {name: sizes.pop(name) for name in ("is_causal", "scale") if name in sizes}
+    data = moved(make_data(Case(ARITHMETIC[kind][0], **sizes)), device.where)
+
+    def call():
+        with precision.products("tf32" if kind == "tf32" else "ieee"), torch.no_grad():
+            return fastseq.scaled_dot_product_attention(**data, **options, enable_gqa=True)
+
+    with device.using() as ran:
+        expected = call()
+        assert [plan["pass"] for plan in ran] == ["forward"]
+        monkeypatch.setattr(attention_ops, "READS_TENSORS", True)
+        monkeypatch.setattr(attention_ops, "attention", None)
+        assert torch.equal(call(), expected)
+
+
+@pytest.fixture
+def memory_of_nan():
+    """All memory that is handed out holds NaN at first."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_outside_of_all_packed_sequences_see_nothing(device, memory_of_nan, dtype):
+    """A buffer of fixed size, of which sequences take a part."""
+    data = [torch.randn(50, 2, 8, dtype=dtype, device=device.where, requires_grad=True) for _ in range(3)]
+    starts = torch.tensor([3, 20, 20, 41], device=device.where)
+    assert torch.empty(3).isnan().all()
+    output, lse = fastseq.scaled_dot_product_attention(
+        *data, cu_seqlens_q=starts, cu_seqlens_k=starts, return_lse=True
+    )
+    grads = torch.autograd.grad(output.float().square().sum(), data)
+    outside = torch.ones(50, dtype=torch.bool, device=device.where)
+    outside[3:41] = False
+    assert (lse[:, outside] == -torch.inf).all()
+    assert lse[:, ~outside].isfinite().all()
+    for result in (output, *grads):
+        assert not result[outside].any()
+        assert result[~outside].isfinite().all()
+        assert result[~outside].any()
+
+
 @every_kind
 def test_dropout_is_that_of_the_cpu_for_the_same_seed(device, kind):
     dtype = ARITHMETIC[kind][0]

@@ -35,7 +35,7 @@ Call call_of(const AttentionArgs& a, const GpuAttentionPlan& plan) {
   const bool adds_mask = a.mask.kind == MaskKind::kSame || a.mask.kind == MaskKind::kFloat32;
   // Under a very small scale a sink in units of products might overflow; under a negative one the highest product is
   // not the highest score.
-  call.product_units = a.softcap == 0 && !a.alibi.data && !adds_mask && a.scale > 1e-6;
+  call.product_units = a.softcap == 0 && !a.alibi.data && !adds_mask && a.scale > kSmallScale;
   const int size = element_size(a.dtype), chunk = 16 / size;
   call.aligned_query = rows_at_multiples(a.query, chunk, size);
   call.aligned_key = rows_at_multiples(a.key, chunk, size);
@@ -79,6 +79,7 @@ const char* attention_forward(const AttentionArgs& args, const GpuAttentionPlan&
   Call call = call_of(args, plan);
   return with_arithmetic(args, [&](auto m) {
     using M = decltype(m);
+    if (const char* const error = attention::launch_outside<M>(call)) return error;
     if constexpr (sizeof(typename M::Element) == 2) {
       if (plan.kernel == AttentionKernelKind::kHopper) {
         const char* const error = attention::launch_hopper<M>(call, plan);

@@ -13,7 +13,9 @@ namespace attention {
 
 struct Call;
 
-// Of one arithmetic, in files of their own, which are compiled side by side.
+// Of one arithmetic, in files of their own, which are compiled side by side. First what no sequence has, if packed.
+template <class M>
+const char* launch_outside(const Call& call);
 template <class M>
 const char* launch_forward(Call& call, const GpuAttentionPlan& plan);
 // The same but for the weights on sm_90a, of bfloat16 and float16; and those.

@@ -21,11 +21,13 @@
 namespace fastseq::FASTSEQ_ISA::attention {
 
 // Scores -> weights; products of output gradients and values -> gradients of scores. Weights become dropped ones, which
-// are not yet divided by what is kept. What is hidden has neither, whatever else is NaN.
+// are not yet divided by what is kept, which `kept` tells under dropout. What is hidden has neither, whatever else is
+// NaN.
 template <bool kAny, class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries>
 FS_DEVICE void grad_scores(const Call& call, const Scoring<T>& scoring, const Dropout<T>& dropout,
                            const Sequence& s, const O& orient, const Queries& queries,
-                           Sums<T> (&x)[kRowTiles][kColumnTiles], Sums<T> (&dx)[kRowTiles][kColumnTiles]) {
+                           Sums<T> (&x)[kRowTiles][kColumnTiles], Sums<T> (&dx)[kRowTiles][kColumnTiles],
+                           Kept<kRowTiles>& kept) {
   const AttentionArgs& a = call.a;
   for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
     const Query<T>& q = queries(m, n, e);
@@ -41,10 +43,10 @@ FS_DEVICE void grad_scores(const Call& call, const Scoring<T>& scoring, const Dr
       });
     }
     if (dropout.active) {
-      dropout.template for_kept<kRowTiles, kColumnTiles>(
-          a, s, orient, queries, [&](int m, int n, int e, bool kept) {
-            dx[m][n][e] = kept ? dx[m][n][e] * dropout.kept_scale : T(0);
-          });
+      kept = dropout.template kept<kRowTiles, kColumnTiles>(a, s, orient, queries);
+      for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
+        dx[m][n][e] = kept(m, n, e) ? dx[m][n][e] * dropout.kept_scale : T(0);
+      });
     }
   }
 }
@@ -147,14 +149,14 @@ struct GradQueries {
       const bool special =
           any_in_block((edge || masked) && loaded_special<kThreads>(keys_of(tile), kKeys, features));
       fetch(tile + 1);
-      if (!active ||
-          (masked && !mask_shows_any<E, T, kRowTiles, kKeyTiles>(call, s, band, orient, query_at, edge)))
+      if (!active || (masked && !mask_shows_any<E, T, kRowTiles, kKeyTiles>(call, s, orient, query_at)))
         continue;
       Sums<T> x[kRowTiles][kKeyTiles], dx[kRowTiles][kKeyTiles];
+      Kept<kRowTiles> kept;
       multiply<M>(x, queries, first_row, keys_of(tile), features);
       score<kAny, E>(call, scoring, s, band, orient, query_at, edge, x);
       multiply<M>(dx, grads, first_row, values_of(tile), value_features);
-      grad_scores<kAny, E>(call, scoring, dropout, s, orient, query_at, x, dx);
+      grad_scores<kAny, E>(call, scoring, dropout, s, orient, query_at, x, dx, kept);
       if (few_keys) sum_few(call, rows, first_row, x, dx, query);
       finish_grad_scores<kAny>(query_at, x, dx);
       if (kAny && scoring.cap != 0) {
@@ -169,15 +171,10 @@ struct GradQueries {
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       const int row = first_row + lane / 4 + 8 * i;
       if (row >= rows.count) continue;
-      E* const to = s.query_row<E>(a.grad_query, rows.head(row), rows.query(row));
-      FS_UNROLL
-      for (int n = 0; n < kFeatureTiles; ++n) {
-        const int column = first_column + 8 * n + 2 * (lane % 4);
-        if (column >= features) continue;
-        write_two(to + column, grad[i / 2][n][i % 2 * 2] * scoring.scale,
-                  grad[i / 2][n][i % 2 * 2 + 1] * scoring.scale, column + 1 < features,
-                  call.pairs_of_grad_query);
-      }
+      write_row<E, kFeatureTiles>(s.query_row<E>(a.grad_query, rows.head(row), rows.query(row)), first_column,
+                                  features, call.pairs_of_grad_query, [&](int n, int e) {
+                                    return grad[i / 2][n][i % 2 * 2 + e] * scoring.scale;
+                                  });
     }
   }
 
@@ -267,7 +264,7 @@ struct GradKeys {
     const int64_t base_tile = first_row / kQueries;
     const int tiles = first_row < end_row ? int((end_row + kQueries - 1) / kQueries - base_tile) : 0;
     const auto rows_of = [&](int tile) {
-      return RowTile<kQueries>(call, Place{place.sequence, place.kv_head, base_tile + tile, 0});
+      return RowTile<kQueries>(call, s, Place{place.sequence, place.kv_head, base_tile + tile, 0});
     };
     const auto fetch = [&](int tile) {
       if (tile < tiles) {
@@ -323,20 +320,20 @@ struct GradKeys {
       const auto query_at = [&](int, int n, int e) -> const Query<T>& {
         return state[Orient<false>::of_column(n, e)];
       };
-      const bool works = active && !(masked && !mask_shows_any<E, T, kRowTiles, kQueryTiles>(
-                                                   call, s, band, orient, query_at, edge));
+      const bool works =
+          active && !(masked && !mask_shows_any<E, T, kRowTiles, kQueryTiles>(call, s, orient, query_at));
       Sums<T> x[kRowTiles][kQueryTiles], dx[kRowTiles][kQueryTiles];
+      Kept<kRowTiles> kept;
       if (works) {
         multiply<M>(x, keys, warp_key, queries_of(tile), features);
         score<kAny, E>(call, scoring, s, band, orient, query_at, edge, x);
         multiply<M>(dx, values, warp_key, grads_of(tile), value_features);
-        grad_scores<kAny, E>(call, scoring, dropout, s, orient, query_at, x, dx);
+        grad_scores<kAny, E>(call, scoring, dropout, s, orient, query_at, x, dx, kept);
         finish_grad_scores<kAny>(query_at, x, dx);
         if constexpr (kAny) {
           if (dropout.active) {
-            dropout.template for_kept<kRowTiles, kQueryTiles>(
-                a, s, orient, query_at,
-                [&](int m, int n, int e, bool kept) { x[m][n][e] = kept ? x[m][n][e] : T(0); });
+            for_elements<kRowTiles, kQueryTiles>(
+                [&](int m, int n, int e) { x[m][n][e] = kept(m, n, e) ? x[m][n][e] : T(0); });
           }
         }
         add_product<M>(special, grad_value, x, grads_of(tile), first_column, value_features);
@@ -358,14 +355,8 @@ struct GradKeys {
       for (int i = 0; i < 2 * kRowTiles; ++i) {
         const int key = first_key + warp_key + lane / 4 + 8 * i;
         if (key >= own_keys) continue;
-        E* const row = s.key_row<E>(to, place.kv_head, key);
-        FS_UNROLL
-        for (int n = 0; n < kFeatureTiles; ++n) {
-          const int column = first_column + 8 * n + 2 * (lane % 4);
-          if (column >= count) continue;
-          write_two(row + column, grad[i / 2][n][i % 2 * 2] * factor, grad[i / 2][n][i % 2 * 2 + 1] * factor,
-                    column + 1 < count, pairs);
-        }
+        write_row<E, kFeatureTiles>(s.key_row<E>(to, place.kv_head, key), first_column, count, pairs,
+                                    [&](int n, int e) { return grad[i / 2][n][i % 2 * 2 + e] * factor; });
       }
     };
     write(a.grad_key, grad_key, features, scoring.scale, call.pairs_of_grad_key);

@@ -42,19 +42,19 @@ struct Range {
 
 // One sequence of the batch: which rows of the tensors are its own, and what its queries see.
 struct Sequence {
-  int64_t index;
-  int64_t b;  // the index where tensors are not packed, else 0
-  int64_t first_query, first_key;
+  int index;
+  int b;  // the index where tensors are not packed, else 0
+  int first_query, first_key;
   int queries, keys, offset, left, right;
 
-  FS_DEVICE Sequence(const AttentionArgs& a, int64_t index)
+  FS_DEVICE Sequence(const AttentionArgs& a, int index)
       : index(index), b(index), first_query(0), first_key(0) {
     queries = int(a.queries), keys = int(a.keys);
     if (a.cu_seqlens_q) {
       b = 0;
-      first_query = clamp(a.cu_seqlens_q[index], 0, a.queries);
+      first_query = int(clamp(a.cu_seqlens_q[index], 0, a.queries));
       queries = int(clamp(a.cu_seqlens_q[index + 1], first_query, a.queries) - first_query);
-      first_key = clamp(a.cu_seqlens_k[index], 0, a.keys);
+      first_key = int(clamp(a.cu_seqlens_k[index], 0, a.keys));
       keys = int(clamp(a.cu_seqlens_k[index + 1], first_key, a.keys) - first_key);
     }
     if (a.key_lengths) keys = int(clamp(a.key_lengths[index], 0, a.keys));
@@ -122,7 +122,8 @@ struct Band {
 // Packed sequences have different lengths, which only the device knows. Sequence b has the slots from
 // floor(start_b / size) + b on, at least as many as it has tiles; so all together have floor(all / size) + B.
 struct Place {
-  int64_t sequence, kv_head, tile;  // tile < 0: none
+  int sequence, kv_head;
+  int64_t tile;  // < 0: none
   int part;
 };
 // Whose slot it is, of packed sequences that begin at these rows of `all`, each row `times` rows of tiles.
@@ -134,7 +135,7 @@ FS_DEVICE void find_packed(Place& p, int64_t slot, const int64_t* starts, int64_
     const bool after = clamp(starts[middle], 0, all) * times / size + middle > slot;
     low = after ? low : middle, high = after ? middle : high;
   }
-  p.sequence = low;
+  p.sequence = int(low);
   p.tile = slot - (clamp(starts[low], 0, all) * times / size + low);
 }
 FS_DEVICE Place place_of_block(const Call& call, const int64_t* starts, int64_t all, int64_t times, int size,
@@ -146,9 +147,9 @@ FS_DEVICE Place place_of_block(const Call& call, const int64_t* starts, int64_t 
   Place p;
   p.part = int(index % call.parts);
   index /= call.parts;
-  p.kv_head = index % a.kv_heads;
+  p.kv_head = int(index % a.kv_heads);
   if (!starts) {
-    p.sequence = index / a.kv_heads;
+    p.sequence = int(index / a.kv_heads);
     p.tile = last_first ? call.slots - 1 - slot : slot;
     return p;
   }
@@ -160,7 +161,7 @@ FS_DEVICE Place place_of_block(const Call& call, const int64_t* starts, int64_t 
 template <int kRows>
 struct RowTile {
   Sequence s;
-  int64_t kv_head;
+  int kv_head;
   int first_query, first_head;  // of the first row, the head within the group
   int count;                    // of its rows there are so many; 0: nothing to do
   int group, part;
@@ -170,11 +171,12 @@ struct RowTile {
     const Place p = place_of_block(call, a.cu_seqlens_q, a.queries, call.group, kRows, true);
     return {call, p};
   }
-  FS_DEVICE RowTile(const Call& call, const Place& p)
-      : s(call.a, p.sequence), kv_head(p.kv_head), group(call.group), part(p.part) {
+  FS_DEVICE RowTile(const Call& call, const Place& p) : RowTile(call, Sequence(call.a, p.sequence), p) {}
+  FS_DEVICE RowTile(const Call& call, const Sequence& s, const Place& p)
+      : s(s), kv_head(p.kv_head), group(call.group), part(p.part) {
     const int64_t first = p.tile * kRows, rows = int64_t(s.queries) * group;
     count = p.tile < 0 ? 0 : int(clamp(rows - first, 0, kRows));
-    first_query = int(first / group), first_head = int(first % group);
+    first_query = int(group == 1 ? first : first / group), first_head = group == 1 ? 0 : int(first % group);
   }
   // Where the group divides kRows: so many queries. There is no division of 64 bits then, which is a call.
   FS_DEVICE RowTile(const Call& call, const Place& p, int queries)
@@ -185,7 +187,7 @@ struct RowTile {
 
   FS_DEVICE int query(int row) const { return first_query + (group == 1 ? row : (first_head + row) / group); }
   FS_DEVICE int64_t head(int row) const {
-    return group == 1 ? kv_head : kv_head * group + (first_head + row) % group;
+    return group == 1 ? kv_head : int64_t(kv_head) * group + (first_head + row) % group;
   }
   FS_DEVICE Range some() const {  // keys that any row sees
     return {s.visible(first_query).begin, s.visible(query(count - 1)).end};

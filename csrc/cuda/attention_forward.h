@@ -108,8 +108,7 @@ struct Forward {
       const bool masked = kAny && a.mask.kind != MaskKind::kNone;
       fetch_keys(tile + 1);
       bool works = active;
-      if (masked && active)
-        works = mask_shows_any<E, T, kRowTiles, kKeyTiles>(call, s, band, orient, query_at, edge);
+      if (masked && active) works = mask_shows_any<E, T, kRowTiles, kKeyTiles>(call, s, orient, query_at);
       copy_async_wait<2>();
       sync_block();
       Sums<T> x[kRowTiles][kKeyTiles];
@@ -119,9 +118,9 @@ struct Forward {
         softmax(scoring, x, highest, sum, output);
         if constexpr (kAny) {
           if (dropout.active) {
-            dropout.template for_kept<kRowTiles, kKeyTiles>(
-                a, s, orient, query_at,
-                [&](int m, int n, int e, bool kept) { x[m][n][e] = kept ? x[m][n][e] : T(0); });
+            const auto kept = dropout.template kept<kRowTiles, kKeyTiles>(a, s, orient, query_at);
+            for_elements<kRowTiles, kKeyTiles>(
+                [&](int m, int n, int e) { x[m][n][e] = kept(m, n, e) ? x[m][n][e] : T(0); });
           }
         }
       }
@@ -205,14 +204,14 @@ struct Forward {
         continue;
       }
       const T inverse = whole == 0 ? T(0) : kept_scale / whole;
-      FS_UNROLL
-      for (int n = 0; n < kFeatureTiles; ++n) {
-        const int column = first_column + 8 * n + 2 * (lane % 4);
-        if (column < a.value_size) {
-          write_output<E>(call, rows.s, head, index, column, output[i / 2][n][i % 2 * 2] * inverse,
-                          output[i / 2][n][i % 2 * 2 + 1] * inverse);
-        }
-      }
+      const auto value = [&](int n, int e) { return output[i / 2][n][i % 2 * 2 + e] * inverse; };
+      const auto write = [&](const HeadTensor& to, const auto& value) {
+        write_row<E, kFeatureTiles>(rows.s.template query_row<E>(to, head, index), first_column,
+                                    int(a.value_size), call.pairs_of_output, value);
+      };
+      write(a.output, value);
+      if (sizeof(E) == 2 && a.remainder.data)
+        write(a.remainder, [&](int n, int e) { return remainder_of<E>(value(n, e)); });
       if (writes) write_normalizer(call, scoring, rows.s, head, index, highest[i], whole);
     }
   }

@@ -409,7 +409,7 @@ struct HopperForward {
     }
     if constexpr (kMasked) {
       if (works && a.mask.kind != MaskKind::kNone) {
-        const bool any = mask_shows_any<E, float, 1, kKeys / 8>(call, rows.s, band, orient, query_at, edge);
+        const bool any = mask_shows_any<E, float, 1, kKeys / 8>(call, rows.s, orient, query_at);
         works = any_in_warpgroup(shared, state, any);
       }
     }
@@ -432,7 +432,7 @@ struct HopperForward {
         }
         if (a.mask.kind != MaskKind::kNone) {
           for_mask<E, float, 1, kKeys / 8>(
-              call, rows.s, band, orient, query_at, edge,
+              call, rows.s, orient, query_at,
               [&](int m, int n, int e, float bias) { x[m][n][e] = add_bias(x[m][n][e], bias); });
         }
       }

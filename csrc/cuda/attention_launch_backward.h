@@ -23,9 +23,9 @@ const char* launch_grad_queries(Call& call, const GpuAttentionPlan& plan) {
   }
   return with_features(plan, [&](auto features) {
     constexpr int kFeatures = decltype(features)::value;
-    return plan.options ? launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures>, true>>(
+    return plan.options ? launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures, true>, true>>(
                               call, plan.grad_queries)
-                        : launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures>, false>>(
+                        : launch_pass<GradQueries<M, GradQueriesShape<kSize, kFeatures, false>, false>>(
                               call, plan.grad_queries);
   });
 }
@@ -38,8 +38,9 @@ const char* launch_grad_keys(Call& call, const GpuAttentionPlan& plan) {
   return with_features(plan, [&](auto features) {
     constexpr int kFeatures = decltype(features)::value;
     return plan.options
-               ? launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures>, true>>(call, plan.grad_keys)
-               : launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures>, false>>(call, plan.grad_keys);
+               ? launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures, true>, true>>(call, plan.grad_keys)
+               : launch_pass<GradKeys<M, GradKeysShape<kSize, kFeatures, false>, false>>(call,
+                                                                                         plan.grad_keys);
   });
 }
 
@@ -56,6 +57,10 @@ const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
   constexpr int kSize = sizeof(typename M::Element);
   const AttentionArgs& a = call.a;
   const int64_t batch = a.cu_seqlens_q ? 1 : a.batch;
+  if (a.cu_seqlens_q) {
+    const int64_t rows = a.heads * a.queries + a.kv_heads * a.keys;
+    if (const char* error = launch_rows<Outside<M, true>>(call, rows)) return error;
+  }
   if (const char* error = launch_rows<Delta<M>>(call, batch * a.heads * a.queries)) return error;
   const char* error = nullptr;
   if (plan.one_pass) {

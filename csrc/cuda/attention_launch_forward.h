@@ -8,6 +8,11 @@
 namespace fastseq::FASTSEQ_ISA::attention {
 
 template <class M>
+const char* launch_outside(const Call& call) {
+  return call.a.cu_seqlens_q ? launch_rows<Outside<M, false>>(call, call.a.heads * call.a.queries) : nullptr;
+}
+
+template <class M>
 const char* launch_forward(Call& call, const GpuAttentionPlan& plan) {
   constexpr int kSize = sizeof(typename M::Element);
   call.parts = plan.parts, call.part_keys = plan.part_keys;

@@ -106,15 +106,10 @@ struct HalfMath {
     load_matrices_transposed(r, tile.chunk(k + lane % 16, column / 8 + lane / 16));
     b[0] = {{r[0], r[1]}}, b[1] = {{r[2], r[3]}};
   }
-  FS_DEVICE static uint32_t pack(float low, float high) {
-    E x, y;
-    narrow(low, x), narrow(high, y);
-    return uint32_t(y.bits) << 16 | x.bits;
-  }
   // Of two Sums side by side.
   FS_DEVICE static void take(Left& a, const Sums<float>* d) {
-    a.words = {
-        {pack(d[0][0], d[0][1]), pack(d[0][2], d[0][3]), pack(d[1][0], d[1][1]), pack(d[1][2], d[1][3])}};
+    a.words = {{pack(d[0][0], d[0][1], E{}), pack(d[0][2], d[0][3], E{}), pack(d[1][0], d[1][1], E{}),
+                pack(d[1][2], d[1][3], E{})}};
   }
   FS_DEVICE static void multiply(Sums<float>& d, const Left& a, const Right& b) {
     mma(d, a.words, b.word[0], b.word[1], E{});
@@ -127,7 +122,7 @@ struct HalfMath {
     for (int i = 0; i < 2; ++i) {
       E low, high;
       low.bits = uint16_t(b.word[i]), high.bits = uint16_t(b.word[i] >> 16);
-      r.word[i] = pack(f(widen(low)), f(widen(high)));
+      r.word[i] = pack(f(widen(low)), f(widen(high)), E{});
     }
     return r;
   }
@@ -183,12 +178,6 @@ struct WideMath {
   }
 };
 
-FS_DEVICE uint32_t word_of(float x) {
-  uint32_t word;
-  memcpy(&word, &x, 4);
-  return word;
-}
-
 struct Tf32Products {
   struct Left {
     Vector16 words;
@@ -198,7 +187,7 @@ struct Tf32Products {
   };
   FS_DEVICE static void left(Left& a, const float (&x)[4]) {
     FS_UNROLL
-    for (int i = 0; i < 4; ++i) a.words.word[i] = word_of(round_to_tf32(x[i]));
+    for (int i = 0; i < 4; ++i) a.words.word[i] = bits_of(round_to_tf32(x[i]));
   }
   FS_DEVICE static void right(Right& b, const float (&x)[2]) {
     b = {{round_to_tf32(x[0]), round_to_tf32(x[1])}};
@@ -206,7 +195,7 @@ struct Tf32Products {
   FS_DEVICE static void elements(const Right& b, float (&x)[2]) { x[0] = b.x[0], x[1] = b.x[1]; }
   FS_DEVICE static void copy(Right& to, const Right& from, int i) { to.x[i] = from.x[i]; }
   FS_DEVICE static void multiply(Sums<float>& d, const Left& a, const Right& b) {
-    mma(d, a.words, word_of(b.x[0]), word_of(b.x[1]), float{});
+    mma(d, a.words, bits_of(b.x[0]), bits_of(b.x[1]), float{});
   }
 };
 
@@ -214,7 +203,8 @@ struct Tf32Products {
 // zero, each time that they add (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"), and of a long sum all
 // that they cut off would add up.
 //
-// x = high + low + 2^-22 x at most. The low part of what is not finite is zero, not NaN.
+// x = high + low + 2^-21 x at most: high is rounded, from what is left the last bit is cut off. By the bits, for splitting
+// takes as long as multiplying. Infinity has no low part; NaN, which may have lost its exponent to rounding, has.
 struct Float32Products {
   struct Left {
     Vector16 high, low;
@@ -223,15 +213,17 @@ struct Float32Products {
     float high[2], low[2];
   };
   FS_DEVICE static void split(float x, float& high, float& low) {
-    high = round_to_tf32(x);
-    low = is_finite(high) ? round_to_tf32(x - high) : 0.0f;
+    constexpr uint32_t kRead = 0xffffe000;  // of a float, by tensor cores
+    high = float_of((bits_of(x) + 0x1000) & kRead);
+    low = float_of(bits_of(x - high) & kRead);
+    if (high - high != 0 && x == x) low = 0;
   }
   FS_DEVICE static void left(Left& a, const float (&x)[4]) {
     FS_UNROLL
     for (int i = 0; i < 4; ++i) {
       float high, low;
       split(x[i], high, low);
-      a.high.word[i] = word_of(high), a.low.word[i] = word_of(low);
+      a.high.word[i] = bits_of(high), a.low.word[i] = bits_of(low);
     }
   }
   FS_DEVICE static void right(Right& b, const float (&x)[2]) {
@@ -247,9 +239,9 @@ struct Float32Products {
   }
   FS_DEVICE static void multiply(Sums<float>& d, const Left& a, const Right& b) {
     Sums<float> sum = {};
-    mma(sum, a.low, word_of(b.high[0]), word_of(b.high[1]), float{});
-    mma(sum, a.high, word_of(b.low[0]), word_of(b.low[1]), float{});
-    mma(sum, a.high, word_of(b.high[0]), word_of(b.high[1]), float{});
+    mma(sum, a.low, bits_of(b.high[0]), bits_of(b.high[1]), float{});
+    mma(sum, a.high, bits_of(b.low[0]), bits_of(b.low[1]), float{});
+    mma(sum, a.high, bits_of(b.high[0]), bits_of(b.high[1]), float{});
     FS_UNROLL
     for (int e = 0; e < 4; ++e) d[e] += sum[e];
   }

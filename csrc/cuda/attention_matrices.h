@@ -32,7 +32,7 @@ struct Pair {
 
   FS_DEVICE explicit Pair(const Call& call) : call(call), scoring(call), dropout(call.a) {}
 
-  // What is made of scores: body(x, dx, query_at, orient) with weights and, in the backward pass, gradients of the
+  // What is made of scores: body(x, dx, query_at, kept) with weights and, in the backward pass, gradients of the
   // products of output gradients and values. Nothing is called where nothing is visible.
   template <class Body>
   FS_DEVICE void run(const Sequence& s, int64_t head, int first_query, int first_key, Body body) const {
@@ -87,7 +87,7 @@ struct Pair {
     const Band band(s);
     if (first_row >= count) return;
     if (a.mask.kind != MaskKind::kNone &&
-        !mask_shows_any<E, T, kRowTiles, kKeyTiles>(call, s, band, orient, query_at, edge))
+        !mask_shows_any<E, T, kRowTiles, kKeyTiles>(call, s, orient, query_at))
       return;
     Matrix x, dx;
     multiply<M>(x, queries, first_row, keys, features);
@@ -97,8 +97,9 @@ struct Pair {
     } else {
       clear(dx);
     }
-    grad_scores<true, E>(call, scoring, dropout, s, orient, query_at, x, dx);
-    body(x, dx, query_at, orient);
+    Kept<kRowTiles> kept;
+    grad_scores<true, E>(call, scoring, dropout, s, orient, query_at, x, dx, kept);
+    body(x, dx, query_at, kept);
   }
 };
 
@@ -121,21 +122,19 @@ struct Weights {
               first_query = int(index / key_tiles % query_tiles * kRows);
     index /= key_tiles * query_tiles;
     const int64_t heads = mean ? 1 : a.heads, first_head = index % heads;
-    const Sequence s(a, index / heads);
+    const Sequence s(a, int(index / heads));
     const P pair(call);
     typename P::Matrix sums;
     clear(sums);
     for (int64_t head = first_head; head < (mean ? a.heads : first_head + 1); ++head) {
-      pair.run(
-          s, head, first_query, first_key, [&](auto& x, auto&, const auto& query_at, const auto& orient) {
-            if (pair.dropout.active) {
-              pair.dropout.template for_kept<kRowTiles, kKeyTiles>(
-                  a, s, orient, query_at, [&](int m, int n, int e, bool kept) {
-                    x[m][n][e] = kept ? x[m][n][e] * pair.dropout.kept_scale : T(0);
-                  });
-            }
-            for_elements<kRowTiles, kKeyTiles>([&](int m, int n, int e) { sums[m][n][e] += x[m][n][e]; });
+      pair.run(s, head, first_query, first_key, [&](auto& x, auto&, const auto&, const auto& kept) {
+        if (pair.dropout.active) {
+          for_elements<kRowTiles, kKeyTiles>([&](int m, int n, int e) {
+            x[m][n][e] = kept(m, n, e) ? x[m][n][e] * pair.dropout.kept_scale : T(0);
           });
+        }
+        for_elements<kRowTiles, kKeyTiles>([&](int m, int n, int e) { sums[m][n][e] += x[m][n][e]; });
+      });
     }
     const T share = T(1) / T(mean ? a.heads : 1);
     for_elements<kRowTiles, kKeyTiles>([&](int m, int n, int e) {
@@ -186,7 +185,7 @@ struct GradMask {
     for (int64_t i = part * terms.count() / call.mask_parts; i < end; ++i) {
       const int64_t of_key = i % terms.key_tiles, of_query = i / terms.key_tiles % terms.query_tiles;
       const int64_t outer = i / terms.key_tiles / terms.query_tiles;
-      const Sequence s(a, batch + outer / terms.heads);
+      const Sequence s(a, int(batch + outer / terms.heads));
       pair.run(
           s, head + outer % terms.heads, int((query_tile + of_query) * kRows),
           int((key_tile + of_key) * kKeys), [&](auto& x, auto& dx, const auto& query_at, const auto&) {

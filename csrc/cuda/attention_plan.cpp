@@ -208,13 +208,15 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
   }
   plan.hopper = !p.one_pass && plan_hopper_backward(p, plan);
   if (!plan.hopper) {
-    plan.grad_queries = with_sizes(size, plan.features,
-                                   [&](auto s, auto f) { return pass<GradQueriesShape<s, f>>(s, 2, 4); });
+    plan.grad_queries = with_sizes(size, plan.features, [&](auto s, auto f) {
+      return p.options ? pass<GradQueriesShape<s, f, true>>(s, 2, 4)
+                       : pass<GradQueriesShape<s, f, false>>(s, 2, 4);
+    });
     plan.grad_queries.slots = slots(p, rows, plan.grad_queries.own);
     plan.grad_queries.blocks = units * plan.grad_queries.slots;
     plan.grad_keys = with_sizes(size, plan.features, [&](auto s, auto f) {
       if (p.one_pass) return pass<OnePassShape<s, f>>(s, 2, 4);
-      return pass<GradKeysShape<s, f>>(s, 2, 4);
+      return p.options ? pass<GradKeysShape<s, f, true>>(s, 2, 4) : pass<GradKeysShape<s, f, false>>(s, 2, 4);
     });
     plan.grad_keys.shared_bytes += 2 * plan.grad_keys.other * query_bytes(size);
     if (p.one_pass)

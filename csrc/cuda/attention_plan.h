@@ -15,6 +15,9 @@ constexpr int element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
+// A scale up to which products cannot stand for scores: in attention.cu.
+constexpr double kSmallScale = 1e-6;
+
 struct AttentionProblem {
   DType dtype;
   bool tf32, packed, backward;

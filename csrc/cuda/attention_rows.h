@@ -20,6 +20,48 @@ FS_DEVICE void write_normalizer(const Call& call, const Scoring<T>& scoring, con
   }
 }
 
+template <class E, class T>
+FS_DEVICE Two<E> narrow_two(T first, T second) {
+  Two<E> rounded;
+  if constexpr (sizeof(E) == 2) {
+    const uint32_t word = pack(first, second, E{});
+    rounded.value[0].bits = uint16_t(word), rounded.value[1].bits = uint16_t(word >> 16);
+  } else {
+    narrow(first, rounded.value[0]), narrow(second, rounded.value[1]);
+  }
+  return rounded;
+}
+// A lane's features of a row, from the warp's first column on: value(n, e) is e of two of tile n. With `pairs` two lie at
+// a multiple of two elements.
+template <class E, int kTiles, class Value>
+FS_DEVICE void write_row(E* row, int first_column, int features, bool pairs, const Value& value) {
+  const int column = first_column + 2 * (thread_index() % 4);
+  E* const to = row + column;
+  if (pairs && features % 2 == 0) {
+    FS_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+      if (column + 8 * n < features)
+        *reinterpret_cast<Two<E>*>(to + 8 * n) = narrow_two<E>(value(n, 0), value(n, 1));
+    }
+    return;
+  }
+  FS_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    FS_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      if (column + 8 * n + e < features) narrow(value(n, e), to[8 * n + e]);
+    }
+  }
+}
+// What rounding takes from a number: nothing where that is no number.
+template <class E, class T>
+FS_DEVICE T remainder_of(T x) {
+  E rounded;
+  narrow(x, rounded);
+  const T r = x - widen(rounded);
+  return is_finite(r) ? r : T(0);
+}
+
 // Two neighbouring features of a row, rounded; with `pair` at a multiple of two elements. The second may not be there.
 template <class E, class T>
 FS_DEVICE void write_two(E* to, T first, T second, bool two, bool pair) {
@@ -41,16 +83,58 @@ FS_DEVICE void write_output(const Call& call, const Sequence& s, int64_t head, i
   write_two(s.query_row<E>(a.output, head, query) + column, first, second, two, call.pairs_of_output);
   if constexpr (sizeof(E) == 2) {
     if (!a.remainder.data) return;
-    const auto rest = [](T x) {
-      E rounded;
-      narrow(x, rounded);
-      const T r = x - widen(rounded);
-      return is_finite(r) ? r : T(0);
-    };
-    write_two(s.query_row<E>(a.remainder, head, query) + column, rest(first), rest(second), two,
-              call.pairs_of_output);
+    write_two(s.query_row<E>(a.remainder, head, query) + column, remainder_of<E>(first),
+              remainder_of<E>(second), two, call.pairs_of_output);
   }
 }
+
+// Packed sequences need not begin with the first row, nor end with the last: what is outside of all sees nothing. Its
+// results are written before the others, whose kernels know sequences alone. One warp a row of a head.
+template <class M, bool kBackward>
+struct Outside {
+  using E = typename M::Element;
+  using T = typename M::Sum;
+  using Args = Call;
+  static constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+
+  static FS_DEVICE void run(const Call& call) {
+    const AttentionArgs& a = call.a;
+    int64_t index = int64_t(block_index()) * kWarps + thread_index() / kWarp;
+    const int64_t of_queries = a.heads * a.queries;
+    if (index < of_queries) {
+      const int64_t head = index / a.queries, row = index % a.queries;
+      if (inside(a.cu_seqlens_q, a.batch, row)) return;
+      if constexpr (kBackward) {
+        clear(a.grad_query, head, row, a.head_size);
+      } else {
+        clear(a.output, head, row, a.value_size);
+        clear(a.remainder, head, row, a.value_size);
+        fill(a.lse, head, row, -T(INFINITY));
+        fill(a.highest, head, row, T(0));
+        fill(a.inverse_sum, head, row, T(0));
+      }
+    } else if (kBackward && index < of_queries + a.kv_heads * a.keys) {
+      index -= of_queries;
+      const int64_t head = index / a.keys, row = index % a.keys;
+      if (inside(a.cu_seqlens_k, a.batch, row)) return;
+      clear(a.grad_key, head, row, a.head_size);
+      clear(a.grad_value, head, row, a.value_size);
+    }
+  }
+
+ private:
+  static FS_DEVICE bool inside(const int64_t* starts, int64_t batch, int64_t row) {
+    return row >= starts[0] && row < starts[batch];
+  }
+  static FS_DEVICE void clear(const HeadTensor& t, int64_t head, int64_t row, int64_t features) {
+    if (!t.data) return;
+    E* const to = static_cast<E*>(t.data) + head * t.stride[1] + row * t.stride[2];
+    for (int64_t i = thread_index() % kWarp; i < features; i += kWarp) narrow(T(0), to[i]);
+  }
+  static FS_DEVICE void fill(const HeadRows& t, int64_t head, int64_t row, T value) {
+    if (t.data && thread_index() % kWarp == 0) static_cast<T*>(t.data)[head * t.stride[1] + row] = value;
+  }
+};
 
 // Rows of [B, Hkv, parts, rows], which the parts of the keys leave.
 FS_DEVICE int64_t part_row(const Call& call, int64_t sequence, int64_t kv_head, int part, int64_t row) {
@@ -73,7 +157,7 @@ struct Combine {
     const int64_t index = int64_t(block_index()) * kWarps + thread_index() / kWarp;
     if (index >= rows * a.kv_heads * a.batch) return;
     const int64_t row = index % rows, kv_head = index / rows % a.kv_heads;
-    const Sequence s(a, index / rows / a.kv_heads);
+    const Sequence s(a, int(index / rows / a.kv_heads));
     const int64_t head = kv_head * call.group + row % call.group;
     const int query = int(row / call.group);
     const Scoring<T> scoring(call);
@@ -152,7 +236,7 @@ struct GradSinks {
 
   static FS_DEVICE void run(const Call& call) {
     const AttentionArgs& a = call.a;
-    const Sequence s(a, block_index() / a.heads);
+    const Sequence s(a, int(block_index() / a.heads));
     const int64_t head = block_index() % a.heads;
     const Scoring<T> scoring(call);
     const T sink = static_cast<const T*>(a.sinks)[head] / scoring.unit;

@@ -12,7 +12,7 @@ namespace fastseq::FASTSEQ_ISA::attention {
 // What is known of a query when it meets keys.
 template <class T>
 struct Query {
-  int index;  // in its sequence; kFar: there is none
+  int index;  // in its sequence; kFar where there is none, which sees nothing
   int head;
   T highest, inverse_sum, delta;  // of the backward pass, see attention_rows.h
 };
@@ -83,22 +83,24 @@ FS_DEVICE T bias_of(X x) {
   return T(widen(x));
 }
 
-// Calls body(m, n, e, bias) for each element of the warp's part, with what the mask adds to its score: -inf where it
-// hides, and where lengths, causality or window do; `edge` where these may.
+// Calls body(m, n, e, bias) for each element of the warp's part, with what the mask adds to its score, -inf where it hides.
+// Behind the last key or query it is that of the last one.
 template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries, class Body>
-FS_DEVICE void for_mask(const Call& call, const Sequence& s, const Band& band, const O& orient,
-                        const Queries& queries, bool edge, Body body) {
+FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, const Queries& queries,
+                        Body body) {
   constexpr bool kQueriesAreRows = std::is_same_v<O, Orient<true>>;
   const AttentionArgs& a = call.a;
   const int64_t* const stride = a.mask.stride;
+  const bool whole = orient.first_key + (kQueriesAreRows ? 8 * kColumnTiles : 16 * kRowTiles) <= s.keys;
   with_mask<E, T>(a, s, [&](auto* mask) {
     using X = std::remove_cv_t<std::remove_pointer_t<decltype(mask)>>;
-    const auto row = [&](const Query<T>& q) { return mask + q.head * stride[1] + q.index * stride[2]; };
-    if (edge || !call.pairs_of_mask) {
+    const auto row = [&](const Query<T>& q) {
+      return mask + q.head * stride[1] + smaller(q.index, s.queries - 1) * stride[2];
+    };
+    if (!whole || !call.pairs_of_mask) {
       for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
-        const Query<T>& q = queries(m, n, e);
-        const int key = orient.key(m, n, e);
-        body(m, n, e, band.shows(q.index, key) ? bias_of<T>(row(q)[key * stride[3]]) : -T(INFINITY));
+        const int key = smaller(orient.key(m, n, e), s.keys - 1);
+        body(m, n, e, bias_of<T>(row(queries(m, n, e))[key * stride[3]]));
       });
     } else if constexpr (kQueriesAreRows) {
       FS_UNROLL
@@ -116,7 +118,7 @@ FS_DEVICE void for_mask(const Call& call, const Sequence& s, const Band& band, c
       FS_UNROLL
       for (int i = 0; i < 2 * kColumnTiles; ++i) {
         const int n = i / 2, e = i % 2;
-        const X* const from = row(queries(0, n, e)) + orient.key(0, n, e);
+        const X* const from = row(queries(0, n, e)) + orient.key(0, n, 0);
         FS_UNROLL
         for (int j = 0; j < 2 * kRowTiles; ++j) body(j / 2, n, e + j % 2 * 2, bias_of<T>(from[8 * j]));
       }
@@ -127,10 +129,9 @@ FS_DEVICE void for_mask(const Call& call, const Sequence& s, const Band& band, c
 // Whether the mask shows any element of the warp's part. Asked before the products, so that what is hidden whole costs
 // no more than that; where the answer is yes, what was read is in the first-level cache.
 template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries>
-FS_DEVICE bool mask_shows_any(const Call& call, const Sequence& s, const Band& band, const O& orient,
-                              const Queries& queries, bool edge) {
+FS_DEVICE bool mask_shows_any(const Call& call, const Sequence& s, const O& orient, const Queries& queries) {
   bool any = false;
-  for_mask<E, T, kRowTiles, kColumnTiles>(call, s, band, orient, queries, edge,
+  for_mask<E, T, kRowTiles, kColumnTiles>(call, s, orient, queries,
                                           [&](int, int, int, T bias) { any |= bias != -T(INFINITY); });
   return any_in_warp(any);
 }
@@ -175,9 +176,9 @@ FS_DEVICE void score(const Call& call, const Scoring<T>& scoring, const Sequence
       });
     }
     if (a.mask.kind != MaskKind::kNone) {
-      return for_mask<E, T, kRowTiles, kColumnTiles>(
-          call, s, band, orient, queries, edge,
-          [&](int m, int n, int e, T bias) { x[m][n][e] = add_bias(x[m][n][e], bias); });
+      for_mask<E, T, kRowTiles, kColumnTiles>(call, s, orient, queries, [&](int m, int n, int e, T bias) {
+        x[m][n][e] = add_bias(x[m][n][e], bias);
+      });
     }
   }
   if (edge) hide_edge(band, orient, queries, x);
@@ -209,24 +210,11 @@ FS_DEVICE T weight_of(T score, T highest, T factor) {
 
 // ---- dropout ----
 
-// Philox4x32-10 (Salmon et al. 2011): the words of a counter under a key.
-struct Philox {
-  uint32_t word[4];
-
-  FS_DEVICE Philox(uint64_t key, uint32_t first, uint32_t second, uint32_t third, uint32_t fourth)
-      : word{first, second, third, fourth} {
-    uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
-    FS_UNROLL
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t a = uint64_t(0xD2511F53u) * word[0], b = uint64_t(0xCD9E8D57u) * word[2];
-      word[0] = uint32_t(b >> 32) ^ word[1] ^ low, word[1] = uint32_t(b);
-      word[2] = uint32_t(a >> 32) ^ word[3] ^ high, word[3] = uint32_t(a);
-      low += 0x9E3779B9u, high += 0xBB67AE85u;
-    }
-  }
-  FS_DEVICE uint32_t of(int i) const {
-    return i == 0 ? word[0] : i == 1 ? word[1] : i == 2 ? word[2] : word[3];
-  }
+// Of each element of Sums whether its weight is kept.
+template <int kRowTiles>
+struct Kept {
+  uint32_t word[kRowTiles];
+  FS_DEVICE bool operator()(int m, int n, int e) const { return word[m] >> (4 * n + e) & 1; }
 };
 
 // Which weights are kept: a function of seed, head and query, and key alone, the same as in csrc/cpu/philox.h. Of each
@@ -244,44 +232,70 @@ struct Dropout {
         seed(active && a.seed_address ? uint64_t(*a.seed_address) : a.seed),
         kept_scale(T(1 / (1 - a.dropout_p))) {}
 
-  FS_DEVICE Philox words(const AttentionArgs& a, const Sequence& s, const Query<T>& q, int key) const {
-    return {seed, uint32_t(key / 64 * 16 + key % 16), uint32_t(q.index), uint32_t(s.index * a.heads + q.head),
-            0u};
+  // The words of a counter under a key: Philox4x32-10 (Salmon et al. 2011). A call, for it is long, and has few registers.
+  FS_DEVICE_CALL static Vector16 philox(uint64_t key, uint32_t first, uint32_t second, uint32_t third) {
+    Vector16 x{{first, second, third, 0}};
+    uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
+    FS_UNROLL
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t a = uint64_t(0xD2511F53u) * x.word[0], b = uint64_t(0xCD9E8D57u) * x.word[2];
+      x = {{uint32_t(b >> 32) ^ x.word[1] ^ low, uint32_t(b), uint32_t(a >> 32) ^ x.word[3] ^ high,
+            uint32_t(a)}};
+      low += 0x9E3779B9u, high += 0xBB67AE85u;
+    }
+    return x;
+  }
+  FS_DEVICE Vector16 words(const AttentionArgs& a, const Sequence& s, const Query<T>& q, int key) const {
+    return philox(seed, uint32_t(key / 64 * 16 + key % 16), uint32_t(q.index),
+                  uint32_t(s.index * a.heads + q.head));
   }
 
-  // Calls body(m, n, e, kept) for each element. The keys of a lane that share a counter are taken together: a tile of 64
-  // keys in one row, whose columns they are, leaves no word unused.
-  template <int kRowTiles, int kColumnTiles, class O, class Queries, class Body>
-  FS_DEVICE void for_kept(const AttentionArgs& a, const Sequence& s, const O& orient, const Queries& queries,
-                          Body body) const {
-    constexpr bool kQueriesAreRows = std::is_same_v<O, Orient<true>>;
-    constexpr int kQueryTiles = kQueriesAreRows ? kRowTiles : kColumnTiles;
-    constexpr int kKeyTiles = kQueriesAreRows ? kColumnTiles : kRowTiles;
-    // A lane's keys of a tile lie at 0 and 1, or at 0 and 8, from its first.
-    FS_UNROLL
-    for (int t = 0; t < kQueryTiles; ++t) {
+  // The keys of a lane that share a counter are taken together: a tile of 64 keys in one row, whose columns they are,
+  // leaves no word unused. In loops where something is not a register's number, for Philox is long.
+  template <int kRowTiles, int kColumnTiles, class O, class Queries>
+  FS_DEVICE Kept<kRowTiles> kept(const AttentionArgs& a, const Sequence& s, const O& orient,
+                                 const Queries& queries) const {
+    static_assert(kColumnTiles <= 8);
+    Kept<kRowTiles> bits = {};
+    const auto keep = [&](int m, int n, int e, const Vector16& words) {
+      const int w = orient.key(m, n, e) / 16 % 4;
+      const uint32_t word = w == 0   ? words.word[0]
+                            : w == 1 ? words.word[1]
+                            : w == 2 ? words.word[2]
+                                     : words.word[3];
+      bits.word[m] |= uint32_t(word < threshold) << (4 * n + e);
+    };
+    if constexpr (std::is_same_v<O, Orient<true>>) {
+      constexpr int kApart = kColumnTiles > 1 ? 2 : 1;  // even and odd tiles
       FS_UNROLL
-      for (int which_query = 0; which_query < 2; ++which_query) {
+      for (int m = 0; m < kRowTiles; ++m) {
         FS_UNROLL
-        for (int which_key = 0; which_key < 2; ++which_key) {
-          const int e = kQueriesAreRows ? 2 * which_query + which_key : 2 * which_key + which_query;
-          FS_UNROLL
-          for (int first = 0; first < (kQueriesAreRows && kKeyTiles > 1 ? 2 : 1);
-               ++first) {  // even and odd tiles
-            constexpr int kStep = kQueriesAreRows ? 2 : 1;
-            const int m0 = kQueriesAreRows ? t : first, n0 = kQueriesAreRows ? first : t;
-            const Query<T>& q = queries(m0, n0, e);
-            const Philox words = this->words(a, s, q, orient.key(m0, n0, e));
+        for (int half = 0; half < 2; ++half) {
+          const Query<T>& q = queries(m, 0, 2 * half);
+          FS_NO_UNROLL
+          for (int i = 0; i < 2 * kApart; ++i) {
+            const int first = i / 2, e = 2 * half + i % 2;
+            const Vector16 words = this->words(a, s, q, orient.key(m, first, e));
             FS_UNROLL
-            for (int k = first; k < kKeyTiles; k += kStep) {
-              const int m = kQueriesAreRows ? t : k, n = kQueriesAreRows ? k : t;
-              const int key = orient.key(m, n, e);
-              body(m, n, e, words.of(key / 16 % 4) < threshold);
-            }
+            for (int n = 0; n < kColumnTiles; n += kApart) keep(m, first + n, e, words);
           }
         }
       }
+    } else {
+      FS_NO_UNROLL
+      for (int i = 0; i < 2 * kColumnTiles; ++i) {
+        const int n = i / 2;
+        const Query<T>& q = queries(0, n, i % 2);
+        FS_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int e = 2 * half + i % 2;
+          const Vector16 words = this->words(a, s, q, orient.key(0, n, e));
+          FS_UNROLL
+          for (int m = 0; m < kRowTiles; ++m) keep(m, n, e, words);
+        }
+      }
     }
+    return bits;
   }
 };
 

@@ -35,12 +35,14 @@ using BySize = std::conditional_t<kSize == 2, A, std::conditional_t<kSize == 4, 
 template <int kFeatures, class A, class B, class C>
 using ByFeatures = std::conditional_t<kFeatures == 64, A, std::conditional_t<kFeatures == 128, B, C>>;
 
-// Forward: rows = warps / column_warps * row_tiles * 16, by keys. Of 64 the options' numbers leave no room for on sm_80.
+// Forward: rows = warps / column_warps * row_tiles * 16, by keys. What options need leaves no room for two row tiles.
 template <int kSize, int kFeatures, bool kAny>
 using ForwardShape = ByFeatures<
     kFeatures,
-    BySize<kSize, TileShape<64, 4, 2, kAny ? 32 : 64>, TileShape<64, 4, 2, 32>, TileShape<64, 4, 1, 16>>,
-    BySize<kSize, TileShape<128, 4, 2, 32>, TileShape<128, 4, 1, 16>, TileShape<128, 2, 1, 8>>,
+    BySize<kSize, TileShape<64, 4, kAny ? 1 : 2, 64>, TileShape<64, 4, kAny ? 1 : 2, 32>,
+           TileShape<64, 4, 1, 16>>,
+    BySize<kSize, TileShape<128, 4, kAny ? 1 : 2, kAny ? 64 : 32>, TileShape<128, 4, 1, 32>,
+           TileShape<128, 2, 1, 8>>,
     BySize<kSize, TileShape<256, 4, 1, 32>, TileShape<256, 4, 1, 16, 2>, TileShape<256, 2, 1, 8, 2>>>;
 
 // Up to 16 rows: one warp each, many blocks side by side, with keys in parts.
@@ -51,17 +53,22 @@ using DecodeShape = ByFeatures<
     BySize<kSize, TileShape<256, 1, 1, 32>, TileShape<256, 2, 1, 16, 2>, TileShape<256, 2, 1, 8, 2>>>;
 
 // Gradients of queries: rows by keys, as above.
-template <int kSize, int kFeatures>
+template <int kSize, int kFeatures, bool kAny>
 using GradQueriesShape = ByFeatures<
-    kFeatures, BySize<kSize, TileShape<64, 4, 2, 32>, TileShape<64, 4, 1, 32>, TileShape<64, 2, 1, 16>>,
+    kFeatures,
+    BySize<kSize, TileShape<64, 4, kAny ? 1 : 2, kAny ? 64 : 32>, TileShape<64, 4, 1, 32>,
+           TileShape<64, 2, 1, 16>>,
     BySize<kSize, TileShape<128, 4, 1, 32>, TileShape<128, 2, 1, 16>, TileShape<128, 2, 1, 8, 2>>,
     BySize<kSize, TileShape<256, 4, 1, 16>, TileShape<256, 4, 1, 8, 2>, TileShape<256, 4, 1, 8, 4>>>;
 
 // Gradients of keys: keys = warps / column_warps * row_tiles * 16, by queries.
-template <int kSize, int kFeatures>
+template <int kSize, int kFeatures, bool kAny>
 using GradKeysShape = ByFeatures<
-    kFeatures, BySize<kSize, TileShape<64, 4, 2, 32>, TileShape<64, 4, 1, 32>, TileShape<64, 4, 1, 16, 2>>,
-    BySize<kSize, TileShape<128, 4, 1, 32>, TileShape<128, 4, 1, 16, 2>, TileShape<128, 2, 1, 8, 2>>,
+    kFeatures,
+    BySize<kSize, TileShape<64, 4, kAny ? 1 : 2, kAny ? 64 : 16>, TileShape<64, 4, 1, 32>,
+           TileShape<64, 4, 1, 16, 2>>,
+    BySize<kSize, TileShape<128, 4, 1, kAny ? 16 : 32>, TileShape<128, 4, 1, 16, 2>,
+           TileShape<128, 2, 1, 8, 2>>,
     BySize<kSize, TileShape<256, 8, 1, 16, 2>, TileShape<256, 4, 1, 8, 2>, TileShape<256, 4, 1, 8, 4>>>;
 
 // The same of the one-pass form, which has dS in shared memory too.

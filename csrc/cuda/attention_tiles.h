@@ -143,8 +143,9 @@ FS_DEVICE void multiply_sums(Sums<typename M::Sum> (&d)[kRowTiles][kColumnTiles]
 // NaN among them, or they make one.
 //
 // It is a call, in loops, on arrays in memory: hardly anybody needs it, and it is to cost nobody else registers.
-// Without kFinite the product of what is finite is left to somebody else.
-template <class M, bool kFinite, int kColumns>
+// Without kFinite the product of what is finite is left to somebody else. Each kShape has a copy: what a call leaves to its
+// callers of registers is the same for all of them.
+template <class M, bool kFinite, int kShape = 0, int kColumns>
 FS_DEVICE_CALL void add_special_product(Sums<typename M::Sum>* d, int row_tiles, int column_tiles,
                                         const Sums<typename M::Sum>* left, int depth_tiles,
                                         Tile<typename M::Element, kColumns> right, int first_column,
@@ -197,8 +198,9 @@ FS_DEVICE void multiply_special_sums(Sums<typename M::Sum> (&d)[kRowTiles][kColu
   // Copies, element by element: or their address would be known, and they would be in memory everywhere else, too.
   Sums<typename M::Sum> to[kRowTiles][kColumnTiles], from[kRowTiles][kDepthTiles];
   copy_sums(to, d), copy_sums(from, left);
-  add_special_product<M, true>(to[0], kRowTiles, kColumnTiles, from[0], kDepthTiles, right, first_column,
-                               features);
+  constexpr int kShape = (kRowTiles * 64 + kColumnTiles) * 64 + kDepthTiles;
+  add_special_product<M, true, kShape>(to[0], kRowTiles, kColumnTiles, from[0], kDepthTiles, right,
+                                       first_column, features);
   copy_sums(d, to);
 }
 template <class M, int kRowTiles, int kDepthTiles, int kColumnTiles, int kColumns>

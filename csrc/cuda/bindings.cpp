@@ -177,6 +177,50 @@ void run_attention(const py::handle& plan, const py::args& numbers) {
   check(error, args.device, "attention");
 }
 
+// Whether the tensor memory accelerator can read it: see unfit() in tensor_map.h.
+bool fits_tensor_map(const HeadTensor& t, const int64_t (&sizes)[3], int size) {
+  bool fits = reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+  for (int i = 0; i < 3; ++i) {
+    const int64_t bytes = t.stride[i] * size;
+    fits &= sizes[i] == 1 || (bytes > 0 && bytes % 16 == 0 && bytes * sizes[i] < int64_t(1) << 40);
+  }
+  return fits;
+}
+
+// cuda_attention(query, key, value, output, is_causal, scale, enable_gqa, device_type, tf32, facts, index, stream,
+// workspace): attention without any other option, as attention() on a CPU. 0: done; less: nothing was done, for
+// something is not as usual; more: nothing was done, for so many bytes of workspace are needed.
+int64_t run_plain_attention(PyObject* const* arguments) {
+  AttentionArgs a = {};
+  const int device_type = int(PyLong_AsLong(arguments[7]));
+  a.tf32 = PyObject_IsTrue(arguments[8]) == 1, a.device = int(PyLong_AsLong(arguments[10]));
+  a.stream = PyLong_AsVoidPtr(arguments[11]), a.workspace = PyLong_AsVoidPtr(arguments[12]);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (!read_plain(arguments, device_type, a)) return -1;
+  AttentionProblem p = {};
+  p.dtype = a.dtype, p.tf32 = a.tf32;
+  p.batch = a.batch, p.heads = a.heads, p.kv_heads = a.kv_heads, p.queries = a.queries, p.keys = a.keys;
+  p.head_size = a.head_size, p.value_size = a.value_size;
+  p.options = !(a.scale > kSmallScale), p.only_mask = true;
+  const int size = element_size(a.dtype);
+  p.tma = fits_tensor_map(a.query, {a.batch, a.heads, a.queries}, size) &&
+          fits_tensor_map(a.key, {a.batch, a.kv_heads, a.keys}, size) &&
+          fits_tensor_map(a.value, {a.batch, a.kv_heads, a.keys}, size);
+  p.device = device_facts(py::reinterpret_borrow<py::tuple>(arguments[9]));
+  const char* const forced = std::getenv("FASTSEQ_CUDA_ATTENTION_PLAN");
+  read_forced_attention_plan(forced ? forced : "", p);
+  const GpuAttentionPlan plan = attention_plan(p);
+  if (plan.workspace_bytes && !a.workspace) return plan.workspace_bytes;
+  const char* error;
+  {
+    py::gil_scoped_release release;
+    error = attention_forward(a, plan);
+  }
+  check(error, a.device, "attention");
+  return 0;
+}
+PyMethodDef g_fast_calls[] = {fast_call<run_plain_attention, 13>("cuda_attention"), {}};
+
 // For the tests of prim_hopper.h.
 void hopper_primitive(const std::string& name, int device, uintptr_t stream,
                       const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& numbers) {
@@ -202,6 +246,7 @@ void hopper_primitive(const std::string& name, int device, uintptr_t stream,
 void bind(py::module_& m) {
   bind_loop_plan(m);
   bind_attention_plan(m);
+  if (PyModule_AddFunctions(m.ptr(), g_fast_calls) != 0) throw py::error_already_set();
   m.def("cuda_attention_forward", &run_attention<false>);
   m.def("cuda_attention_backward", &run_attention<true>);
   m.def("loop_forward", &run_loop<false>);

@@ -326,6 +326,19 @@ FS_DEVICE void narrow(float x, float& y) { y = x; }
 FS_DEVICE void narrow(double x, double& y) { y = x; }
 FS_DEVICE void narrow(float x, bfloat16& y) { y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 FS_DEVICE void narrow(float x, float16& y) { y.bits = __half_as_ushort(__float2half_rn(x)); }
+// Two numbers rounded to 16 bits, the first in the lower half of the word.
+FS_DEVICE uint32_t pack(float low, float high, bfloat16) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+FS_DEVICE uint32_t pack(float low, float high, float16) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+FS_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+FS_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 // To the nearest number of 10 bits, which is what the tensor cores read of a float.
 FS_DEVICE float round_to_tf32(float x) {
   uint32_t bits;

@@ -283,16 +283,4 @@ FS_DEVICE void wgmma_wait(Arrays&... arrays) {
   (pin(arrays), ...);
 }
 
-// Two numbers rounded to 16 bits, the first in the lower half of the word.
-FS_DEVICE uint32_t pack(float low, float high, bfloat16) {
-  uint32_t word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  return word;
-}
-FS_DEVICE uint32_t pack(float low, float high, float16) {
-  uint32_t word;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  return word;
-}
-
 }  // namespace fastseq::FASTSEQ_ISA

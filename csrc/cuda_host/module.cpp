@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 
+#include "../tensor_view.h"
 #include "faults.h"
 #include "machine.h"
 #include "primitives.h"
@@ -44,6 +45,8 @@ PYBIND11_MODULE(_cuda_host, m) {
       .value("forward", Order::forward)
       .value("reverse", Order::reverse)
       .value("random", Order::random);
+  m.def("use_tensors",
+        [](py::handle tensor, py::handle parameter) { return g_tensors.use(tensor.ptr(), parameter.ptr()); });
   m.def("set_schedule", set_schedule, py::arg("order"), py::arg("seed") = 0, Unlocked());
 
   m.def("leave_out", leave_out, py::arg("what"), py::arg("turn") = 0, Unlocked());

@@ -134,6 +134,13 @@ void mma(double (&d)[4], const double (&a)[4], double b0, double b1);
 
 // ---- numbers ----
 
+template <class T>
+FS_DEVICE uint32_t pack(float low, float high, T) {
+  T narrowed[2];
+  narrow(low, narrowed[0]), narrow(high, narrowed[1]);
+  return uint32_t(narrowed[1].bits) << 16 | narrowed[0].bits;
+}
+
 // The nearest number of 10 bits, of two the one away from zero.
 FS_DEVICE float round_to_tf32(float x) {
   const uint32_t bits = bits_of(x);

@@ -156,11 +156,4 @@ FS_DEVICE void wgmma_wait(Arrays&... arrays) {
   (wgmma_name(arrays), ...);
 }
 
-template <class T>
-FS_DEVICE uint32_t pack(float low, float high, T) {
-  T narrowed[2];
-  narrow(low, narrowed[0]), narrow(high, narrowed[1]);
-  return uint32_t(narrowed[1].bits) << 16 | narrowed[0].bits;
-}
-
 }  // namespace fastseq::FASTSEQ_ISA
