@@ -41,6 +41,8 @@ Call call_of(const AttentionArgs& a, const GpuAttentionPlan& plan) {
   call.aligned_key = rows_at_multiples(a.key, chunk, size);
   call.aligned_value = rows_at_multiples(a.value, chunk, size);
   call.aligned_grad_output = rows_at_multiples(a.grad_output, chunk, size);
+  call.aligned_deltas = rows_at_multiples(a.output, chunk, size) && call.aligned_grad_output &&
+                        (!a.remainder.data || rows_at_multiples(a.remainder, chunk, size));
   call.pairs_of_output =
       rows_at_multiples(a.output, 2, size) && (!a.remainder.data || rows_at_multiples(a.remainder, 2, size));
   call.pairs_of_grad_query = rows_at_multiples(a.grad_query, 2, size);

@@ -22,6 +22,7 @@ struct Call {
   bool product_units;    // scores are in units of products: nothing is added to these
   // Rows of these begin at a multiple of 16 bytes.
   bool aligned_query, aligned_key, aligned_value, aligned_grad_output;
+  bool aligned_deltas;  // output, what rounding took from it, and its gradient
   bool pairs_of_output, pairs_of_grad_query, pairs_of_grad_key,
       pairs_of_grad_value;                      // at one of two elements
   bool pairs_of_mask;                           // the mask's too, whose keys are next to each other

@@ -18,12 +18,12 @@ const char* launch_pass(Call& call, const TilePass& pass) {
                         call);
 }
 
-// One warp for each of `rows`.
+// For each of `rows`, of which a block has some.
 template <class Kernel>
-const char* launch_rows(const Call& call, int64_t rows) {
+const char* launch_rows(const Call& call, int64_t rows, int shared_bytes = 0) {
   if (rows == 0) return nullptr;
-  constexpr int kRows = Kernel::kThreads / kWarp;
-  return launch<Kernel>({(rows + kRows - 1) / kRows, Kernel::kThreads, 0, 1, false, call.a.stream}, call);
+  const int64_t blocks = (rows + Kernel::kRows - 1) / Kernel::kRows;
+  return launch<Kernel>({blocks, Kernel::kThreads, size_t(shared_bytes), 1, false, call.a.stream}, call);
 }
 
 // Calls body(features) with the plan's as a constant.

@@ -61,8 +61,10 @@ const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
     const int64_t rows = a.heads * a.queries + a.kv_heads * a.keys;
     if (const char* error = launch_rows<Outside<M, true>>(call, rows)) return error;
   }
-  if (const char* error = launch_rows<Delta<M>>(call, batch * a.heads * a.queries)) return error;
-  const char* error = nullptr;
+  const char* error = with_features(plan, [&](auto features) {
+    return launch_rows<Delta<M, decltype(features)::value>>(call, batch * a.heads * a.queries);
+  });
+  if (error) return error;
   if (plan.one_pass) {
     call.grad_query_sums = static_cast<unsigned char*>(a.workspace) + plan.sums_at;
     const int64_t elements = batch * a.heads * a.queries * a.head_size;

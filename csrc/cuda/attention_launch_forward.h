@@ -27,7 +27,7 @@ const char* launch_forward(Call& call, const GpuAttentionPlan& plan) {
   if (error) return error;
   const AttentionArgs& a = call.a;
   if (plan.parts > 1) {
-    error = launch_rows<Combine<M>>(call, a.batch * a.heads * a.queries);
+    error = launch_rows<Combine<M>>(call, a.batch * a.heads * a.queries, Combine<M>::kSharedBytes);
     if (error) return error;
   }
   return launch_weights<M>(call, plan);

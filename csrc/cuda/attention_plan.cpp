@@ -14,9 +14,10 @@ namespace {
 using namespace attention;
 
 constexpr int kDecodeRows = 16;
-// Rows of a key head up to which its keys are cut into parts, and how many keys a part has at least: with more rows
-// there are blocks enough, with fewer keys joining the parts takes as long as reading them.
-constexpr int kSplitRows = 128, kPartKeys = 256, kMostParts = 64, kPartQuantum = 64;
+// Rows of a key head up to which its keys are cut into parts, how many keys there are for each row then, and how many a
+// part has at least: with more rows there are blocks enough, with fewer keys joining the parts takes as long as reading
+// them.
+constexpr int kSplitRows = 128, kKeysOfRow = 32, kPartKeys = 256, kMostParts = 64, kPartQuantum = 64;
 constexpr int64_t kMaskBlocks = 256;  // about as many as a GPU runs at the same time
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
@@ -42,6 +43,10 @@ int64_t slots(const AttentionProblem& p, int64_t rows, int size) {
   return p.packed ? rows / size + p.batch : ceil_div(rows, size);
 }
 int64_t heads(const AttentionProblem& p) { return p.packed ? p.kv_heads : p.kv_heads * p.batch; }
+
+bool cuts_keys(const AttentionProblem& p, int64_t rows) {
+  return !p.packed && rows <= kSplitRows && p.keys >= kKeysOfRow * rows;
+}
 
 // Whether the backward pass is that of attention_hopper_backward_keys.h, and then its passes.
 bool plan_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
@@ -176,7 +181,7 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
       const GpuAttentionPlan hopper = hopper_plan(p);
       // Few rows leave most of the GPU idle, unless keys are cut into parts. How many of them there are in the batch does
       // not count: a row's bits are not to depend on it.
-      const bool few = !p.packed && rows <= kSplitRows && p.keys > kPartKeys;
+      const bool few = cuts_keys(p, rows) && p.keys > kPartKeys;
       const bool fits = hopper.forward.shared_bytes <= p.device.shared_bytes;
       if (forced || (fits && !few)) {
         check(p, hopper);
@@ -188,7 +193,7 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
       return p.options ? pass<ForwardShape<s, f, true>>(s, 1, 4) : pass<ForwardShape<s, f, false>>(s, 1, 4);
     });
     plan.options |= plan.kernel == AttentionKernelKind::kDecode;  // the one kernel that there is
-    if (!p.packed && (rows <= kSplitRows || p.forced_parts > 0)) {
+    if (!p.packed && (cuts_keys(p, rows) || p.forced_parts > 0)) {
       int64_t keys = std::max<int64_t>(kPartKeys, ceil_div(p.keys, kMostParts));
       if (p.forced_parts > 0) keys = std::max<int64_t>(ceil_div(p.keys, p.forced_parts), 1);
       keys = ceil_div(keys, kPartQuantum) * kPartQuantum;

@@ -95,11 +95,11 @@ struct Outside {
   using E = typename M::Element;
   using T = typename M::Sum;
   using Args = Call;
-  static constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+  static constexpr int kThreads = 128, kRows = kThreads / kWarp;
 
   static FS_DEVICE void run(const Call& call) {
     const AttentionArgs& a = call.a;
-    int64_t index = int64_t(block_index()) * kWarps + thread_index() / kWarp;
+    int64_t index = int64_t(block_index()) * kRows + thread_index() / kWarp;
     const int64_t of_queries = a.heads * a.queries;
     if (index < of_queries) {
       const int64_t head = index / a.queries, row = index % a.queries;
@@ -142,87 +142,142 @@ FS_DEVICE int64_t part_row(const Call& call, int64_t sequence, int64_t kv_head, 
   return ((sequence * call.a.kv_heads + kv_head) * call.parts + part) * rows + row;
 }
 
-// Joins the parts of a row: one warp a row.
+// The sum, or the highest, of a value of each lane of so many, a power of two.
+template <int kLanes = kWarp, class T>
+FS_DEVICE T sum_of_lanes(T x) {
+  FS_UNROLL
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+template <class T>
+FS_DEVICE T highest_of_lanes(T x) {
+  FS_UNROLL
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = max(x, shuffle_xor(x, mask));
+  return x;
+}
+
+// Joins the parts of a row: one warp a row. A lane has every 32nd part's weight, in shared memory for the others, and of
+// all parts its own features, two of each 64.
 template <class M>
 struct Combine {
   using E = typename M::Element;
   using T = typename M::Sum;
   using Args = Call;
-  static constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+  static constexpr int kThreads = 128, kRows = kThreads / kWarp, kMostFeatures = 256;
+  static constexpr int kSharedBytes = kThreads * int(sizeof(T));
 
   static FS_DEVICE void run(const Call& call) {
     const AttentionArgs& a = call.a;
     const int lane = thread_index() % kWarp;
     const int64_t rows = a.queries * call.group;
-    const int64_t index = int64_t(block_index()) * kWarps + thread_index() / kWarp;
+    const int64_t index = int64_t(block_index()) * kRows + thread_index() / kWarp;
     if (index >= rows * a.kv_heads * a.batch) return;
     const int64_t row = index % rows, kv_head = index / rows % a.kv_heads;
     const Sequence s(a, int(index / rows / a.kv_heads));
     const int64_t head = kv_head * call.group + row % call.group;
     const int query = int(row / call.group);
     const Scoring<T> scoring(call);
-    const auto part_at = [&](int part) { return part_row(call, s.index, kv_head, part, row); };
+    const int64_t first = part_row(call, s.index, kv_head, 0, row);  // of each part, `rows` apart
+    const T* const highests = static_cast<const T*>(call.part_highest) + first;
+    const T* const sums = static_cast<const T*>(call.part_sum) + first;
+    T* const weights = reinterpret_cast<T*>(shared_memory()) + thread_index() / kWarp * kWarp;
 
-    const T* const highests = static_cast<const T*>(call.part_highest);
     T highest = -T(INFINITY);
-    for (int part = 0; part < call.parts; ++part) highest = max(highest, highests[part_at(part)]);
+    for (int part = lane; part < call.parts; part += kWarp) highest = max(highest, highests[part * rows]);
+    highest = highest_of_lanes(highest);
     const T from = highest == -T(INFINITY) ? T(0) : highest;
     T sum = 0;
-    for (int part = 0; part < call.parts; ++part) {
-      const int64_t at = part_at(part);
-      sum = fma(weight_of(highests[at], from, scoring.factor), static_cast<const T*>(call.part_sum)[at], sum);
-    }
-    const T inverse = sum == 0 ? T(0) : T(1) / sum;
-    const T kept_scale = T(1 / (1 - a.dropout_p));
-    for (int column = 2 * lane; column < a.value_size; column += 2 * kWarp) {
-      T first = 0, second = 0;
-      for (int part = 0; part < call.parts; ++part) {
-        const int64_t at = part_at(part);
-        const T weight = weight_of(highests[at], from, scoring.factor);
-        const T* const output = static_cast<const T*>(call.part_output) + at * a.value_size + column;
-        first = fma(weight, output[0], first);
-        if (column + 1 < a.value_size) second = fma(weight, output[1], second);
+    T output[kMostFeatures / 64][2] = {};
+    for (int begin = 0; begin < call.parts; begin += kWarp) {
+      const int own = begin + lane;
+      T weight = 0;
+      if (own < call.parts) {
+        weight = weight_of(highests[own * rows], from, scoring.factor);
+        sum = fma(weight, sums[own * rows], sum);
       }
-      write_output<E>(call, s, head, query, column, first * inverse * kept_scale,
-                      second * inverse * kept_scale);
+      sync_warp();  // nobody reads the last ones any more
+      weights[lane] = weight;
+      sync_warp();
+      const int count = smaller(call.parts - begin, kWarp);
+      FS_NO_UNROLL
+      for (int i = 0; i < count; ++i) {
+        const T* const part =
+            static_cast<const T*>(call.part_output) + (first + (begin + i) * rows) * a.value_size;
+        FS_UNROLL
+        for (int j = 0; j < kMostFeatures / 64; ++j) {
+          const int column = 64 * j + 2 * lane;
+          if (column < a.value_size) output[j][0] = fma(weights[i], part[column], output[j][0]);
+          if (column + 1 < a.value_size) output[j][1] = fma(weights[i], part[column + 1], output[j][1]);
+        }
+      }
+    }
+    sum = sum_of_lanes(sum);
+    const T inverse = (sum == 0 ? T(0) : T(1) / sum) * T(1 / (1 - a.dropout_p));
+    FS_UNROLL
+    for (int j = 0; j < kMostFeatures / 64; ++j) {
+      const int column = 64 * j + 2 * lane;
+      if (column < a.value_size)
+        write_output<E>(call, s, head, query, column, output[j][0] * inverse, output[j][1] * inverse);
     }
     if (lane == 0) write_normalizer(call, scoring, s, head, query, highest, sum);
   }
 };
 
-// delta of each query: the sum over features of grad_output * output, less the gradient of lse. One warp a query.
-template <class M>
+// delta of each query: the sum over features of grad_output * output, less the gradient of lse. A row has as many lanes
+// as there are 16 bytes in it, 32 at most.
+template <class M, int kFeatures>
 struct Delta {
   using E = typename M::Element;
   using T = typename M::Sum;
   using Args = Call;
-  static constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+  static constexpr int kChunk = 16 / int(sizeof(E));
+  static constexpr int kLanes = kFeatures / kChunk < kWarp ? kFeatures / kChunk : kWarp;
+  static constexpr int kThreads = 128, kRows = kThreads / kLanes;
 
   static FS_DEVICE void run(const Call& call) {
     const AttentionArgs& a = call.a;
-    const int64_t index = int64_t(block_index()) * kWarps + thread_index() / kWarp;
-    const int64_t batch = a.cu_seqlens_q ? 1 : a.batch;
-    if (index >= batch * a.heads * a.queries) return;
-    const int64_t query = index % a.queries, head = index / a.queries % a.heads,
-                  b = index / a.queries / a.heads;
+    const int64_t index = int64_t(block_index()) * kRows + thread_index() / kLanes;
+    const int64_t batch = a.cu_seqlens_q ? 1 : a.batch, rows = batch * a.heads * a.queries;
+    const int64_t known = index < rows ? index : rows - 1;  // all lanes meet
+    const int64_t query = known % a.queries, head = known / a.queries % a.heads,
+                  b = known / a.queries / a.heads;
     const auto row = [&](const HeadTensor& t) {
       return static_cast<const E*>(t.data) + b * t.stride[0] + head * t.stride[1] + query * t.stride[2];
     };
     const E *const output = row(a.output), *const grad = row(a.grad_output);
     const E* const remainder = a.remainder.data ? row(a.remainder) : nullptr;
     T sum = 0;
-    for (int i = thread_index() % kWarp; i < a.value_size; i += kWarp) {
-      const T x = widen(output[i]) + (remainder ? T(widen(remainder[i])) : T(0));
-      sum = fma(T(widen(grad[i])), x, sum);
+    for (int first = thread_index() % kLanes * kChunk; first < a.value_size; first += kLanes * kChunk) {
+      const int count = smaller(int(a.value_size) - first, kChunk);
+      const bool whole = call.aligned_deltas && count == kChunk;
+      E of_output[kChunk], of_grad[kChunk], of_remainder[kChunk] = {};
+      read(of_output, output + first, count, whole), read(of_grad, grad + first, count, whole);
+      if (remainder) read(of_remainder, remainder + first, count, whole);
+      FS_UNROLL
+      for (int i = 0; i < kChunk; ++i) {
+        const T x = T(widen(of_output[i])) + T(widen(of_remainder[i]));
+        if (i < count) sum = fma(T(widen(of_grad[i])), x, sum);
+      }
     }
-    FS_UNROLL
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    if (thread_index() % kWarp != 0) return;
+    sum = sum_of_lanes<kLanes>(sum);
+    if (index >= rows || thread_index() % kLanes != 0) return;
     if (a.grad_lse.data) {
       sum -= static_cast<const T*>(
           a.grad_lse.data)[b * a.grad_lse.stride[0] + head * a.grad_lse.stride[1] + query];
     }
     static_cast<T*>(call.delta.data)[b * call.delta.stride[0] + head * call.delta.stride[1] + query] = sum;
+  }
+
+ private:
+  // `whole`: all of it, from a multiple of 16 bytes.
+  static FS_DEVICE void read(E (&to)[kChunk], const E* from, int count, bool whole) {
+    if (whole) {
+      const Vector16 words = *reinterpret_cast<const Vector16*>(from);
+      memcpy(to, &words, 16);
+      return;
+    }
+    FS_UNROLL
+    for (int i = 0; i < kChunk; ++i) to[i] = i < count ? from[i] : E{};
   }
 };
 
@@ -247,8 +302,7 @@ struct GradSinks {
       const T delta = *s.of_query<T>(call.delta, head, i);
       if (weight != 0) sum = fma(-weight, delta, sum);
     }
-    FS_UNROLL
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    sum = sum_of_lanes(sum);
     if (thread_index() == 0) static_cast<T*>(a.grad_sinks)[s.index * a.heads + head] = sum;
   }
 };
