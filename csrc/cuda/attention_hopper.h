@@ -299,10 +299,10 @@ struct HopperForward {
     softmax(scoring, state, s, rescale);
     multiply_rows(o, rescale);
     round(s, p);
+    barrier_wait(shared.values_full + state.stage(), state.phase());
     FS_NO_UNROLL
     for (int i = 1; i < count; ++i) {
       const int before = state.loads++;
-      barrier_wait(shared.values_full + before % kStages, before / kStages & 1);
       barrier_wait(shared.keys_full + state.stage(), state.phase());
       if (kTurns) named_sync(kFirstTurn + state.number, 2 * kWarpgroup);
       wgmma_fence(s, o, p);
@@ -312,12 +312,14 @@ struct HopperForward {
       wgmma_wait<1>(s);
       release(shared.keys_empty + state.stage());
       softmax(scoring, state, s, rescale);
+      // For the next product. Before the wait for this one, across which ptxas moves the exponentials, unless there is a
+      // loop between.
+      barrier_wait(shared.values_full + state.stage(), state.phase());
       wgmma_wait<0>(o, p);
       release(shared.values_empty + before % kStages);
       multiply_rows(o, rescale);
       round(s, p);
     }
-    barrier_wait(shared.values_full + state.stage(), state.phase());
     wgmma_fence(o, p);
     issue_output(shared, state.loads, o, p);
     wgmma_wait<0>(o, p);
