@@ -177,6 +177,18 @@ def test_values_may_have_another_size(hopper, dtype, size):
     hopper.check(Case(dtype, 1, 2, 0, 150, 150, *size, causal="top_left"))
 
 
+@pytest.mark.parametrize("size", [1, 37, 63])
+@every_dtype
+def test_odd_number_of_features_of_values(hopper, dtype, size):
+    """Whose rows begin at odd elements of output: each feature has the bits that it has among others."""
+    case = Case(dtype, 1, 2, 0, 90, 150, 64)
+    data = make_data(case)
+    expected = hopper.forward(case, data)
+    expected["output"] = expected["output"][..., :size]
+    narrow = {**data, "value": data["value"].detach()[..., :size]}
+    assert_same_bits(hopper.forward(case, narrow), expected)
+
+
 # --------------------------------------------------------------------------------------- what is not seen
 
 POISONS = [math.nan, math.inf, -math.inf]

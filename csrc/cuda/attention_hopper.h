@@ -34,6 +34,7 @@
 #include <prim_hopper.h>
 
 #include "attention_hopper_items.h"
+#include "attention_hopper_results.h"
 #include "attention_rows.h"
 
 namespace fastseq::FASTSEQ_ISA::attention {
@@ -463,29 +464,37 @@ struct HopperForward {
   // ---- results ----
 
   static FS_DEVICE void finish(const Call& call, const Scoring<float>& scoring, const State& state,
-                               const Rows& rows, const Output& o) {
-    const int lane = thread_index() % kWarp;
+                               const Rows& rows, Output& o) {
+    const AttentionArgs& a = call.a;
+    const int lane = thread_index() % kWarp, value_size = int(a.value_size);
+    E *output[2] = {}, *remainder[2] = {};
+    float inverse[2];
     FS_UNROLL
     for (int h = 0; h < 2; ++h) {
       float whole = state.sum[h] + shuffle_xor(state.sum[h], 1);
       whole += shuffle_xor(whole, 2);
+      inverse[h] = whole == 0 ? 0.0f : 1 / whole;
       const int row = state.first_row() + lane / 4 + 8 * h;
       if (row >= rows.count) continue;
       const int index = rows.query(row);
       const int64_t head = rows.head(row);
-      const float inverse = whole == 0 ? 0.0f : 1 / whole;
-      FS_UNROLL
-      for (int n = 0; n < kFeatures / 8; ++n) {
-        const int column = 8 * n + 2 * (lane % 4);
-        if (column < call.a.value_size) {
-          write_output<E>(call, rows.s, head, index, column, o[4 * n + 2 * h] * inverse,
-                          o[4 * n + 2 * h + 1] * inverse);
-        }
-      }
+      output[h] = rows.s.template query_row<E>(a.output, head, index);
+      if (a.remainder.data) remainder[h] = rows.s.template query_row<E>(a.remainder, head, index);
       if (lane % 4 != 0) continue;
       const float highest = state.highest[h];
       write_normalizer(call, scoring, rows.s, head, index, highest, whole / excess(highest, scoring.factor));
     }
+    multiply_rows(o, inverse);
+    write_features(output, o, value_size, 1, call.pairs_of_output);
+    if (!a.remainder.data) return;
+    FS_UNROLL
+    for (int i = 0; i < kFeatures / 2; ++i) {
+      E rounded;
+      narrow(o[i], rounded);
+      o[i] -= widen(rounded);
+      if (!is_finite(o[i])) o[i] = 0;
+    }
+    write_features(remainder, o, value_size, 1, call.pairs_of_output);
   }
 };
 
