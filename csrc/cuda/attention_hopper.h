@@ -43,7 +43,8 @@ template <class M, class Shape, bool kMasked>
 struct HopperForward {
   using E = typename M::Element;
   using Args = HopperArgs;
-  static constexpr int kConsumers = Shape::kConsumers, kThreads = Shape::kThreads, kStages = Shape::kStages;
+  static constexpr int kConsumers = Shape::kConsumers, kThreads = Shape::kThreads, kStages = Shape::kStages,
+                       kQueryStages = Shape::kQueryStages;
   static constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kFeatures = Shape::kFeatures;
   static constexpr int kSharedBytes = Shape::kSharedBytes;
   static constexpr int kTiles = Shape::kTiles;  // of 64 features
@@ -64,21 +65,22 @@ struct HopperForward {
     uint32_t* votes;  // [kConsumers][2][4]
 
     FS_DEVICE Shared() {
-      query = tile_memory(), keys = query + kQueryBytes, values = keys + kStages * kStageBytes;
+      query = tile_memory(), keys = query + kQueryStages * kQueryBytes, values = keys + kStages * kStageBytes;
       query_full = reinterpret_cast<PhaseBarrier*>(values + kStages * kStageBytes);
-      query_empty = query_full + 1;
-      keys_full = query_full + 2, keys_empty = keys_full + kStages;
+      query_empty = query_full + kQueryStages;
+      keys_full = query_empty + kQueryStages, keys_empty = keys_full + kStages;
       values_full = keys_empty + kStages, values_empty = values_full + kStages;
       votes = reinterpret_cast<uint32_t*>(values_empty + kStages);
     }
   };
-  static_assert(kSharedBytes ==
-                kQueryBytes + 2 * kStages * kStageBytes + 8 * (2 + 4 * kStages) + 32 * kConsumers);
+  static_assert(kSharedBytes == kQueryStages * kQueryBytes + 2 * kStages * kStageBytes +
+                                    8 * (2 * kQueryStages + 4 * kStages) + 32 * kConsumers);
 
   static FS_DEVICE void run(const Args& args) {
     const Shared shared;
     if (thread_index() == 0) {
-      barrier_begin(shared.query_full, 1), barrier_begin(shared.query_empty, kWarps);
+      for (int i = 0; i < kQueryStages; ++i)
+        barrier_begin(shared.query_full + i, 1), barrier_begin(shared.query_empty + i, kWarps);
       for (int i = 0; i < kStages; ++i) {
         barrier_begin(shared.keys_full + i, 1), barrier_begin(shared.keys_empty + i, kWarps);
         barrier_begin(shared.values_full + i, 1), barrier_begin(shared.values_empty + i, kWarps);
@@ -106,34 +108,45 @@ struct HopperForward {
 
   static FS_DEVICE void produce(const Args& args, const Shared& shared) {
     prefetch(args.query), prefetch(args.key), prefetch(args.value);
-    int loads = 0, items = 0;
+    int loads = 0, queries = 0;
     for_items(args, [&](int item) {
       const Rows rows = rows_of_item<kRows>(args, item);
       const KeyTiles tiles = key_tiles_of<kKeys>(rows, kMasked);
       if (tiles.begin == tiles.end) return;
-      const int kv_head = int(rows.kv_head) / args.packs;
-      const int batch = int(rows.s.b), first_key = int(rows.s.first_key);
-      barrier_wait(shared.query_empty, (items++ & 1) ^ 1);
-      barrier_expect(shared.query_full, kQueryBytes);
-      FS_NO_UNROLL
-      for (int i = 0; i < kTiles; ++i) {
-        fastseq::FASTSEQ_ISA::load_tile<Keep::first_to_go>(
-            shared.query + i * kRows * kTileRowBytes, args.query, shared.query_full,
-            {i * kTileColumns, 0, int(rows.s.first_query) + rows.first_query, int(rows.kv_head), batch});
-      }
-      FS_NO_UNROLL
-      for (int tile = tiles.begin; tile < tiles.end; ++tile, ++loads) {
-        const int stage = loads % kStages, phase = (loads / kStages & 1) ^ 1;
-        const int row = first_key + tile * kKeys;
-        load(shared.keys, args.key, shared.keys_full, shared.keys_empty, stage, phase, row, kv_head, batch);
-        load(shared.values, args.value, shared.values_full, shared.values_empty, stage, phase, row, kv_head,
-             batch);
+      const int kv_head = int(rows.kv_head) / args.packs, batch = int(rows.s.b);
+      int row = int(rows.s.first_key) + tiles.begin * kKeys;
+      const auto load_keys = [&] {
+        load(shared.keys, args.key, shared.keys_full, shared.keys_empty, loads, row, kv_head, batch);
+      };
+      // The first keys need not wait until the products with the queries before are done.
+      load_keys();
+      load_queries(args, shared, rows, queries++);
+      for (int left = tiles.end - tiles.begin;;) {
+        load(shared.values, args.value, shared.values_full, shared.values_empty, loads, row, kv_head, batch);
+        ++loads, row += kKeys;
+        if (--left == 0) break;
+        load_keys();
       }
     });
   }
+  static FS_DEVICE void load_queries(const Args& args, const Shared& shared, const Rows& rows, int number) {
+    const int stage = number % kQueryStages;
+    PhaseBarrier* const full = shared.query_full + stage;
+    barrier_wait(shared.query_empty + stage, (number / kQueryStages & 1) ^ 1);
+    barrier_expect(full, kQueryBytes);
+    FS_NO_UNROLL
+    for (int i = 0; i < kTiles; ++i) {
+      fastseq::FASTSEQ_ISA::load_tile<Keep::first_to_go>(
+          shared.query + stage * kQueryBytes + i * kRows * kTileRowBytes, args.query, full,
+          {i * kTileColumns, 0, int(rows.s.first_query) + rows.first_query, int(rows.kv_head),
+           int(rows.s.b)});
+    }
+  }
+  // The number-th tile of keys or values.
   static FS_DEVICE void load(unsigned char* stages, const TensorMap& map, PhaseBarrier* full,
-                             PhaseBarrier* empty, int stage, int phase, int row, int head, int batch) {
-    barrier_wait(empty + stage, phase);
+                             PhaseBarrier* empty, int number, int row, int head, int batch) {
+    const int stage = number % kStages;
+    barrier_wait(empty + stage, (number / kStages & 1) ^ 1);
     barrier_expect(full + stage, kStageBytes);
     FS_NO_UNROLL
     for (int i = 0; i < kTiles; ++i) {
@@ -144,13 +157,18 @@ struct HopperForward {
 
   // ---- a consumer ----
 
+  static constexpr int kQueries = 2;
   struct State {
-    int number;                // of the consumer
-    int loads = 0;             // tiles of keys and values so far, which tell stage and phase
-    int turns = 0;             // whether it is that of the odd ones, 1 of votes and 2 of tiles of queries
+    int number;     // of the consumer
+    int loads = 0;  // tiles of keys and values so far, which tell stage and phase
+    // One word, for registers are few: from kQueries on the tiles of queries so far, bit 0 whether that of the votes is
+    // odd, see any_in_warpgroup().
+    int counts = 0;
     float highest[2], sum[2];  // of the thread's rows; the sum over its own columns
     FS_DEVICE int stage() const { return loads % kStages; }
     FS_DEVICE int phase() const { return loads / kStages & 1; }
+    FS_DEVICE int query_stage() const { return counts / kQueries % kQueryStages; }
+    FS_DEVICE int query_phase() const { return counts / (kQueries * kQueryStages) & 1; }
     FS_DEVICE int first_row() const { return number * 64 + thread_index() % kWarpgroup / kWarp * 16; }
   };
 
@@ -184,26 +202,27 @@ struct HopperForward {
       FS_UNROLL
       for (int i = 0; i < kFeatures / 2; ++i) o[i] = 0;
       if (tiles.begin < tiles.end) {
-        barrier_wait(shared.query_full, state.turns >> 1);
-        state.turns ^= 2;
+        barrier_wait(shared.query_full + state.query_stage(), state.query_phase());
         FS_NO_UNROLL
         for (int tile = tiles.begin; tile < tiles.end;) {
           if (tile == tiles.whole && tile < tiles.edge) {
-            whole_tiles(scoring, shared, state, tiles.edge - tile, s, o, p);
+            whole_tiles(scoring, shared, state, tiles.edge - tile, tiles.edge == tiles.end, s, o, p);
             tile = tiles.edge;
           } else {
-            edge_tile(call, scoring, shared, state, rows_again(args, rows, item), tile++, s, o, p);
+            const bool last = tile + 1 == tiles.end;
+            edge_tile(call, scoring, shared, state, rows_again(args, rows, item), tile++, last, s, o, p);
           }
         }
-        release(shared.query_empty);
+        state.counts += kQueries;
       }
       finish(call, scoring, state, rows_again(args, rows, item), o);
     });
   }
 
   // S and O of the tile that is the load-th, issued.
-  static FS_DEVICE void issue_scores(const Shared& shared, int number, int load, Scores& s) {
-    const uint64_t q = operand_of_tiles<Major::k>(shared.query + number * 64 * kTileRowBytes, kRows);
+  static FS_DEVICE void issue_scores(const Shared& shared, const State& state, int load, Scores& s) {
+    const uint64_t q = operand_of_tiles<Major::k>(
+        shared.query + state.query_stage() * kQueryBytes + state.number * 64 * kTileRowBytes, kRows);
     const uint64_t k = operand_of_tiles<Major::k>(shared.keys + load % kStages * kStageBytes, kKeys);
     FS_UNROLL
     for (int i = 0; i < kFeatures / 16; ++i) {
@@ -290,11 +309,11 @@ struct HopperForward {
   // ---- tiles that all rows see whole ----
 
   static FS_DEVICE void whole_tiles(const Scoring<float>& scoring, const Shared& shared, State& state,
-                                    int count, Scores& s, Output& o, Weights& p) {
+                                    int count, bool last, Scores& s, Output& o, Weights& p) {
     float rescale[2];
     barrier_wait(shared.keys_full + state.stage(), state.phase());
     wgmma_fence(s);
-    issue_scores(shared, state.number, state.loads, s);
+    issue_scores(shared, state, state.loads, s);
     wgmma_wait<0>(s);
     release(shared.keys_empty + state.stage());
     softmax(scoring, state, s, rescale);
@@ -307,7 +326,7 @@ struct HopperForward {
       barrier_wait(shared.keys_full + state.stage(), state.phase());
       if (kTurns) named_sync(kFirstTurn + state.number, 2 * kWarpgroup);
       wgmma_fence(s, o, p);
-      issue_scores(shared, state.number, state.loads, s);
+      issue_scores(shared, state, state.loads, s);
       issue_output(shared, before, o, p);
       if (kTurns) named_arrive(kFirstTurn + (state.number + 1) % kConsumers, 2 * kWarpgroup);
       wgmma_wait<1>(s);
@@ -321,6 +340,7 @@ struct HopperForward {
       multiply_rows(o, rescale);
       round(s, p);
     }
+    if (last) release(shared.query_empty + state.query_stage());
     wgmma_fence(o, p);
     issue_output(shared, state.loads, o, p);
     wgmma_wait<0>(o, p);
@@ -333,8 +353,8 @@ struct HopperForward {
   // Whether it is so for any thread of the warpgroup. Two places in turn: who writes to one has met, since it was read
   // last, all that have read it.
   static FS_DEVICE bool any_in_warpgroup(const Shared& shared, State& state, bool x) {
-    uint32_t* const votes = shared.votes + (state.number * 2 + (state.turns & 1)) * 4;
-    state.turns ^= 1;
+    uint32_t* const votes = shared.votes + (state.number * 2 + (state.counts & 1)) * 4;
+    state.counts ^= 1;
     const bool any = any_in_warp(x);
     if (thread_index() % kWarp == 0) votes[thread_index() / kWarp % 4] = any;
     sync_warp();
@@ -386,7 +406,7 @@ struct HopperForward {
   }
 
   static FS_DEVICE void edge_tile(const Call& call, const Scoring<float>& scoring, const Shared& shared,
-                                  State& state, const Rows& rows, int tile, Scores& s, Output& o,
+                                  State& state, const Rows& rows, int tile, bool last, Scores& s, Output& o,
                                   Weights& p) {
     const AttentionArgs& a = call.a;
     using Matrix = Sums<float>[1][kKeys / 8];  // S as the general kernels have it
@@ -420,12 +440,13 @@ struct HopperForward {
     barrier_wait(shared.keys_full + stage, phase);
     if (works) {
       wgmma_fence(s);
-      issue_scores(shared, state.number, load, s);
+      issue_scores(shared, state, load, s);
       wgmma_wait<0>(s);
     } else {
       sync_warp();  // all of its lanes have seen the phase that now ends
     }
     release(shared.keys_empty + stage);
+    if (last) release(shared.query_empty + state.query_stage());
     if (works) {
       Matrix& x = reinterpret_cast<Matrix&>(s);
       if constexpr (kMasked) {
