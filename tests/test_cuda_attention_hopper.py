@@ -242,6 +242,23 @@ def test_value_reaches_only_the_queries_that_see_it(hopper, dtype, size, poison)
         assert seen[..., others].isfinite().all()
 
 
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_value_reaches_the_warpgroup_that_sees_all_of_its_tile(hopper, size):
+    """While a part of the tile is hidden from another one, which makes the values finite for itself."""
+    keys = tile_of(size)[1]
+    case = Case(torch.bfloat16, 1, 1, 0, 128, keys + 64, size, causal="bottom_right")
+    offset = keys - 64  # so that from the second 64 queries on all of the first tile is seen
+    data = make_data(case)
+    clean = hopper.forward(case, data)["output"]
+    data["value"] = data["value"].detach().clone()
+    data["value"][:, :, keys - 5, 3] = math.nan
+    first = keys - 5 - offset
+    output = hopper.forward(case, data)["output"]
+    assert output[:, :, first:, 3].isnan().all()
+    output[:, :, first:, 3] = clean[:, :, first:, 3]
+    assert_same_bits({"output": output}, {"output": clean})
+
+
 def test_packed_sequences_do_not_see_each_other(hopper):
     case = Case(torch.bfloat16, 4, 2, 0, 150, 200, 64, packed=True, causal="bottom_right")
     data = make_data(case)
@@ -403,14 +420,16 @@ def test_no_wait_can_be_left_out(on_twin, what, turns, changes):
     assert_no_wait_can_be_left_out(on_twin, case, make_data(case), what, range(turns))
 
 
-def test_no_meeting_about_what_is_not_finite_can_be_left_out(on_twin):
-    """The two that follow the vote. One such value is hidden, another one seen."""
+@pytest.mark.parametrize(("what", "turn"), [("named_sync", 1), ("barrier_wait", 3)])
+def test_no_wait_about_what_is_not_finite_can_be_left_out(on_twin, what, turn):
+    """The two that follow the vote: until all have read the values, and made them finite. One such value
+    is hidden, another one seen."""
     case = Case(torch.bfloat16, 1, 1, 0, 128, 70, 128, lengths=True)
     data = make_data(case)
     data["key_lengths"] = torch.tensor([69])
     data["value"] = data["value"].detach().clone()
     data["value"][:, :, 69, 5], data["value"][:, :, 3, 77] = math.nan, math.inf
-    assert_no_wait_can_be_left_out(on_twin, case, data, "named_sync", range(1, 3))
+    assert_no_wait_can_be_left_out(on_twin, case, data, what, [turn])
 
 
 def assert_no_wait_can_be_left_out(hopper, case, data, what, turns):

@@ -34,6 +34,7 @@
 #include <prim_hopper.h>
 
 #include "attention_hopper_items.h"
+#include "attention_hopper_masks.h"
 #include "attention_hopper_results.h"
 #include "attention_rows.h"
 
@@ -52,8 +53,7 @@ struct HopperForward {
                        kStageBytes = kTiles * kTileBytes;
   static constexpr int kWarps = 4 * kConsumers;  // that read
   static constexpr bool kTurns = kFeatures <= 128;
-  static constexpr int kFirstTurn = 1, kFirstMeeting = 1 + kConsumers;  // named barriers of each consumer,
-  static constexpr int kOfAll = 1 + 2 * kConsumers;                     // and one of all
+  static constexpr int kFirstTurn = 1, kFirstMeeting = 1 + kConsumers;  // named barriers of each consumer
   using Rows = RowTile<kRows>;
   using Scores = float[kKeys / 2];
   using Output = float[kFeatures / 2];
@@ -62,7 +62,8 @@ struct HopperForward {
   struct Shared {
     unsigned char *query, *keys, *values;
     PhaseBarrier *query_full, *query_empty, *keys_full, *keys_empty, *values_full, *values_empty;
-    uint32_t* votes;  // [kConsumers][2][4]
+    PhaseBarrier* values_read;  // see edge_tile()
+    uint32_t* votes;            // [kConsumers][2][4]
 
     FS_DEVICE Shared() {
       query = tile_memory(), keys = query + kQueryStages * kQueryBytes, values = keys + kStages * kStageBytes;
@@ -70,11 +71,12 @@ struct HopperForward {
       query_empty = query_full + kQueryStages;
       keys_full = query_empty + kQueryStages, keys_empty = keys_full + kStages;
       values_full = keys_empty + kStages, values_empty = values_full + kStages;
-      votes = reinterpret_cast<uint32_t*>(values_empty + kStages);
+      values_read = values_empty + kStages;
+      votes = reinterpret_cast<uint32_t*>(values_read + kStages);
     }
   };
   static_assert(kSharedBytes == kQueryStages * kQueryBytes + 2 * kStages * kStageBytes +
-                                    8 * (2 * kQueryStages + 4 * kStages) + 32 * kConsumers);
+                                    8 * (2 * kQueryStages + 5 * kStages) + 32 * kConsumers);
 
   static FS_DEVICE void run(const Args& args) {
     const Shared shared;
@@ -84,6 +86,7 @@ struct HopperForward {
       for (int i = 0; i < kStages; ++i) {
         barrier_begin(shared.keys_full + i, 1), barrier_begin(shared.keys_empty + i, kWarps);
         barrier_begin(shared.values_full + i, 1), barrier_begin(shared.values_empty + i, kWarps);
+        barrier_begin(shared.values_read + i, kWarps);
       }
       barriers_begun();
     }
@@ -98,10 +101,9 @@ struct HopperForward {
   }
 
  private:
-  // Once more, from its number: cheaper than to keep all of it in registers meanwhile. Where all tiles need it, it is
-  // kept.
-  static FS_DEVICE Rows rows_again(const Args& args, const Rows& rows, int item) {
-    return kMasked ? rows : rows_of_item<kRows>(args, int(as_new(uint32_t(item))));
+  // Once more, from its number: cheaper than to keep all of it in registers meanwhile.
+  static FS_DEVICE Rows rows_again(const Args& args, int item) {
+    return rows_of_item<kRows>(args, int(as_new(uint32_t(item))));
   }
 
   // ---- the producer ----
@@ -157,12 +159,12 @@ struct HopperForward {
 
   // ---- a consumer ----
 
-  static constexpr int kQueries = 2;
+  static constexpr int kEdges = 2, kQueries = kEdges << kStages;
   struct State {
     int number;     // of the consumer
     int loads = 0;  // tiles of keys and values so far, which tell stage and phase
-    // One word, for registers are few: from kQueries on the tiles of queries so far, bit 0 whether that of the votes is
-    // odd, see any_in_warpgroup().
+    // One word, for registers are few: from kQueries on the tiles of queries so far; bit 0 whether that of the votes is
+    // odd, see any_in_warpgroup(); from kEdges on whether that of a stage's tiles in edge_tile() is.
     int counts = 0;
     float highest[2], sum[2];  // of the thread's rows; the sum over its own columns
     FS_DEVICE int stage() const { return loads % kStages; }
@@ -170,6 +172,28 @@ struct HopperForward {
     FS_DEVICE int query_stage() const { return counts / kQueries % kQueryStages; }
     FS_DEVICE int query_phase() const { return counts / (kQueries * kQueryStages) & 1; }
     FS_DEVICE int first_row() const { return number * 64 + thread_index() % kWarpgroup / kWarp * 16; }
+  };
+
+  // What edge_tile() needs to know of the rows.
+  struct Own {
+    Query<float> query[2];  // of the thread; of a row that is not there nothing is written
+    int first, count;       // the consumer's queries
+    Band band;
+    int64_t mask[2];  // where those of the thread's rows begin
+
+    FS_DEVICE Own(const AttentionArgs& a, const Rows& rows, const State& state) : band(rows.s) {
+      FS_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int row = state.first_row() + thread_index() % kWarp / 4 + 8 * i;
+        const int known = row < rows.count ? row : 0;
+        query[i] = {rows.query(known), 0, 0, 0, 0};
+        mask[i] = rows.s.b * a.mask.stride[0] + rows.head(known) * a.mask.stride[1] +
+                  query[i].index * a.mask.stride[2];
+      }
+      const int begin = state.number * 64, end = smaller(begin + 64, rows.count);
+      first = rows.query(begin);
+      count = begin < end ? rows.query(end - 1) - first + 1 : 0;
+    }
   };
 
   static FS_DEVICE void release(PhaseBarrier* empty) {
@@ -202,20 +226,26 @@ struct HopperForward {
       FS_UNROLL
       for (int i = 0; i < kFeatures / 2; ++i) o[i] = 0;
       if (tiles.begin < tiles.end) {
+        [[maybe_unused]] const Own own(a, rows, state);
         barrier_wait(shared.query_full + state.query_stage(), state.query_phase());
         FS_NO_UNROLL
         for (int tile = tiles.begin; tile < tiles.end;) {
-          if (tile == tiles.whole && tile < tiles.edge) {
+          if (!kMasked && tile == tiles.whole && tile < tiles.edge) {
             whole_tiles(scoring, shared, state, tiles.edge - tile, tiles.edge == tiles.end, s, o, p);
             tile = tiles.edge;
           } else {
             const bool last = tile + 1 == tiles.end;
-            edge_tile(call, scoring, shared, state, rows_again(args, rows, item), tile++, last, s, o, p);
+            if constexpr (kMasked) {
+              edge_tile(call, scoring, shared, state, own, tile++, last, s, o, p);
+            } else {  // few are such
+              edge_tile(call, scoring, shared, state, Own(a, rows_again(args, item), state), tile++, last, s,
+                        o, p);
+            }
           }
         }
         state.counts += kQueries;
       }
-      finish(call, scoring, state, rows_again(args, rows, item), o);
+      finish(call, scoring, state, rows_again(args, item), o);
     });
   }
 
@@ -350,30 +380,32 @@ struct HopperForward {
 
   // ---- tiles of which something is hidden ----
 
-  // Whether it is so for any thread of the warpgroup. Two places in turn: who writes to one has met, since it was read
-  // last, all that have read it.
-  static FS_DEVICE bool any_in_warpgroup(const Shared& shared, State& state, bool x) {
+  // What is so for any thread of the warpgroup: bit 0, bit 1. Two places in turn: who writes to one has met, since it
+  // was read last, all that have read it.
+  static FS_DEVICE uint32_t any_in_warpgroup(const Shared& shared, State& state, bool x, bool y = false) {
     uint32_t* const votes = shared.votes + (state.number * 2 + (state.counts & 1)) * 4;
     state.counts ^= 1;
-    const bool any = any_in_warp(x);
+    const uint32_t any = any_in_warp(x) | any_in_warp(y) << 1;
     if (thread_index() % kWarp == 0) votes[thread_index() / kWarp % 4] = any;
     sync_warp();
     named_sync(kFirstMeeting + state.number, kWarpgroup);
     return votes[0] | votes[1] | votes[2] | votes[3];
   }
 
-  // Whether there is a NaN or an infinity in this thread's share of a tile of values: an exponent of ones, which makes
-  // the sign bit of the half word that it is in when one is added.
+  // Whether there is a NaN or an infinity in this thread's share of a tile of values.
   static FS_DEVICE bool is_special(const unsigned char* tile) {
-    constexpr uint32_t kOne = std::is_same_v<E, bfloat16> ? 0x00800080 : 0x04000400;
+    constexpr int kShare = kStageBytes / 16 / kWarpgroup, kAtOnce = kShare % 4 == 0   ? 4
+                                                                    : kShare % 3 == 0 ? 3
+                                                                                      : 2;
+    static_assert(kStageBytes % (16 * kWarpgroup) == 0 && kShare % kAtOnce == 0);
+    const Vector16* const share = reinterpret_cast<const Vector16*>(tile) + thread_index() % kWarpgroup;
     uint32_t carries = 0;
     FS_NO_UNROLL
-    for (int i = thread_index() % kWarpgroup; i < kStageBytes / 16; i += kWarpgroup) {
-      const Vector16 words = reinterpret_cast<const Vector16*>(tile)[i];
+    for (int i = 0; i < kShare; i += kAtOnce) {
       FS_UNROLL
-      for (int w = 0; w < 4; ++w) carries |= (words.word[w] & 0x7fff7fff) + kOne;
+      for (int j = 0; j < kAtOnce; ++j) carries |= carries_of<E>(share[(i + j) * kWarpgroup]);
     }
-    return carries & 0x80008000;
+    return carries != 0;
   }
 
   // What of P V is not finite, added to O. The copies are made in loops: with memcpy() of an array ptxas sees it in
@@ -398,7 +430,7 @@ struct HopperForward {
   // This thread's share of a tile, for the products.
   static FS_DEVICE void make_finite(unsigned char* tile) {
     FS_NO_UNROLL
-    for (int i = thread_index() - kWarpgroup; i < kStageBytes / 2; i += kConsumers * kWarpgroup) {
+    for (int i = thread_index() % kWarpgroup; i < kStageBytes / 2; i += kWarpgroup) {
       E& x = reinterpret_cast<E*>(tile)[i];
       if (!is_finite(widen(x))) x.bits = 0;
     }
@@ -406,41 +438,44 @@ struct HopperForward {
   }
 
   static FS_DEVICE void edge_tile(const Call& call, const Scoring<float>& scoring, const Shared& shared,
-                                  State& state, const Rows& rows, int tile, bool last, Scores& s, Output& o,
+                                  State& state, const Own& own, int tile, bool last, Scores& s, Output& o,
                                   Weights& p) {
-    const AttentionArgs& a = call.a;
     using Matrix = Sums<float>[1][kKeys / 8];  // S as the general kernels have it
-    const int first_row = state.first_row(), lane = thread_index() % kWarp;
-    Query<float> query[2];
-    FS_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int row = first_row + lane / 4 + 8 * i;
-      const int known = row < rows.count ? row : 0;  // of a row that is not there nothing is written
-      query[i] = {rows.query(known), int(rows.head(known)), 0, 0, 0};
-    }
-    const auto query_at = [&](int m, int, int e) -> const Query<float>& { return query[2 * m + e / 2]; };
-    const Orient<true> orient{first_row, tile * kKeys};
-    const Band band(rows.s);
-    const Range all = rows.all();
-    const bool edge = tile * kKeys < all.begin || (tile + 1) * kKeys > all.end;
-
-    bool works = state.number * 64 < rows.count;
-    if (works) {
-      const int first = rows.query(state.number * 64),
-                last = rows.query(smaller(state.number * 64 + 63, rows.count - 1));
-      works = tile * kKeys < rows.s.visible(last).end && (tile + 1) * kKeys > rows.s.visible(first).begin;
-    }
-    if constexpr (kMasked) {
-      if (works && a.mask.kind != MaskKind::kNone) {
-        const bool any = mask_shows_any<E, float, 1, kKeys / 8>(call, rows.s, band, orient, query_at, edge);
-        works = any_in_warpgroup(shared, state, any);
-      }
-    }
+    const auto query_at = [&](int m, int, int e) -> const Query<float>& { return own.query[2 * m + e / 2]; };
+    const Orient<true> orient{state.first_row(), tile * kKeys};
+    const Band& band = own.band;
+    // Whether this consumer's rows see any of the tile, and whether something of it is hidden from them.
+    bool works = own.count > 0 && band.shows_any(own.first, own.count, tile * kKeys, kKeys);
+    const bool edge = works && !band.shows_all(own.first, own.count, tile * kKeys, kKeys);
+    const bool masked = kMasked && call.a.mask.kind != MaskKind::kNone;
     const int load = state.loads++, stage = load % kStages, phase = load / kStages & 1;
+    unsigned char* const values = shared.values + stage * kStageBytes;
+    [[maybe_unused]] float bias[kMasked ? kKeys / 2 : 1];
+    bool values_are_there = false, special = false;
     barrier_wait(shared.keys_full + stage, phase);
     if (works) {
       wgmma_fence(s);
       issue_scores(shared, state, load, s);
+      // Meanwhile: what does the mask show, and is there anything in the values that must not meet a weight of zero?
+      bool hides = edge;
+      if constexpr (kMasked) {
+        if (masked) {
+          read_biases<E, kKeys>(call, own.mask, tile * kKeys, bias);
+          bool any_shown = false, any_hidden = false;
+          FS_UNROLL
+          for (int i = 0; i < kKeys / 2; ++i) {
+            const bool hidden = bias[i] == -float(INFINITY);
+            any_hidden |= hidden, any_shown |= !hidden;
+          }
+          const uint32_t found = any_in_warpgroup(shared, state, any_shown, any_hidden);
+          works = found & 1, hides |= (found & 2) != 0;
+        }
+      }
+      if (works && hides) {
+        barrier_wait(shared.values_full + stage, phase);
+        values_are_there = true;
+        special = any_in_warpgroup(shared, state, is_special(values));
+      }
       wgmma_wait<0>(s);
     } else {
       sync_warp();  // all of its lanes have seen the phase that now ends
@@ -454,10 +489,9 @@ struct HopperForward {
           FS_UNROLL
           for (int i = 0; i < kKeys / 2; ++i) s[i] *= scoring.scale;
         }
-        if (a.mask.kind != MaskKind::kNone) {
-          for_mask<E, float, 1, kKeys / 8>(
-              call, rows.s, band, orient, query_at, edge,
-              [&](int m, int n, int e, float bias) { x[m][n][e] = add_bias(x[m][n][e], bias); });
+        if (masked) {
+          FS_UNROLL
+          for (int i = 0; i < kKeys / 2; ++i) s[i] = add_bias(s[i], bias[i]);
         }
       }
       if (edge) hide_edge(band, orient, query_at, x);
@@ -465,20 +499,26 @@ struct HopperForward {
       softmax(scoring, state, s, rescale);
       multiply_rows(o, rescale);
     }
-    barrier_wait(shared.values_full + stage, phase);
-    unsigned char* const values = shared.values + stage * kStageBytes;
-    if (any_in_warpgroup(shared, state, is_special(values))) {  // so all consumers find
-      if (works) add_special(values, s, o);
-      named_sync(kOfAll, kConsumers * kWarpgroup);
+    if (!values_are_there) barrier_wait(shared.values_full + stage, phase);
+    if (special) {
+      // Others may not have found it, for nothing is hidden from them, and still want the values as they are.
+      add_special(values, s, o);
+      sync_warp();
+      release(shared.values_read + stage);
+      barrier_wait(shared.values_read + stage, state.counts / (kEdges << stage) & 1);
       make_finite(values);
-      named_sync(kOfAll, kConsumers * kWarpgroup);
+      named_sync(kFirstMeeting + state.number, kWarpgroup);
     }
     if (works) {
       round(s, p);
       wgmma_fence(o, p);
       issue_output(shared, load, o, p);
       wgmma_wait<0>(o, p);
+    } else {
+      sync_warp();
     }
+    if (!special) release(shared.values_read + stage);
+    state.counts ^= kEdges << stage;
     release(shared.values_empty + stage);
   }
 

@@ -87,8 +87,8 @@ using PairShape =
 //   128        128 x 128     64 + 32 + 64 of 240                    192 KB
 //   192        128 x 112     56 + 28 + 96 of 240                    216 KB
 //   256        128 x 64      32 + 16 + 128 of 240                   192 KB
-// Up to 128 features there is room for the next tile of queries too. With a mask 64 features have two consumers, for its
-// numbers need registers too; 256 have 80 keys, for S and P are not there at the same time.
+// Up to 128 features there is room for the next tile of queries too. With a mask, which takes as many registers as S, 64
+// features have two consumers, 128 have 112 keys and 256 have 48.
 template <int features, int consumers, int keys, int stages = 2>
 struct HopperShape {
   static constexpr int kFeatures = features, kConsumers = consumers, kKeys = keys, kStages = stages;
@@ -96,7 +96,7 @@ struct HopperShape {
                        kTiles = (features + 63) / 64, kQueryStages = features <= 128 ? 2 : 1;
   // Tiles; barriers of each stage; eight words of each consumer.
   static constexpr int kSharedBytes = 128 * kTiles * (kQueryStages * kRows + 2 * stages * keys) +
-                                      8 * (2 * kQueryStages + 4 * stages) + 32 * consumers;
+                                      8 * (2 * kQueryStages + 5 * stages) + 32 * consumers;
 };
 
 // Which one has tiles of so many features: 64, 96, 128, 192 or 256; with a mask 64, 128 or 256.
@@ -112,8 +112,8 @@ auto with_hopper_shape(int features, bool masked, const Body& body) {
   if (masked) {
     constexpr std::true_type yes;
     if (features == 64) return body(HopperShape<64, 2, 128>(), yes);
-    if (features == 128) return body(HopperShape<128, 2, 128>(), yes);
-    return body(HopperShape<256, 2, 80>(), yes);
+    if (features == 128) return body(HopperShape<128, 2, 112>(), yes);
+    return body(HopperShape<256, 2, 48>(), yes);
   }
   constexpr std::false_type no;
   if (features == 64) return body(HopperShape<64, 3, 128>(), no);
