@@ -48,7 +48,8 @@ struct HopperForward {
                        kQueryStages = Shape::kQueryStages;
   static constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kFeatures = Shape::kFeatures;
   static constexpr int kSharedBytes = Shape::kSharedBytes;
-  static constexpr int kTiles = Shape::kTiles;  // of 64 features
+  static constexpr int kTiles = Shape::kTiles,
+                       kColumns = kTiles * kTileColumns;  // of 64 features; of O, all of them
   static constexpr int kQueryBytes = kTiles * kRows * kTileRowBytes, kTileBytes = kKeys * kTileRowBytes,
                        kStageBytes = kTiles * kTileBytes;
   static constexpr int kWarps = 4 * kConsumers;  // that read
@@ -56,7 +57,7 @@ struct HopperForward {
   static constexpr int kFirstTurn = 1, kFirstMeeting = 1 + kConsumers;  // named barriers of each consumer
   using Rows = RowTile<kRows>;
   using Scores = float[kKeys / 2];
-  using Output = float[kFeatures / 2];
+  using Output = float[kColumns / 2];
   using Weights = uint32_t[kKeys / 16][4];
 
   struct Shared {
@@ -224,7 +225,7 @@ struct HopperForward {
         state.sum[i] = counts ? excess(state.highest[i], scoring.factor) : 0;
       }
       FS_UNROLL
-      for (int i = 0; i < kFeatures / 2; ++i) o[i] = 0;
+      for (int i = 0; i < kColumns / 2; ++i) o[i] = 0;
       if (tiles.begin < tiles.end) {
         [[maybe_unused]] const Own own(a, rows, state);
         barrier_wait(shared.query_full + state.query_stage(), state.query_phase());
@@ -265,7 +266,7 @@ struct HopperForward {
     const uint64_t v = operand_of_tiles<Major::mn>(shared.values + load % kStages * kStageBytes, kKeys);
     FS_UNROLL
     for (int i = 0; i < kKeys / 16; ++i) {
-      wgmma<E, kFeatures, Major::mn>(o, p[i], at_step<Major::mn>(v, kKeys, i), true);
+      wgmma<E, kColumns, Major::mn>(o, p[i], at_step<Major::mn>(v, kKeys, i), true);
     }
     wgmma_commit();
   }
@@ -329,7 +330,7 @@ struct HopperForward {
   }
   static FS_DEVICE void multiply_rows(Output& o, const float (&by)[2]) {
     FS_UNROLL
-    for (int i = 0; i < kFeatures / 2; ++i) o[i] *= by[i / 2 % 2];
+    for (int i = 0; i < kColumns / 2; ++i) o[i] *= by[i / 2 % 2];
   }
   static FS_DEVICE void round(const Scores& s, Weights& p) {
     FS_UNROLL
@@ -416,16 +417,15 @@ struct HopperForward {
     FS_UNROLL
     for (int i = 0; i < kKeys / 2; ++i) from[i] = s[i];
     FS_UNROLL
-    for (int i = 0; i < kFeatures / 2; ++i) to[i] = o[i];
+    for (int i = 0; i < kColumns / 2; ++i) to[i] = o[i];
     FS_NO_UNROLL
     for (int i = 0; i < kTiles; ++i) {
       add_special_product<M, false>(
-          reinterpret_cast<Sums<float>*>(to) + i * 8, 1, smaller(8, kFeatures / 8 - i * 8),
-          reinterpret_cast<Sums<float>*>(from), kKeys / 8,
+          reinterpret_cast<Sums<float>*>(to) + i * 8, 1, 8, reinterpret_cast<Sums<float>*>(from), kKeys / 8,
           Tile<E, kTileColumns>{reinterpret_cast<E*>(values + i * kTileBytes)}, 0, kTileColumns);
     }
     FS_UNROLL
-    for (int i = 0; i < kFeatures / 2; ++i) o[i] = to[i];
+    for (int i = 0; i < kColumns / 2; ++i) o[i] = to[i];
   }
   // This thread's share of a tile, for the products.
   static FS_DEVICE void make_finite(unsigned char* tile) {
@@ -549,7 +549,7 @@ struct HopperForward {
     write_features(output, o, value_size, 1, call.pairs_of_output);
     if (!a.remainder.data) return;
     FS_UNROLL
-    for (int i = 0; i < kFeatures / 2; ++i) {
+    for (int i = 0; i < kColumns / 2; ++i) {
       E rounded;
       narrow(o[i], rounded);
       o[i] -= widen(rounded);

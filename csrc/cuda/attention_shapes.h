@@ -83,7 +83,7 @@ using PairShape =
 //
 //   features   rows x keys   registers of S, P and O, of how many   shared memory
 //   64         192 x 128     64 + 32 + 32 of 160                    112 KB of 227
-//   96         128 x 144     72 + 36 + 48 of 240                    208 KB
+//   96         128 x 144     72 + 36 + 64 of 240                    208 KB
 //   128        128 x 128     64 + 32 + 64 of 240                    192 KB
 //   192        128 x 112     56 + 28 + 96 of 240                    216 KB
 //   256        128 x 64      32 + 16 + 128 of 240                   192 KB
