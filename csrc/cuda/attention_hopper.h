@@ -1,8 +1,9 @@
 // Attention, forward, written for sm_90a: tiles by TMA, products by wgmma, in one persistent block a multiprocessor.
 //
-// A block takes items, a tile of rows of one pack of heads each, in an order that its number alone decides. Its first
-// warpgroup brings tiles of keys and values into kStages stages (one thread of it; it gives its registers to the
-// others); each other one, a consumer, owns 64 rows and goes over the tiles of keys that one of the block's rows sees:
+// A block takes tiles of rows, of one pack of heads each, in an order that its number alone decides (see
+// attention_hopper_items.h). Its first warpgroup brings tiles of keys and values into kStages stages (one thread of it;
+// it gives its registers to the others), and the first keys of a tile of rows before its queries, which wait longer for
+// room; each other one, a consumer, owns 64 rows and goes over the tiles of keys that one of the block's rows sees:
 //
 //   S = Q K^T                        both from shared memory, S in registers
 //   m' = max(m, row maxima of S), P = exp2((S - m') factor), l = l exp2((m - m') factor) + row sums of P
@@ -11,23 +12,27 @@
 // Tiles that all rows see whole are the rule. There S of one tile and O of the one before are issued together, and while
 // tensor cores make O, the consumer makes P of S. Up to 128 features the consumers take turns at issuing, so that one
 // multiplies while another is at its exponentials. Tiles of which some element is hidden are worked on one step after
-// the other: lengths, causality and windows have one or two of them, at the ends; with a mask all tiles are such.
-// Of these, values that are hidden may be NaN or infinite, and zero times that is NaN: the consumers look through the
-// tile of values, and where they find one they add to O what comes of those that are seen, meet, make zeros of them, and
-// go on as if nothing had been. A consumer skips the products of what its rows see nothing of.
+// the other: lengths, causality and windows have one or two of them, at the ends; with a mask all tiles are such. The
+// mask is read while S is being made, once, into registers; where it shows a consumer nothing, that is all.
+// Of these, values that are hidden may be NaN or infinite, and zero times that is NaN. So a consumer from whose rows
+// something is hidden also looks through the tile of values while S is being made. If there is one, it adds to O what
+// comes of those that are seen, waits until all consumers have read the values, makes zeros of them, and goes on as if
+// nothing had been: the others, from whom nothing may be hidden, want them as they are.
 //
 // Rows are those of attention_call.h, of packs of heads: as many of those that share a key head as divide the rows of
 // a tile, so that a box of Q is (features, heads of the pack, queries). What lies outside of a tensor is zero, what lies
 // outside of a sequence is another's; neither is seen, or written.
 //
-// Shared memory: Q, then kStages tiles of K and of V, in columns of 64 features as portable_hopper.h has tiles, then
-// barriers. "full" is for the bytes of a load, "empty" for one arrival of each consumer's warp.
+// Shared memory: one or two tiles of Q, then kStages of K and of V, in columns of 64 features as portable_hopper.h has
+// tiles, then barriers. "full" is for the bytes of a load, "empty" for one arrival of each consumer's warp.
 //
 // Cost of a score: D + Dv multiply-adds of tensor cores (4096 operations a cycle: at D = 128 a tile of 64 x 128 takes
 // 1024 cycles); a maximum, a multiply-add, an addition, half a conversion, and one ex2, of which a
 // multiprocessor makes 16 a cycle (512 cycles a tile, whatever D is). Shared memory is read once for each 64 rows: 64
 // of 128 cycles of a product. From L2, 2 (D + Dv) bytes of a key for each tile of rows.
-// Registers: S and P of kKeys / 2 and kKeys / 4, O of kFeatures / 2, of the 240 (two consumers) or 160 (three).
+// Registers: S and P of kKeys / 2 and kKeys / 4, O of kColumns / 2, of the 240 (two consumers) or 160 (three); what a
+// mask adds takes kKeys / 2, while there is no P. O has whole columns of 64 features, for the products of 96 would take
+// half of a tile's swizzled rows of values.
 // Tiles and shared memory: HopperShape in attention_shapes.h.
 #pragma once
 
@@ -48,8 +53,8 @@ struct HopperForward {
                        kQueryStages = Shape::kQueryStages;
   static constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kFeatures = Shape::kFeatures;
   static constexpr int kSharedBytes = Shape::kSharedBytes;
-  static constexpr int kTiles = Shape::kTiles,
-                       kColumns = kTiles * kTileColumns;  // of 64 features; of O, all of them
+  static constexpr int kTiles = Shape::kTiles;            // of 64 features
+  static constexpr int kColumns = kTiles * kTileColumns;  // of O
   static constexpr int kQueryBytes = kTiles * kRows * kTileRowBytes, kTileBytes = kKeys * kTileRowBytes,
                        kStageBytes = kTiles * kTileBytes;
   static constexpr int kWarps = 4 * kConsumers;  // that read
