@@ -41,6 +41,7 @@
 #include "attention_hopper_items.h"
 #include "attention_hopper_masks.h"
 #include "attention_hopper_results.h"
+#include "attention_hopper_softmax.h"
 #include "attention_rows.h"
 
 namespace fastseq::FASTSEQ_ISA::attention {
@@ -276,63 +277,6 @@ struct HopperForward {
     wgmma_commit();
   }
 
-  // Weights are 2^(score factor - reference), one multiply-add and one ex2. The reference is the highest score times the
-  // factor, rounded, so that the weight of the highest is 2^(what rounding took), not 1: between 2^-1/32 and 2^1/32 below
-  // kHuge. All weights of a row have that in common, it cancels in output, and the sum that is written is divided by it.
-  // From kHuge on, where it might be anything, the difference comes first, as in weight_of().
-  static constexpr float kHuge = 1 << 20;
-  static FS_DEVICE bool is_huge(float x) { return !(x < kHuge && x > -kHuge); }
-  // as_new(), or the compiler would make one multiply-add of it and what follows.
-  static FS_DEVICE float reference(float highest, float factor) { return as_new(highest * factor); }
-  static FS_DEVICE float excess(float highest, float factor) {
-    const float rounded = reference(highest, factor);
-    return is_huge(rounded) ? 1.0f : exp2(fma(highest, factor, -rounded));
-  }
-
-  // Scores -> weights relative to that of the highest so far; rescale makes what was summed up before relative to it.
-  static FS_DEVICE void softmax(const Scoring<float>& scoring, State& state, Scores& s, float (&rescale)[2]) {
-    const float factor = scoring.factor;
-    // Without any visible key so far, all weights are those of -inf beside 0.
-    const auto visible = [](float highest) { return highest == -float(INFINITY) ? 0.0f : highest; };
-    bool huge = false;
-    FS_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      float most = state.highest[h];
-      FS_UNROLL
-      for (int i = 2 * h; i < kKeys / 2; i += 4) most = max(most, max(s[i], s[i + 1]));
-      most = max(most, shuffle_xor(most, 1));
-      most = max(most, shuffle_xor(most, 2));
-      const float before = state.highest[h], now = visible(most);
-      const float rounded_before = reference(before, factor), rounded = reference(now, factor);
-      const bool was = is_huge(rounded_before), is = is_huge(rounded);
-      float exponent = rounded_before - rounded;
-      if (was) exponent = fma(before, factor, -rounded);
-      if (is) exponent = was ? (before - now) * factor : fma(-now, factor, rounded_before);
-      rescale[h] = exp2(exponent);
-      state.highest[h] = most;
-      huge |= is;
-    }
-    if (any_in_warp(huge)) {
-      FS_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const float now = visible(state.highest[h]), less = is_huge(now * factor) ? now : 0.0f;
-        FS_UNROLL
-        for (int i = 2 * h; i < kKeys / 2; i += 4) s[i] -= less, s[i + 1] -= less;
-      }
-    }
-    FS_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const float rounded = reference(visible(state.highest[h]), factor);
-      const float less = is_huge(rounded) ? 0.0f : rounded;
-      float total = 0;
-      FS_UNROLL
-      for (int i = 2 * h; i < kKeys / 2; i += 4) {
-        s[i] = exp2(fma(s[i], factor, -less)), s[i + 1] = exp2(fma(s[i + 1], factor, -less));
-        total += s[i] + s[i + 1];
-      }
-      state.sum[h] = fma(state.sum[h], rescale[h], total);
-    }
-  }
   static FS_DEVICE void multiply_rows(Output& o, const float (&by)[2]) {
     FS_UNROLL
     for (int i = 0; i < kColumns / 2; ++i) o[i] *= by[i / 2 % 2];
@@ -352,7 +296,7 @@ struct HopperForward {
     issue_scores(shared, state, state.loads, s);
     wgmma_wait<0>(s);
     release(shared.keys_empty + state.stage());
-    softmax(scoring, state, s, rescale);
+    softmax(scoring.factor, s, state.highest, state.sum, rescale);
     multiply_rows(o, rescale);
     round(s, p);
     barrier_wait(shared.values_full + state.stage(), state.phase());
@@ -367,7 +311,7 @@ struct HopperForward {
       if (kTurns) named_arrive(kFirstTurn + (state.number + 1) % kConsumers, 2 * kWarpgroup);
       wgmma_wait<1>(s);
       release(shared.keys_empty + state.stage());
-      softmax(scoring, state, s, rescale);
+      softmax(scoring.factor, s, state.highest, state.sum, rescale);
       // For the next product. Before the wait for this one, across which ptxas moves the exponentials, unless there is a
       // loop between.
       barrier_wait(shared.values_full + state.stage(), state.phase());
@@ -501,7 +445,7 @@ struct HopperForward {
       }
       if (edge) hide_edge(band, orient, query_at, x);
       float rescale[2];
-      softmax(scoring, state, s, rescale);
+      softmax(scoring.factor, s, state.highest, state.sum, rescale);
       multiply_rows(o, rescale);
     }
     if (!values_are_there) barrier_wait(shared.values_full + stage, phase);
