@@ -498,11 +498,13 @@ struct HopperForward {
     write_features(output, o, value_size, 1, call.pairs_of_output);
     if (!a.remainder.data) return;
     FS_UNROLL
-    for (int i = 0; i < kColumns / 2; ++i) {
-      E rounded;
-      narrow(o[i], rounded);
-      o[i] -= widen(rounded);
-      if (!is_finite(o[i])) o[i] = 0;
+    for (int i = 0; i < kColumns / 2; i += 2) {
+      const uint32_t rounded = pack(o[i], o[i + 1], E{});
+      FS_UNROLL
+      for (int j = i; j < i + 2; ++j) {
+        o[j] -= widen(E{uint16_t(j == i ? rounded : rounded >> 16)});
+        if (!is_finite(o[j])) o[j] = 0;
+      }
     }
     write_features(remainder, o, value_size, 1, call.pairs_of_output);
   }
