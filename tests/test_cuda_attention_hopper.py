@@ -242,21 +242,33 @@ def test_value_reaches_only_the_queries_that_see_it(hopper, dtype, size, poison)
         assert seen[..., others].isfinite().all()
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
-def test_value_reaches_the_warpgroup_that_sees_all_of_its_tile(hopper, size):
-    """While a part of the tile is hidden from another one, which makes the values finite for itself."""
+def value_of_one_warpgroup(hopper, size):
+    """Output of clean data, and where one value is NaN that the second 64 queries see, with all of its tile,
+    and few of the first; and the first query that does."""
     keys = tile_of(size)[1]
     case = Case(torch.bfloat16, 1, 1, 0, 128, keys + 64, size, causal="bottom_right")
-    offset = keys - 64  # so that from the second 64 queries on all of the first tile is seen
     data = make_data(case)
     clean = hopper.forward(case, data)["output"]
     data["value"] = data["value"].detach().clone()
     data["value"][:, :, keys - 5, 3] = math.nan
-    first = keys - 5 - offset
-    output = hopper.forward(case, data)["output"]
+    return clean, hopper.forward(case, data)["output"], 64 - 5
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_value_reaches_the_warpgroup_that_sees_all_of_its_tile(hopper, size):
+    """While it is hidden from a part of another one, which makes the values finite for itself."""
+    clean, output, first = value_of_one_warpgroup(hopper, size)
     assert output[:, :, first:, 3].isnan().all()
     output[:, :, first:, 3] = clean[:, :, first:, 3]
     assert_same_bits({"output": output}, {"output": clean})
+
+
+def test_value_reaches_that_warpgroup_in_every_schedule(on_twin):
+    _, expected, _ = value_of_one_warpgroup(on_twin, 128)
+    for order, seed in cuda_host.SCHEDULES:
+        cuda_host.set_schedule(order, seed)
+        _, output, _ = value_of_one_warpgroup(on_twin, 128)
+        assert torch.equal(output.view(torch.int16), expected.view(torch.int16)), (order, seed)
 
 
 def test_packed_sequences_do_not_see_each_other(hopper):
