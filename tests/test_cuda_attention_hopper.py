@@ -70,11 +70,11 @@ class Hopper:
         assert kernels == {"hopper"}
         return {name: x.cpu() for name, x in results.items()}
 
-    def forward(self, case, data):
+    def forward(self, case, data, facts=None, pairs=0):
         moved = {name: x.detach().to(self.device.where) for name, x in data.items()}
-        with torch.no_grad(), self.device.using(attention="hopper") as ran:
+        with torch.no_grad(), self.device.using(attention="hopper", facts=facts) as ran:
             results = call_fastseq(replace(case, returns=("lse",)), moved)
-            assert [plan["kernel"] for plan in ran] == ["hopper"]
+            assert [(plan["kernel"], plan["pairs"]) for plan in ran] == [("hopper", pairs)]
         return {name: x.cpu() for name, x in results.items()}
 
     def check(self, case, data=None):
@@ -177,6 +177,18 @@ def test_values_may_have_another_size(hopper, dtype, size):
     hopper.check(Case(dtype, 1, 2, 0, 150, 150, *size, causal="top_left"))
 
 
+@pytest.mark.parametrize("size", [1, 37, 63])
+@every_dtype
+def test_odd_number_of_features_of_values(hopper, dtype, size):
+    """Whose rows begin at odd elements of output: each feature has the bits that it has among others."""
+    case = Case(dtype, 1, 2, 0, 90, 150, 64)
+    data = make_data(case)
+    expected = hopper.forward(case, data)
+    expected["output"] = expected["output"][..., :size]
+    narrow = {**data, "value": data["value"].detach()[..., :size]}
+    assert_same_bits(hopper.forward(case, narrow), expected)
+
+
 # --------------------------------------------------------------------------------------- what is not seen
 
 POISONS = [math.nan, math.inf, -math.inf]
@@ -228,6 +240,35 @@ def test_value_reaches_only_the_queries_that_see_it(hopper, dtype, size, poison)
         assert torch.equal(seen[..., -3].nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
         others = [i for i in range(size) if i != size - 3]
         assert seen[..., others].isfinite().all()
+
+
+def value_of_one_warpgroup(hopper, size):
+    """Output of clean data, and where one value is NaN that the second 64 queries see, with all of its tile,
+    and few of the first; and the first query that does."""
+    keys = tile_of(size)[1]
+    case = Case(torch.bfloat16, 1, 1, 0, 128, keys + 64, size, causal="bottom_right")
+    data = make_data(case)
+    clean = hopper.forward(case, data)["output"]
+    data["value"] = data["value"].detach().clone()
+    data["value"][:, :, keys - 5, 3] = math.nan
+    return clean, hopper.forward(case, data)["output"], 64 - 5
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_value_reaches_the_warpgroup_that_sees_all_of_its_tile(hopper, size):
+    """While it is hidden from a part of another one, which makes the values finite for itself."""
+    clean, output, first = value_of_one_warpgroup(hopper, size)
+    assert output[:, :, first:, 3].isnan().all()
+    output[:, :, first:, 3] = clean[:, :, first:, 3]
+    assert_same_bits({"output": output}, {"output": clean})
+
+
+def test_value_reaches_that_warpgroup_in_every_schedule(on_twin):
+    _, expected, _ = value_of_one_warpgroup(on_twin, 128)
+    for order, seed in cuda_host.SCHEDULES:
+        cuda_host.set_schedule(order, seed)
+        _, output, _ = value_of_one_warpgroup(on_twin, 128)
+        assert torch.equal(output.view(torch.int16), expected.view(torch.int16)), (order, seed)
 
 
 def test_packed_sequences_do_not_see_each_other(hopper):
@@ -342,6 +383,23 @@ def test_same_bits_from_run_to_run_and_whatever_the_batch(hopper, option):
     assert_same_bits({name: x[1:] for name, x in both.items()}, expected)
 
 
+@pytest.mark.parametrize(
+    ("heads", "queries", "at_once", "pairs"),
+    [(5, 300, 2, 8), (5, 300, 1, 10), (4, 500, 3, 8), (12, 100, 3, 8)],
+)
+def test_same_bits_in_pairs_of_tiles(hopper, heads, queries, at_once, pairs):
+    """Of 3, 4 and 1 tiles of rows, in sections that are full and not, on two multiprocessors."""
+    case = Case(torch.bfloat16, 1, heads, 0, queries, 300, 128, causal="top_left")
+    data = make_data(case)
+    expected = hopper.forward(case, data)
+    of_a_head = 300 * 2 * 2 * 128  # bytes of keys and values, of which half of the cache has so many
+    facts = (*HOPPER[:2], 2, HOPPER[3], 2 * of_a_head * at_once)
+    assert_same_bits(hopper.forward(case, data, facts, pairs), expected)
+    windowed = replace(case, window=(150, 0), causal="")
+    expected = hopper.forward(windowed, data)
+    assert_same_bits(hopper.forward(windowed, data, facts, pairs), expected)
+
+
 def results_without(hopper, case, data, what, turn):
     """In each schedule; None after an error."""
     for order, seed in cuda_host.SCHEDULES:
@@ -374,14 +432,16 @@ def test_no_wait_can_be_left_out(on_twin, what, turns, changes):
     assert_no_wait_can_be_left_out(on_twin, case, make_data(case), what, range(turns))
 
 
-def test_no_meeting_about_what_is_not_finite_can_be_left_out(on_twin):
-    """The two that follow the vote. One such value is hidden, another one seen."""
+@pytest.mark.parametrize(("what", "turn"), [("named_sync", 1), ("barrier_wait", 3)])
+def test_no_wait_about_what_is_not_finite_can_be_left_out(on_twin, what, turn):
+    """The two that follow the vote: until all have read the values, and made them finite. One such value
+    is hidden, another one seen."""
     case = Case(torch.bfloat16, 1, 1, 0, 128, 70, 128, lengths=True)
     data = make_data(case)
     data["key_lengths"] = torch.tensor([69])
     data["value"] = data["value"].detach().clone()
     data["value"][:, :, 69, 5], data["value"][:, :, 3, 77] = math.nan, math.inf
-    assert_no_wait_can_be_left_out(on_twin, case, data, "named_sync", range(1, 3))
+    assert_no_wait_can_be_left_out(on_twin, case, data, what, [turn])
 
 
 def assert_no_wait_can_be_left_out(hopper, case, data, what, turns):
@@ -470,6 +530,59 @@ def test_keys_and_values_that_are_worked_on_fit_the_second_level_cache():
     assert 1 < plan["units_at_once"] * 16384 * 2 * 256 <= HOPPER[4] / 2
     assert plan_of(keys=10**7)["units_at_once"] == 1
     assert plan_of(keys=1024)["units_at_once"] == 32  # all there are
+
+
+def loads_of_blocks(plan, queries, units):
+    """Tiles of keys that each block of the kernel goes over under causality, and 2 for what a tile of rows
+    costs beside them: the order of for_items() and rows_of_item() in attention_hopper_items.h."""
+    forward = plan["passes"]["forward"]
+    slots = -(-queries // forward["own"])
+    cost = [2 + -(-min((slot + 1) * forward["own"], queries) // forward["other"]) for slot in range(slots)]
+    tiles, at_once = units * slots, plan["units_at_once"]
+    alone, pairs = [], []
+    for begin in range(0, units, at_once):
+        count = min(at_once, units - begin)
+        section = [cost[slots - 1 - i // count] for i in range(count * slots)]
+        alone += section
+        pairs += [
+            section[i] + section[-1 - i] * (2 * i + 1 < len(section)) for i in range(-(-len(section) // 2))
+        ]
+    assert len(alone) == tiles
+    assert plan["pairs"] in (0, len(pairs))
+    items, blocks = pairs if plan["pairs"] else alone, forward["blocks"]
+    loads = [0] * blocks
+    for i, load in enumerate(items):
+        turn, place = divmod(i, blocks)
+        loads[place if turn % 2 == 0 else blocks - 1 - place] += load
+    return loads, max(cost)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("queries", [512, 1024, 2048, 4096, 8192, 16384, 32768])
+def test_no_multiprocessor_has_much_more_to_do_than_another(size, queries):
+    """Under causality, of so many heads of all sequences: a tenth, and half of a tile where these are few."""
+    for heads in (3, 5, 8, 16, 32, 61, 64, 128, 256, 1000):
+        plan = plan_of(
+            batch=1,
+            heads=heads,
+            kv_heads=heads,
+            head_size=size,
+            value_size=size,
+            queries=queries,
+            keys=queries,
+        )
+        loads, heaviest = loads_of_blocks(plan, queries, heads)
+        assert max(loads) <= max(1.1 * sum(loads) / HOPPER[2] + heaviest / 2, heaviest), (heads, plan)
+
+
+def test_tiles_are_paired_where_units_do_not_all_fit_the_second_level_cache():
+    long = {"batch": 1, "queries": 16384, "keys": 16384}
+    assert plan_of(**long)["pairs"] == 16 * 128 // 2
+    assert plan_of(queries=512, keys=512)["pairs"] == 0  # heaviest first does it, and ends more evenly
+    few = plan_of(**long, heads=5, kv_heads=5)  # 320 pairs would take three turns of 132
+    assert few["pairs"] == 0
+    assert few["units_at_once"] == 5
+    assert plan_of(**long, packed=True)["pairs"] == 0  # nobody knows what weighs how much
 
 
 LAYOUTS_OF_TMA = {

@@ -5,6 +5,7 @@
 
 #include "attention_backward.h"
 #include "attention_hopper_backward_shapes.h"
+#include "attention_hopper_results.h"
 
 namespace fastseq::FASTSEQ_ISA::attention {
 
@@ -205,20 +206,6 @@ FS_DEVICE void add_special_rows(float (&d)[kSums], const float (&left)[kFactors]
   add_special<E>(to, 2 * kSums, from, 2 * kFactors, tiles);
   FS_UNROLL
   for (int i = 0; i < kSums; ++i) d[i] = to[i];
-}
-
-// ---- results ----
-
-// 64 rows of sums, rounded: the row of accumulator 0 and the one 8 below it, null where there is none.
-template <class E, int kCount>
-FS_DEVICE void write_features(E* const (&to)[2], const float (&d)[kCount], int features, float factor,
-                              bool pairs) {
-  FS_UNROLL
-  for (int i = 0; i < kCount; i += 2) {
-    const int column = column_of_accumulator(thread_index(), i), half = i / 2 % 2;
-    if (!to[half] || column >= features) continue;
-    write_two(to[half] + column, d[i] * factor, d[i + 1] * factor, column + 1 < features, pairs);
-  }
 }
 
 }  // namespace fastseq::FASTSEQ_ISA::attention

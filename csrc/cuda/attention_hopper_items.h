@@ -12,23 +12,37 @@ struct HopperArgs {
   Call call;                    // its group is the heads of a pack
   int packs;                    // of a key head
   int queries;                  // of a tile of rows
-  int items, units;             // tiles of rows; packs of all heads and sequences
+  int units;                    // packs of all heads and sequences
   int units_at_once;            // whose tiles alternate
+  int tiles, pairs;             // of rows; of tiles that are worked on one after the other, 0: alone
 };
 
-// Calls body(number) for each item of the block. Its place among the blocks is the other way round every other time, so
-// that nobody has the heavier one always.
+// The first or the second tile of a pair; -1: there is none. The first tile of a section goes with its last, the second
+// with the last but one, and so on: under causality, where the first see most, all pairs see the same.
+FS_DEVICE int tile_of_pair(const HopperArgs& args, int pair, int second) {
+  const int most = args.units_at_once * int(args.call.slots), pairs = (most + 1) / 2;
+  const int section = pair / pairs, i = pair - section * pairs, begin = section * most;
+  if (!second) return begin + i;
+  const int other = smaller(most, args.tiles - begin) - 1 - i;
+  return other > i ? begin + other : -1;
+}
+
+// Calls body(tile) for each tile of rows of the block, which shares them, or their pairs, with the others in turns. Its
+// place among the blocks is the other way round every other time, so that nobody has the heavier one always.
 template <class Body>
 FS_DEVICE void for_items(const HopperArgs& args, Body body) {
-  const int blocks = block_count();
+  const int blocks = block_count(), in_pairs = args.pairs > 0, items = in_pairs ? args.pairs : args.tiles;
   FS_NO_UNROLL
-  for (int turn = 0; turn * blocks < args.items; ++turn) {
-    const int index = turn * blocks + (turn % 2 == 0 ? block_index() : blocks - 1 - block_index());
-    if (index < args.items) body(index);
+  for (int step = 0;; ++step) {
+    const int turn = step >> in_pairs;
+    const int item = turn * blocks + (turn % 2 == 0 ? block_index() : blocks - 1 - block_index());
+    if (item >= items) return;  // of which turn, it is the last
+    const int tile = in_pairs ? tile_of_pair(args, item, step & 1) : item;
+    if (tile >= 0) body(tile);
   }
 }
 
-// The rows of an item; the key head is that of the pack. Units follow each other in sections, whose keys and values stay
+// The rows of a tile; the key head is that of the pack. Units follow each other in sections, whose keys and values stay
 // in the second-level cache while their tiles alternate, those that see most first.
 template <int kRows>
 FS_DEVICE RowTile<kRows> rows_of_item(const HopperArgs& args, int item) {

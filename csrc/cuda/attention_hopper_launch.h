@@ -41,9 +41,10 @@ const char* launch_hopper_kernel(const Call& call, const GpuAttentionPlan& plan)
   args.call.group = plan.pack, args.call.slots = pass.slots;
   args.packs = call.group / plan.pack, args.queries = Kernel::kRows / plan.pack;
   args.units = int(a.kv_heads * args.packs * (a.cu_seqlens_q ? 1 : a.batch));
-  args.items = int(args.units * pass.slots);
-  // Alternating is for tiles of different weight.
+  args.tiles = int(args.units * pass.slots);
+  // Alternating is for tiles of different weight, pairs for those that see the more the later their rows are.
   args.units_at_once = a.right >= 0 ? plan.units_at_once : 1;
+  args.pairs = a.right >= 0 && a.left < 0 ? int(plan.pairs) : 0;
   const char* error = make_tensor_map(args.query, tiles_of_queries(args.call, Kernel::kRows));
   if (!error) error = make_tensor_map(args.key, tiles_of_keys(a, a.key, a.head_size, Kernel::kKeys));
   if (!error) error = make_tensor_map(args.value, tiles_of_keys(a, a.value, a.value_size, Kernel::kKeys));

@@ -135,6 +135,22 @@ GpuAttentionPlan hopper_plan(const AttentionProblem& p) {
   const int64_t bytes = 2 * p.keys * (p.head_size + p.value_size);
   const int64_t at_once = p.device.l2_bytes / 2 / bytes * (group / plan.pack);
   plan.units_at_once = int(std::clamp<int64_t>(at_once, 1, units));
+  // Under causality a tile weighs the more the later its rows are. If all units are worked on at the same time, their
+  // light tiles come last, and what the blocks have to do ends evenly. In sections it does not, but pairs of a heavy tile
+  // and a light one weigh all the same. They are twice as much to wait for, though, where the last turn of the blocks is
+  // not full: if that is more than a tenth of the time there are few tiles, and then all units are worked on at once, for
+  // blocks of the same unit read its keys at about the same time, whatever the cache holds.
+  if (plan.units_at_once < units && !p.packed) {
+    const int64_t sections = units / plan.units_at_once, rest = units % plan.units_at_once;
+    const int64_t pairs = sections * ceil_div(plan.units_at_once * plan.forward.slots, 2) +
+                          ceil_div(rest * plan.forward.slots, 2);
+    const int64_t blocks = plan.forward.blocks, places = ceil_div(pairs, blocks) * blocks;
+    if (10 * places <= 11 * pairs) {
+      plan.pairs = pairs;
+    } else {
+      plan.units_at_once = int(units);
+    }
+  }
   constexpr int64_t kMostItems = int64_t(1) << 30;
   if (items > kMostItems) {
     refuse("attention that would take " + std::to_string(items) + " tiles", "up to 1073741824",

@@ -47,8 +47,9 @@ struct GpuAttentionPlan {
   bool hopper;           // backward: attention_hopper_backward_keys.h and its like
   int parts, part_keys;  // of the forward pass
   // kHopper: features of its tiles; heads in a tile of rows; packs of heads, of all sequences, whose keys and values are
-  // worked on at the same time.
+  // worked on at the same time; pairs of tiles under causality, 0: each is alone.
   int hopper_features, pack, units_at_once;
+  int64_t pairs;
   TilePass forward, weights, grad_queries, grad_keys, grad_mask;
   int mask_parts;
   bool one_pass;  // of the backward pass

@@ -63,7 +63,7 @@ inline py::dict describe_attention(const BoundAttentionPlan& bound) {
   } else {
     d["parts"] = plan.parts, d["part_keys"] = plan.part_keys, d["tma"] = bound.tma;
     if (plan.kernel == AttentionKernelKind::kHopper) {
-      d["pack"] = plan.pack, d["units_at_once"] = plan.units_at_once;
+      d["pack"] = plan.pack, d["units_at_once"] = plan.units_at_once, d["pairs"] = plan.pairs;
     }
   }
   return d;

@@ -89,21 +89,21 @@ using PairShape =
 // Of the kernel for sm_90a: consumers of 64 rows each, beside the producer; keys of a tile; stages of tiles.
 //
 //   features   rows x keys   registers of S, P and O, of how many   shared memory
-//   64         192 x 128     64 + 32 + 32 of 160                    88 KB of 227
-//   96         128 x 144     72 + 36 + 48 of 240                    176 KB
-//   128        128 x 128     64 + 32 + 64 of 240                    160 KB
+//   64         192 x 128     64 + 32 + 32 of 160                    112 KB of 227
+//   96         128 x 144     72 + 36 + 64 of 240                    208 KB
+//   128        128 x 128     64 + 32 + 64 of 240                    192 KB
 //   192        128 x 112     56 + 28 + 96 of 240                    216 KB
 //   256        128 x 64      32 + 16 + 128 of 240                   192 KB
-// With a mask 64 features have two consumers, for its numbers need registers too; 256 have 80 keys, for S and P are not
-// there at the same time.
+// Up to 128 features there is room for the next tile of queries too. With a mask, which takes as many registers as S, 64
+// features have two consumers, 128 have 112 keys and 256 have 48.
 template <int features, int consumers, int keys, int stages = 2>
 struct HopperShape {
   static constexpr int kFeatures = features, kConsumers = consumers, kKeys = keys, kStages = stages;
   static constexpr int kRows = 64 * consumers, kThreads = 128 * (1 + consumers),
-                       kTiles = (features + 63) / 64;
-  // Tiles; barriers of queries and of each stage; eight words of each consumer.
-  static constexpr int kSharedBytes =
-      128 * kTiles * (kRows + 2 * stages * keys) + 8 * (2 + 4 * stages) + 32 * consumers;
+                       kTiles = (features + 63) / 64, kQueryStages = features <= 128 ? 2 : 1;
+  // Tiles; barriers of each stage; eight words of each consumer.
+  static constexpr int kSharedBytes = 128 * kTiles * (kQueryStages * kRows + 2 * stages * keys) +
+                                      8 * (2 * kQueryStages + 5 * stages) + 32 * consumers;
 };
 
 // Which one has tiles of so many features: 64, 96, 128, 192 or 256; with a mask 64, 128 or 256.
@@ -119,8 +119,8 @@ auto with_hopper_shape(int features, bool masked, const Body& body) {
   if (masked) {
     constexpr std::true_type yes;
     if (features == 64) return body(HopperShape<64, 2, 128>(), yes);
-    if (features == 128) return body(HopperShape<128, 2, 128>(), yes);
-    return body(HopperShape<256, 2, 80>(), yes);
+    if (features == 128) return body(HopperShape<128, 2, 112>(), yes);
+    return body(HopperShape<256, 2, 48>(), yes);
   }
   constexpr std::false_type no;
   if (features == 64) return body(HopperShape<64, 3, 128>(), no);
