@@ -239,9 +239,28 @@ def test_few_keys_among_many(hopper, dtype, how):
     check(hopper, case, data)
 
 
+@pytest.mark.parametrize("size", [64, 128, 192])
+@every_dtype
+def test_few_visible_keys_are_like_few_keys(hopper, dtype, size):
+    """The first 128 of 290 queries see up to 16 of 178 keys: as of 128 queries and 16 keys, bit by bit."""
+    data = make_data(Case(dtype, 1, 2, 0, 290, 178, size))
+    incoming = torch.randn(1, 2, 290, size).to(hopper.where, dtype)
+    grads = []
+    for queries, lengths in ((290, None), (128, torch.tensor([16]))):
+        x = {name: x[:, :, :queries] if name == "query" else x for name, x in data.items()}
+        x = as_leaves(x, where=hopper.where)
+        lengths = None if lengths is None else lengths.to(hopper.where)
+        output = fastseq.scaled_dot_product_attention(**x, causal="bottom_right", key_lengths=lengths)
+        grads.append(torch.autograd.grad(output, x["query"], incoming[:, :, :queries])[0][:, :, :128].cpu())
+    assert grads[0].any()
+    assert_same_bits(*({"query": x} for x in grads))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(150, 170), (290, 178)])
 @pytest.mark.parametrize("wanted", ["query", "key", "value"])
-def test_single_gradients(hopper, wanted):
-    case = replace(CASE, head_size=64, causal="top_left")
+def test_single_gradients(hopper, wanted, queries, keys):
+    """Also where the pass of the queries, of which nothing is wanted, makes what that of the keys needs."""
+    case = replace(CASE, head_size=64, causal="bottom_right", queries=queries, keys=keys)
     data = make_data(case)
     everything = run(hopper, case, data)
     alone = {name: x.detach().requires_grad_(name == wanted) for name, x in data.items()}

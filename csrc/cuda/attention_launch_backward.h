@@ -66,7 +66,8 @@ const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
     if (!error) error = launch_one_pass<M>(call, plan);
     if (!error) error = launch_elements<FinishQueries<M>>(call, elements);
   } else {
-    // Of few keys this pass makes delta too, so that it comes first.
+    // Of few keys this pass makes delta too, so that it comes first. Which blocks see few they find out themselves; the
+    // others end at once where their gradients are not wanted.
     const bool may_be_few =
         a.keys <= kFewKeys || a.key_lengths || a.cu_seqlens_k || a.left >= 0 || a.right >= 0;
     if (a.grad_query.data || may_be_few) error = launch_grad_queries<M>(call, plan);
