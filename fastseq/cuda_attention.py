@@ -57,8 +57,8 @@ def _plan(module: Any, problem: Problem, facts: tuple[int, ...], forced: str) ->
 
 
 def _plan_of(engine: Engine, problem: Problem, device: torch.device) -> Any:
-    """FASTSEQ_CUDA_ATTENTION_PLAN=kernel[:parts] forces one of the forward pass."""
-    forced = "" if problem.backward else os.environ.get("FASTSEQ_CUDA_ATTENTION_PLAN", "")
+    """FASTSEQ_CUDA_ATTENTION_PLAN=kernel[:parts] forces one; the backward pass has only tiles and hopper."""
+    forced = os.environ.get("FASTSEQ_CUDA_ATTENTION_PLAN", "")
     return _plan(engine.module, problem, engine.facts(device.index or 0), forced)
 
 

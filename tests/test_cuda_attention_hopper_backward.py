@@ -36,7 +36,7 @@ every_poison = pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf]
 CASE = Case(torch.bfloat16, 2, 2, 0, 150, 170)
 
 
-def plan(facts=HOPPER, **changed):
+def plan(facts=HOPPER, forced="", **changed):
     """In words, of a backward pass that these kernels can do unless something is changed."""
     problem = Problem(
         dtype=_C.DTYPES["bfloat16"],
@@ -61,7 +61,7 @@ def plan(facts=HOPPER, **changed):
         mask_has_key=False,
         one_pass=False,
     )
-    return cuda_host.load().cuda_attention_plan(problem._replace(**changed), facts, "").describe()
+    return cuda_host.load().cuda_attention_plan(problem._replace(**changed), facts, forced).describe()
 
 
 def tile(size, which, what="own"):
@@ -125,25 +125,46 @@ def test_each_tile_of_queries_and_keys_has_a_block(packed):
         assert keys["blocks"] == 2 * 2 * -(-700 // keys["own"])
 
 
+CANNOT = {
+    "compute capability 8.0": {"facts": GPUS["A100"]},
+    "compute capability 8.9": {"facts": GPUS["RTX"]},
+    "compute capability 12.0": {"facts": (12, 0, 12, 232448, 62914560)},
+    "elements of more than 16 bits": {"dtype": _C.DTYPES["float32"]},
+    "tensors whose rows do not begin at multiples of 16 bytes": {"tma": False},
+    "options other than masks": {"only_mask": False, "options": True},
+    "no queries or keys": {"queries": 0},
+    "heads without features": {"value_size": 0},
+}
+LITTLE_MEMORY = (9, 0, 12, 100000, 62914560)
+
+
 @pytest.mark.cuda_host
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"facts": GPUS["A100"]},
-        {"facts": GPUS["RTX"]},
-        {"facts": (9, 0, 12, 100000, 62914560)},
-        {"facts": (12, 0, 12, 232448, 62914560)},
-        {"dtype": _C.DTYPES["float32"]},
-        {"dtype": _C.DTYPES["float64"]},
-        {"keys": FEW_KEYS},
-        {"tma": False},
-        {"only_mask": False, "options": True},
-        {"queries": 0},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changed", [*CANNOT.values(), {"keys": FEW_KEYS}, {"facts": LITTLE_MEMORY}], ids=str)
 def test_others_are_left_to_the_general_kernels(changed):
     assert plan(**changed)["kernel"] == "two_passes"
+
+
+@pytest.mark.cuda_host
+@pytest.mark.parametrize("forced", ["tiles", "tiles:3", "decode", "decode:3", "hopper"])
+def test_only_tiles_forces_the_general_kernels(forced):
+    """Whatever else may be forced is the forward pass's."""
+    kernel = "two_passes" if forced.startswith("tiles") else "hopper"
+    assert plan(forced=forced) == plan(facts=HOPPER if kernel == "hopper" else GPUS["A100"])
+
+
+@pytest.mark.cuda_host
+@pytest.mark.parametrize("changed", [{"keys": FEW_KEYS}, {"one_pass": True}], ids=str)
+def test_these_kernels_take_what_they_can_if_they_are_forced(changed):
+    assert plan(forced="hopper", **changed)["kernel"] == "hopper"
+
+
+@pytest.mark.cuda_host
+@pytest.mark.parametrize("reason", CANNOT)
+def test_forced_where_they_cannot_they_are_an_error(reason):
+    with pytest.raises(RuntimeError, match=rf"hopper, forced, with {reason}\naccepted: .*\ntry: .*tiles"):
+        plan(forced="hopper", **CANNOT[reason])
+    with pytest.raises(RuntimeError, match=r"tiles of .* bytes\naccepted: tiles of up to 100000 bytes"):
+        plan(LITTLE_MEMORY, "hopper")
 
 
 OTHERS = {
@@ -161,6 +182,13 @@ OTHERS = {
 def test_calls_that_are_left_to_the_general_kernels(hopper, name):
     case = replace(CASE, **{"head_size": 64, "keys": 90, **OTHERS[name]})
     run(hopper, case, make_data(case), "two_passes")
+
+
+@pytest.mark.parametrize(("forced", "kernel"), [("tiles", "two_passes"), ("hopper", "hopper")])
+def test_the_forced_kernel_runs(hopper, forced, kernel):
+    case = replace(CASE, head_size=64)
+    with hopper.using(attention=forced):
+        check(hopper, case, kernel=kernel)
 
 
 @pytest.mark.parametrize("layout", ["BHSD", "BSHD", "SBHD", "HSBD", "every other row, head and batch"])
