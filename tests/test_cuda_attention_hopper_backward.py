@@ -223,6 +223,7 @@ OPTIONS = {
     "bool mask": {"mask": "bool"},
     "bool mask of keys": {"mask": "bool", "mask_dims": "BK", "causal": "top_left"},
     "float mask": {"mask": "float"},
+    "float mask of odd rows": {"mask": "float", "queries": 260, "keys": 261},
     "float mask of heads": {"mask": "float", "mask_dims": "HQK", "heads": 4, "kv_heads": 2, "sinks": True},
     "float32 mask": {"mask": "float32", "lengths": True},
 }

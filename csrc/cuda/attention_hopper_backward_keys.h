@@ -58,14 +58,14 @@ struct HopperGradKeys {
   // none has registers for what another needs.
   struct Work {
     Sequence s;
-    int64_t kv_head;
+    int kv_head;
     int first_key, own_keys, first_query, tiles;
 
     FS_DEVICE explicit Work(const Call& call)
         : Work(call, place_of_block(call, call.a.cu_seqlens_k, call.a.keys, 1, kKeys, false)) {}
     FS_DEVICE Work(const Call& call, const Place& place)
         : s(call.a, place.sequence),
-          kv_head(place.kv_head),
+          kv_head(int(place.kv_head)),
           first_key(place.tile < 0 ? 0 : int(place.tile * kKeys)),
           // Where tensors are not packed, keys behind the sequence's length have gradients too: zero.
           own_keys(place.tile < 0        ? 0
@@ -132,7 +132,7 @@ struct HopperGradKeys {
   static FS_DEVICE void bring_tiles(const Args& args, const Shared& shared, const Work& work) {
     if (work.tiles == 0) return;
     const Sequence& s = work.s;
-    const int key_row = int(s.first_key) + work.first_key, b = int(s.b), kv_head = int(work.kv_head);
+    const int key_row = int(s.first_key) + work.first_key, b = int(s.b), kv_head = work.kv_head;
     barrier_expect(shared.own, 2 * kKeyBytes);
     load_features<kFeatures>(shared.keys, args.key, shared.own, kKeys, key_row, kv_head, b);
     load_features<kFeatures>(shared.values, args.value, shared.own, kKeys, key_row, kv_head, b);
@@ -188,15 +188,14 @@ struct HopperGradKeys {
     const AttentionArgs& a = call.a;
     const int own_row = kShape.split ? 0 : 64 * consumer;
     const Band band(work.s);
-    const int first_key = work.first_key + own_row;
     const float factor = Scoring<float>(call).factor;
     const uint64_t keys = operand_of_tiles<Major::k>(shared.keys + own_row * kTileRowBytes, kKeys);
     const uint64_t values = operand_of_tiles<Major::k>(shared.values + own_row * kTileRowBytes, kKeys);
     float of_key[kFeatures / 2], of_value[kFeatures / 2];
     FS_UNROLL
     for (int i = 0; i < kFeatures / 2; ++i) of_key[i] = of_value[i] = 0;
-    const auto queries_of = [&](const Step& at) { return shared.queries + at.stage * kQueryBytes; };
-    const auto grads_of = [&](const Step& at) { return shared.grads + at.stage * kQueryBytes; };
+    const auto queries_of = [&](const Step& at) { return shared.queries + uint32_t(at.stage) * kQueryBytes; };
+    const auto grads_of = [&](const Step& at) { return shared.grads + uint32_t(at.stage) * kQueryBytes; };
     if (work.tiles) {
       float x[kQueries / 2], dx[kQueries / 2];
       const auto begin_scores = [&](const Step& at) {
@@ -228,7 +227,10 @@ struct HopperGradKeys {
         const int query = work.first_query + now.tile * kQueries;
         const float* const statistics =
             shared.statistics + now.stage * 3 * kQueries + column_of_accumulator(thread_index(), 0);
-        const bool hides = kMasked || any_in_warp(!band.shows_all(query, kQueries, work.first_key, kKeys));
+        const auto at_edge = [&] {
+          return any_in_warp(!band.shows_all(query, kQueries, work.first_key, kKeys));
+        };
+        const bool hides = kMasked || at_edge();
         bool special = false;
         if (hides) {
           const uint32_t found =
@@ -236,10 +238,11 @@ struct HopperGradKeys {
           special = any_of_consumers(found, shared.flags + now.stage * kConsumerWarps);
         }
         if (hides) {
-          const Field<false> field(query, first_key);
-          const int64_t head = work.kv_head * call.group + now.head;
-          if constexpr (kMasked) add_mask<E>(call, work.s, band, field, head, x);
-          hide(band, field, x);
+          const Orient<false> orient{query, work.first_key + first_row_of_warp(kKeys)};
+          const int head = work.kv_head * call.group + now.head;
+          // Of 256 features there are no registers for the other way to read a mask.
+          const bool edge = !kMasked || kFeatures == 256 || at_edge();
+          score_and_hide<kMasked, E>(call, work.s, band, orient, head, edge, x);
           weigh<true>(x, statistics, factor);
         } else {
           weigh<false>(x, statistics, factor);
@@ -296,7 +299,8 @@ struct HopperGradKeys {
       if (!to.data) return;
       FS_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int key = first_key + row_of_accumulator(thread_index(), 2 * half);
+        const int key =
+            work.first_key + first_row_of_warp(kKeys) + row_of_accumulator(thread_index() % kWarp, 2 * half);
         rows[half] = key < work.own_keys ? work.s.template key_row<E>(to, work.kv_head, key) : nullptr;
       }
       write_features(rows, sums, int(features), by, pairs);

@@ -171,14 +171,16 @@ struct HopperGradQueries {
       FS_NO_UNROLL
       do {
         const int key = work.first_key + now.tile * kKeys;
-        const bool hides = kMasked || any_in_warp(!band.shows_all(work.first_query, kQueries, key, kKeys));
+        const auto at_edge = [&] {
+          return any_in_warp(!band.shows_all(work.first_query, kQueries, key, kKeys));
+        };
+        const bool hides = kMasked || at_edge();
         bool special = false;
         if (hides) {
           int* const flags = shared.flags + now.stage * kConsumerWarps;
           special = any_of_consumers(special_in<E>(keys_of(now), kKeyBytes), flags);
-          const Field<true> field(first_query, key);
-          if constexpr (kMasked) add_mask<E>(call, s, band, field, work.head, x);
-          hide(band, field, x);
+          const Orient<true> orient{work.first_query + first_row_of_warp(kQueries), key};
+          score_and_hide<kMasked, E>(call, s, band, orient, int(work.head), !kMasked || at_edge(), x);
           weigh<true>(x, of, factor);
           if (work.few_keys) sum_few(call, work, first_query, x, dx, of);
           grad_scores<true>(x, dx, of);
