@@ -166,12 +166,15 @@ struct HopperGradKeys {
     float* const to = shared.statistics + which * kQueries + lane;
     int row = 0;  // of the head's
     for_tiles(call, work, [&](const Step& at) {
-      barrier_wait(shared.empty + at.stage, at.parity ^ 1);
-      FS_NO_UNROLL
-      for (const int end = row + kQueries; row < end; row += kWarp) {
-        to[at.stage * 3 * kQueries + kQueries - (end - row)] = row < left ? *from : 0.0f;
-        from += kWarp;
+      float numbers[kQueries / kWarp];  // on their way while the stage is waited for
+      FS_UNROLL
+      for (float& number : numbers) {
+        number = row < left ? *from : 0.0f;
+        row += kWarp, from += kWarp;
       }
+      barrier_wait(shared.empty + at.stage, at.parity ^ 1);
+      FS_UNROLL
+      for (int i = 0; i < kQueries / kWarp; ++i) to[at.stage * 3 * kQueries + i * kWarp] = numbers[i];
       sync_warp();
       if (lane == 0) barrier_arrive(shared.full + at.stage);
       if (at.tile + 1 < work.tiles) return;
