@@ -197,6 +197,28 @@ def test_any_order_of_batch_heads_and_rows(hopper, layout):
     assert layout in LAYOUTS
 
 
+INCOMING = {
+    "of a sum": lambda x: torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape),
+    "of a mean over the queries": lambda x: x[:, :, :1].expand(x.shape),
+    "of one of two heads": lambda x: x[:, 1:].expand(x.shape),
+    "not aligned": lambda x: torch.nn.functional.pad(x, (1, 0))[..., 1:],
+}
+
+
+@pytest.mark.parametrize("how", INCOMING)
+def test_gradients_of_outputs_that_do_not_fit_are_copied(hopper, how):
+    data = as_leaves(make_data(replace(CASE, head_size=64)), where=hopper.where)
+    output = fastseq.scaled_dot_product_attention(**data)
+    incoming = INCOMING[how](torch.randn_like(output))
+    results = []
+    for x in (incoming, incoming.clone(memory_format=torch.contiguous_format)):
+        hopper.module.ran.clear()
+        grads = torch.autograd.grad(output, list(data.values()), x, retain_graph=True)
+        assert [plan["kernel"] for plan in hopper.module.ran] == ["hopper"]
+        results.append(dict(zip(data, grads, strict=True)))
+    assert_same_bits(*results)
+
+
 # ------------------------------------------------------------------------------------------------- results
 
 OPTIONS = {
