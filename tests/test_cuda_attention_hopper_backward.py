@@ -153,9 +153,18 @@ def test_only_tiles_forces_the_general_kernels(forced):
 
 
 @pytest.mark.cuda_host
-@pytest.mark.parametrize("changed", [{"keys": FEW_KEYS}, {"one_pass": True}], ids=str)
-def test_these_kernels_take_what_they_can_if_they_are_forced(changed):
-    assert plan(forced="hopper", **changed)["kernel"] == "hopper"
+def test_few_keys_are_taken_if_they_are_forced():
+    assert plan(forced="hopper", keys=FEW_KEYS)["kernel"] == "hopper"
+
+
+@pytest.mark.cuda_host
+@pytest.mark.parametrize("facts", [HOPPER, GPUS["A100"]], ids=str)
+def test_one_pass_is_for_gpus_without_these_kernels(facts):
+    """Two passes of wgmma make more products than one of mma.sync, at more than their ratio of rates."""
+    if facts == HOPPER:
+        assert plan(facts, one_pass=True) == plan(facts)
+    else:
+        assert plan(facts, one_pass=True)["kernel"] == "one_pass"
 
 
 @pytest.mark.cuda_host

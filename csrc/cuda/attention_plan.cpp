@@ -151,7 +151,7 @@ bool takes_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
   GpuAttentionPlan hopper = plan;
   plan_hopper_backward(p, hopper);
   const int bytes = std::max(hopper.grad_queries.shared_bytes, hopper.grad_keys.shared_bytes);
-  if (!forced && (p.one_pass || p.keys <= kFewKeys || bytes > p.device.shared_bytes)) return false;
+  if (!forced && (p.keys <= kFewKeys || bytes > p.device.shared_bytes)) return false;
   plan = hopper;
   return true;
 }
