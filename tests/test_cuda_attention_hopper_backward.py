@@ -158,16 +158,6 @@ def test_few_keys_are_taken_if_they_are_forced():
 
 
 @pytest.mark.cuda_host
-@pytest.mark.parametrize("facts", [HOPPER, GPUS["A100"]], ids=str)
-def test_one_pass_is_for_gpus_without_these_kernels(facts):
-    """Two passes of wgmma make more products than one of mma.sync, at more than their ratio of rates."""
-    if facts == HOPPER:
-        assert plan(facts, one_pass=True) == plan(facts)
-    else:
-        assert plan(facts, one_pass=True)["kernel"] == "one_pass"
-
-
-@pytest.mark.cuda_host
 @pytest.mark.parametrize("reason", CANNOT)
 def test_forced_where_they_cannot_they_are_an_error(reason):
     with pytest.raises(RuntimeError, match=rf"hopper, forced, with {reason}\naccepted: .*\ntry: .*tiles"):
@@ -359,6 +349,61 @@ def test_same_bits_in_every_schedule(hopper, size, name):
     assert_same_bits(run(hopper, case, data), first)
 
 
+# ------------------------------------------------------------------------------------------------ one pass
+
+
+@pytest.fixture
+def one_pass(hopper, monkeypatch):
+    ask = fastseq.scaled_dot_product_attention
+    monkeypatch.setattr(
+        fastseq, "scaled_dot_product_attention", lambda *args, **kw: ask(*args, deterministic=False, **kw)
+    )
+    return hopper
+
+
+@pytest.mark.cuda_host
+@pytest.mark.parametrize("mask", [False, True])
+@every_size
+def test_one_pass_is_for_heads_that_leave_it_registers(size, mask):
+    chosen = plan(GPUS["H200"], head_size=size, value_size=size, options=mask, one_pass=True)
+    if size <= 128 and not mask:
+        assert chosen["kernel"] == "hopper_one_pass"
+        assert set(chosen["passes"]) == {"grad_keys"}
+        assert chosen["passes"]["grad_keys"]["shared_bytes"] <= 227 * 1024
+    else:
+        assert chosen == plan(GPUS["H200"], head_size=size, value_size=size, options=mask)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "mask" not in name and "scale" not in name])
+@pytest.mark.parametrize("size", [64, 96, 128])
+@every_dtype
+def test_one_pass_matches_the_float64_reference(one_pass, dtype, size, name):
+    check(one_pass, replace(CASE, dtype=dtype, head_size=size, **OPTIONS[name]), kernel="hopper_one_pass")
+
+
+@pytest.mark.parametrize("layout", ["BSHD", "SBHD"])
+@pytest.mark.parametrize(("size", "value"), [(8, 8), (40, 72), (104, 48), (72, 120)])
+def test_one_pass_of_other_sizes_and_layouts(one_pass, size, value, layout):
+    case = Case(
+        torch.bfloat16, 2, 3, 1, 200, 290, size, value_size=value, layout=layout, causal="bottom_right"
+    )
+    check(one_pass, case, kernel="hopper_one_pass")
+
+
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_one_pass_is_right_in_every_schedule(one_pass, size):
+    """Of keys and values the same bits; what is added up in another order is checked."""
+    case = Case(torch.bfloat16, 1, 2, 1, 300, 290, size, causal="bottom_right")
+    data = make_data(case)
+    first = run(one_pass, case, data, "hopper_one_pass")
+    for order, seed in cuda_host.SCHEDULES * (not one_pass.is_gpu):
+        cuda_host.set_schedule(order, seed)
+        check(one_pass, case, data, "hopper_one_pass")
+        results = run(one_pass, case, data, "hopper_one_pass")
+        for name in ("grad of key", "grad of value"):
+            assert_same_bits({name: results[name]}, {name: first[name]})
+
+
 # ---------------------------------------------------------------------------------------- what is hidden
 
 
@@ -394,6 +439,23 @@ def test_keys_and_values_that_nobody_sees_reach_nothing(hopper, poison, size, ho
     results, expected = (run(hopper, case, x) for x in poisoned(data, places, poison))
     assert all(x.isfinite().all() for x in results.values())
     assert_same_bits(results, expected)
+
+
+@pytest.mark.parametrize("how", ["lengths", "causal"])
+@pytest.mark.parametrize("size", [64, 96, 128])
+@every_poison
+def test_one_pass_keeps_out_keys_and_values_that_nobody_sees(one_pass, poison, size, how):
+    """Gradients of queries among finite keys, and beside some that are not, differ by their order at most."""
+    case = replace(CASE, head_size=size, queries=100, causal="top_left" if how == "causal" else "")
+    case, data = replace(case, lengths=how == "lengths"), make_data(replace(case, lengths=how == "lengths"))
+    unseen = slice(100, None)
+    if how == "lengths":
+        data["key_lengths"] = torch.tensor([100, 90])
+    places = {"key": (slice(None), slice(None), unseen), "value": (slice(None), slice(None), unseen)}
+    results, expected = (run(one_pass, case, x, "hopper_one_pass") for x in poisoned(data, places, poison))
+    of_query = [x.pop("grad of query").float() for x in (results, expected)]
+    assert_same_bits(results, expected)
+    assert (of_query[0] - of_query[1]).abs().max() <= 2**-7 * of_query[1].abs().max()
 
 
 @pytest.mark.parametrize("which", ["query", "grad"])
@@ -498,6 +560,32 @@ def test_no_wait_can_be_left_out(twin, wanted, what, turns):
     for turn in range(turns):
         got = set(gradients_without(output, leaves, incoming, what, turn))
         assert got != right, f"without {what} number {turn}"
+
+
+@pytest.mark.parametrize(("what", "turns"), [("barrier_wait", 6), ("wgmma_wait", 11)])
+def test_no_wait_of_the_one_pass_can_be_left_out(twin, what, turns):
+    """Gradients of keys and values change, or those of queries by more than their order can make."""
+    case = Case(torch.bfloat16, 1, 1, 0, 520, 520, 64)
+    data = make_data(case)
+    output = fastseq.scaled_dot_product_attention(**data, deterministic=False)
+    leaves = [data["query"], data["key"], data["value"]]
+    right = torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
+    most = 2**-7 * right[0].abs().max()
+
+    def is_right(turn):
+        try:
+            with leaving_out(what, turn):
+                got = torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
+        except RuntimeError:
+            return False
+        return (got[0] - right[0]).abs().max() <= most and all(map(torch.equal, got[1:], right[1:]))
+
+    for turn in range(turns):
+        found = False
+        for order, seed in cuda_host.SCHEDULES:
+            cuda_host.set_schedule(order, seed)
+            found = found or not is_right(turn)
+        assert found, f"without {what} number {turn}"
 
 
 def run_forward(data):

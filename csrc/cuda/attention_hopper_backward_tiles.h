@@ -59,6 +59,18 @@ FS_DEVICE void add_rows(float (&d)[kFeatures / 2], const uint32_t (&a)[kOther / 
   }
   wgmma_commit();
 }
+// The same where a, from `rows` on of tiles that have a_rows, is in shared memory.
+template <class E, int kFeatures, int kOther>
+FS_DEVICE void add_rows_of_tile(float (&d)[kFeatures / 2], const unsigned char* rows, int a_rows,
+                                const unsigned char* other) {
+  const uint64_t a = operand_of_tiles<Major::k>(rows, a_rows), b = operand_of_tiles<Major::mn>(other, kOther);
+  FS_UNROLL
+  for (int step = 0; step < kOther / 16; ++step) {
+    wgmma<E, kFeatures, Major::k, Major::mn>(d, at_step<Major::k>(a, a_rows, step),
+                                             at_step<Major::mn>(b, kOther, step), true);
+  }
+  wgmma_commit();
+}
 template <class E, int kCount>
 FS_DEVICE void round_to_words(const float (&x)[kCount], uint32_t (&words)[kCount / 8][4]) {
   FS_UNROLL

@@ -45,6 +45,9 @@ const char* launch_grad_keys(Call& call, const GpuAttentionPlan& plan) {
 
 template <class M>
 const char* launch_one_pass(Call& call, const GpuAttentionPlan& plan) {
+  if constexpr (sizeof(typename M::Element) == 2) {
+    if (plan.hopper) return launch_hopper_one_pass<typename M::Element>(call, plan.grad_keys);
+  }
   return with_features(plan, [&](auto features) {
     using Shape = OnePassShape<sizeof(typename M::Element), decltype(features)::value>;
     return launch_pass<GradKeys<M, Shape, true, true>>(call, plan.grad_keys);

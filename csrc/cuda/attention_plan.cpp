@@ -133,8 +133,10 @@ std::string no_hopper_backward(const AttentionProblem& p) {
 }
 void plan_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
   const int features = hopper_backward_features(int(std::max(p.head_size, p.value_size)));
+  plan.one_pass = p.one_pass && hopper_has_one_pass(features, p.options);  // a mask, if any
   const HopperBackwardShape queries = hopper_grad_queries(features, p.options),
-                            keys = hopper_grad_keys(features, p.options);  // a mask, if any
+                            keys = plan.one_pass ? hopper_one_pass(features)
+                                                 : hopper_grad_keys(features, p.options);
   plan.grad_queries = {queries.own, queries.other, kHopperBackwardThreads, queries.shared_bytes(), 0, 0};
   plan.grad_queries.slots = slots(p, p.queries, queries.own);
   plan.grad_queries.blocks = (p.packed ? 1 : p.batch) * p.heads * plan.grad_queries.slots;
@@ -221,7 +223,7 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
     return plan;
   }
   plan.hopper = takes_hopper_backward(p, plan);
-  plan.one_pass = p.one_pass && !plan.hopper;
+  if (!plan.hopper) plan.one_pass = p.one_pass;
   if (!plan.hopper) {
     plan.grad_queries = with_sizes(size, plan.features,
                                    [&](auto s, auto f) { return pass<GradQueriesShape<s, f>>(s, 2, 4); });

@@ -47,8 +47,8 @@ inline py::dict describe_attention(const BoundAttentionPlan& bound) {
   const GpuAttentionPlan& plan = bound.plan;
   py::dict d;
   d["kernel"] = !bound.backward ? kAttentionKernelNames[int(plan.kernel)]
+                : plan.hopper   ? plan.one_pass ? "hopper_one_pass" : "hopper"
                 : plan.one_pass ? "one_pass"
-                : plan.hopper   ? "hopper"
                                 : "two_passes";
   d["features"] = plan.kernel == AttentionKernelKind::kHopper ? plan.hopper_features : plan.features;
   d["options"] = plan.options;
