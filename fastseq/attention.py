@@ -97,8 +97,8 @@ def scaled_dot_product_attention(
         return_weights: whether to return the weights too, after dropout. They take Sq * Sk numbers a head.
         average_weights: whether these are the mean over the heads. Without gradients, nothing larger than the
             mean is stored.
-        deterministic: whether gradients are the same bits every time. If not, those on CUDA are made in one
-            pass, in which blocks add to the gradient of query in float32 in the order in which they come.
+        deterministic: whether gradients are the same bits every time. If not, those on CUDA may be made in
+            one pass, in which blocks add to the gradient of query in float32 in the order in which they come.
 
     Returns:
         output (..., Hq, Sq, Dv), packed (total_q, Hq, Dv), in memory as query is: of a transposed (B, S, H,

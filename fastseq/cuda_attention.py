@@ -57,8 +57,8 @@ def _plan(module: Any, problem: Problem, facts: tuple[int, ...], forced: str) ->
 
 
 def _plan_of(engine: Engine, problem: Problem, device: torch.device) -> Any:
-    """FASTSEQ_CUDA_ATTENTION_PLAN=kernel[:parts] forces one of the forward pass."""
-    forced = "" if problem.backward else os.environ.get("FASTSEQ_CUDA_ATTENTION_PLAN", "")
+    """FASTSEQ_CUDA_ATTENTION_PLAN=kernel[:parts] forces one; the backward pass has only tiles and hopper."""
+    forced = os.environ.get("FASTSEQ_CUDA_ATTENTION_PLAN", "")
     return _plan(engine.module, problem, engine.facts(device.index or 0), forced)
 
 
@@ -159,10 +159,8 @@ def _problem_of(
     of_mask: Sequence[bool] | None,
     of_weights: bool,
     one_pass: bool,
-    *others: Tensor,
 ) -> Problem:
-    """of_mask: as in attention_ops.Kernels.plan; of_weights: whether they are wanted, or have a gradient;
-    others: what kernels read in tiles, beside query, key and value."""
+    """of_mask: as in attention_ops.Kernels.plan; of_weights: whether they are wanted, or have a gradient."""
     return Problem(
         DTYPES[a.query.dtype],
         precision.of_products(a.query.dtype) == "tf32",
@@ -171,7 +169,7 @@ def _problem_of(
         *sizes,
         _has_options(a) or (backward and of_weights),
         _only_mask(a) and not (backward and of_weights),
-        all(map(_fits_tensor_map, (a.query, a.key, a.value, *others))),
+        all(map(_fits_tensor_map, (a.query, a.key, a.value))),
         not backward and of_weights,
         of_mask is not None,
         *(of_mask or (False,) * 4),
@@ -187,12 +185,16 @@ def forward(engine: Engine, sizes: Attention, a: Arguments, *results: Tensor) ->
 
 def backward(engine: Engine, sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradients) -> None:
     of_mask = None if grads.attn_mask is None else [size != 1 for size in grads.attn_mask.shape]
-    numbers = attention_numbers.of_backward(sizes, a, incoming, grads, 0, _seed(a))
     all_wanted = grads.query is not None and grads.key is not None and grads.value is not None
     one_pass = all_wanted and not incoming.deterministic
     of_weights = incoming.grad_weights is not None
-    problem = _problem_of(sizes, a, True, of_mask, of_weights, one_pass, incoming.grad_output)
-    _run(engine, problem, a, numbers)
+    problem = _problem_of(sizes, a, True, of_mask, of_weights, one_pass)
+    if problem.tma and not _fits_tensor_map(incoming.grad_output):
+        # That of a mean over the queries is expanded, say: a copy costs less than the general kernels.
+        if _plan_of(engine, problem, a.query.device).describe()["kernel"] == "hopper":
+            incoming = incoming._replace(grad_output=incoming.grad_output.contiguous())
+        problem = problem._replace(tma=_fits_tensor_map(incoming.grad_output))
+    _run(engine, problem, a, attention_numbers.of_backward(sizes, a, incoming, grads, 0, _seed(a)))
 
 
 def plan_in_data(

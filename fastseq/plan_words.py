@@ -268,7 +268,7 @@ def _cuda_attention_in_words(plan: dict[str, Any], _: str, sizes: Attention, dty
         words.append(f"{amount(chosen['workspace_bytes'])} of workspace")
     reasons = []
     if forced := os.environ.get("FASTSEQ_CUDA_ATTENTION_PLAN"):
-        reasons.append(f"FASTSEQ_CUDA_ATTENTION_PLAN={forced} forces the kernel of the forward pass")
+        reasons.append(f"FASTSEQ_CUDA_ATTENTION_PLAN={forced} forces the kernel")
     if dtype is torch.float32 and not plan["tf32"]:
         reasons.append(
             "float32 is multiplied in three tf32 products, so that nothing of it is lost; "

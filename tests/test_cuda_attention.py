@@ -383,7 +383,7 @@ def test_keys_are_cut_where_there_are_many_for_each_row(queries, keys, parts):
     for facts in GPUS.values():
         found = plan(torch.float32, facts, queries=queries, keys=keys)
         assert found["parts"] == parts
-    assert (plan(queries=queries, keys=keys)["kernel"] == "hopper") == (parts == 1)
+    assert (plan(queries=queries, keys=keys, tma=True)["kernel"] == "hopper") == (parts == 1)
 
 
 def test_workspace_holds_what_the_parts_leave():
@@ -461,7 +461,7 @@ def test_one_pass_gradients_match_float64_reference(twin, monkeypatch, kind, opt
         fastseq, "scaled_dot_product_attention", lambda *args, **kw: ask(*args, deterministic=False, **kw)
     )
     case = Case(ARITHMETIC[kind][0], 3, 4, queries=50, keys=130, head_size=head_size, **ONE_PASS[option])
-    with twin.using() as ran:
+    with twin.using(attention="tiles") as ran:
         check(case)
         assert {plan["kernel"] for plan in ran if plan["pass"] == "backward"} == {"one_pass"}
 

@@ -36,7 +36,7 @@ every_poison = pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf]
 CASE = Case(torch.bfloat16, 2, 2, 0, 150, 170)
 
 
-def plan(facts=HOPPER, **changed):
+def plan(facts=HOPPER, forced="", **changed):
     """In words, of a backward pass that these kernels can do unless something is changed."""
     problem = Problem(
         dtype=_C.DTYPES["bfloat16"],
@@ -61,7 +61,7 @@ def plan(facts=HOPPER, **changed):
         mask_has_key=False,
         one_pass=False,
     )
-    return cuda_host.load().cuda_attention_plan(problem._replace(**changed), facts, "").describe()
+    return cuda_host.load().cuda_attention_plan(problem._replace(**changed), facts, forced).describe()
 
 
 def tile(size, which, what="own"):
@@ -125,25 +125,45 @@ def test_each_tile_of_queries_and_keys_has_a_block(packed):
         assert keys["blocks"] == 2 * 2 * -(-700 // keys["own"])
 
 
+CANNOT = {
+    "compute capability 8.0": {"facts": GPUS["A100"]},
+    "compute capability 8.9": {"facts": GPUS["RTX"]},
+    "compute capability 12.0": {"facts": (12, 0, 12, 232448, 62914560)},
+    "elements of more than 16 bits": {"dtype": _C.DTYPES["float32"]},
+    "tensors whose rows do not begin at multiples of 16 bytes": {"tma": False},
+    "options other than masks": {"only_mask": False, "options": True},
+    "no queries or keys": {"queries": 0},
+    "heads without features": {"value_size": 0},
+}
+LITTLE_MEMORY = (9, 0, 12, 100000, 62914560)
+
+
 @pytest.mark.cuda_host
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"facts": GPUS["A100"]},
-        {"facts": GPUS["RTX"]},
-        {"facts": (9, 0, 12, 100000, 62914560)},
-        {"facts": (12, 0, 12, 232448, 62914560)},
-        {"dtype": _C.DTYPES["float32"]},
-        {"dtype": _C.DTYPES["float64"]},
-        {"keys": FEW_KEYS},
-        {"tma": False},
-        {"only_mask": False, "options": True},
-        {"queries": 0},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changed", [*CANNOT.values(), {"keys": FEW_KEYS}, {"facts": LITTLE_MEMORY}], ids=str)
 def test_others_are_left_to_the_general_kernels(changed):
     assert plan(**changed)["kernel"] == "two_passes"
+
+
+@pytest.mark.cuda_host
+@pytest.mark.parametrize("forced", ["tiles", "tiles:3", "decode", "decode:3", "hopper"])
+def test_only_tiles_forces_the_general_kernels(forced):
+    """Whatever else may be forced is the forward pass's."""
+    kernel = "two_passes" if forced.startswith("tiles") else "hopper"
+    assert plan(forced=forced) == plan(facts=HOPPER if kernel == "hopper" else GPUS["A100"])
+
+
+@pytest.mark.cuda_host
+def test_few_keys_are_taken_if_they_are_forced():
+    assert plan(forced="hopper", keys=FEW_KEYS)["kernel"] == "hopper"
+
+
+@pytest.mark.cuda_host
+@pytest.mark.parametrize("reason", CANNOT)
+def test_forced_where_they_cannot_they_are_an_error(reason):
+    with pytest.raises(RuntimeError, match=rf"hopper, forced, with {reason}\naccepted: .*\ntry: .*tiles"):
+        plan(forced="hopper", **CANNOT[reason])
+    with pytest.raises(RuntimeError, match=r"tiles of .* bytes\naccepted: tiles of up to 100000 bytes"):
+        plan(LITTLE_MEMORY, "hopper")
 
 
 OTHERS = {
@@ -163,10 +183,39 @@ def test_calls_that_are_left_to_the_general_kernels(hopper, name):
     run(hopper, case, make_data(case), "two_passes")
 
 
+@pytest.mark.parametrize(("forced", "kernel"), [("tiles", "two_passes"), ("hopper", "hopper")])
+def test_the_forced_kernel_runs(hopper, forced, kernel):
+    case = replace(CASE, head_size=64)
+    with hopper.using(attention=forced):
+        check(hopper, case, kernel=kernel)
+
+
 @pytest.mark.parametrize("layout", ["BHSD", "BSHD", "SBHD", "HSBD", "every other row, head and batch"])
 def test_any_order_of_batch_heads_and_rows(hopper, layout):
     check(hopper, replace(CASE, head_size=64, queries=70, layout=layout))
     assert layout in LAYOUTS
+
+
+INCOMING = {
+    "of a sum": lambda x: torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape),
+    "of a mean over the queries": lambda x: x[:, :, :1].expand(x.shape),
+    "of one of two heads": lambda x: x[:, 1:].expand(x.shape),
+    "not aligned": lambda x: torch.nn.functional.pad(x, (1, 0))[..., 1:],
+}
+
+
+@pytest.mark.parametrize("how", INCOMING)
+def test_gradients_of_outputs_that_do_not_fit_are_copied(hopper, how):
+    data = as_leaves(make_data(replace(CASE, head_size=64)), where=hopper.where)
+    output = fastseq.scaled_dot_product_attention(**data)
+    incoming = INCOMING[how](torch.randn_like(output))
+    results = []
+    for x in (incoming, incoming.clone(memory_format=torch.contiguous_format)):
+        hopper.module.ran.clear()
+        grads = torch.autograd.grad(output, list(data.values()), x, retain_graph=True)
+        assert [plan["kernel"] for plan in hopper.module.ran] == ["hopper"]
+        results.append(dict(zip(data, grads, strict=True)))
+    assert_same_bits(*results)
 
 
 # ------------------------------------------------------------------------------------------------- results
@@ -195,6 +244,7 @@ OPTIONS = {
     "bool mask": {"mask": "bool"},
     "bool mask of keys": {"mask": "bool", "mask_dims": "BK", "causal": "top_left"},
     "float mask": {"mask": "float"},
+    "float mask of odd rows": {"mask": "float", "queries": 260, "keys": 261},
     "float mask of heads": {"mask": "float", "mask_dims": "HQK", "heads": 4, "kv_heads": 2, "sinks": True},
     "float32 mask": {"mask": "float32", "lengths": True},
 }
@@ -239,9 +289,28 @@ def test_few_keys_among_many(hopper, dtype, how):
     check(hopper, case, data)
 
 
+@pytest.mark.parametrize("size", [64, 128, 192])
+@every_dtype
+def test_few_visible_keys_are_like_few_keys(hopper, dtype, size):
+    """The first 128 of 290 queries see up to 16 of 178 keys: as of 128 queries and 16 keys, bit by bit."""
+    data = make_data(Case(dtype, 1, 2, 0, 290, 178, size))
+    incoming = torch.randn(1, 2, 290, size).to(hopper.where, dtype)
+    grads = []
+    for queries, lengths in ((290, None), (128, torch.tensor([16]))):
+        x = {name: x[:, :, :queries] if name == "query" else x for name, x in data.items()}
+        x = as_leaves(x, where=hopper.where)
+        lengths = None if lengths is None else lengths.to(hopper.where)
+        output = fastseq.scaled_dot_product_attention(**x, causal="bottom_right", key_lengths=lengths)
+        grads.append(torch.autograd.grad(output, x["query"], incoming[:, :, :queries])[0][:, :, :128].cpu())
+    assert grads[0].any()
+    assert_same_bits(*({"query": x} for x in grads))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(150, 170), (290, 178)])
 @pytest.mark.parametrize("wanted", ["query", "key", "value"])
-def test_single_gradients(hopper, wanted):
-    case = replace(CASE, head_size=64, causal="top_left")
+def test_single_gradients(hopper, wanted, queries, keys):
+    """Also where the pass of the queries, of which nothing is wanted, makes what that of the keys needs."""
+    case = replace(CASE, head_size=64, causal="bottom_right", queries=queries, keys=keys)
     data = make_data(case)
     everything = run(hopper, case, data)
     alone = {name: x.detach().requires_grad_(name == wanted) for name, x in data.items()}
@@ -280,6 +349,61 @@ def test_same_bits_in_every_schedule(hopper, size, name):
     assert_same_bits(run(hopper, case, data), first)
 
 
+# ------------------------------------------------------------------------------------------------ one pass
+
+
+@pytest.fixture
+def one_pass(hopper, monkeypatch):
+    ask = fastseq.scaled_dot_product_attention
+    monkeypatch.setattr(
+        fastseq, "scaled_dot_product_attention", lambda *args, **kw: ask(*args, deterministic=False, **kw)
+    )
+    return hopper
+
+
+@pytest.mark.cuda_host
+@pytest.mark.parametrize("mask", [False, True])
+@every_size
+def test_one_pass_is_for_heads_that_leave_it_registers(size, mask):
+    chosen = plan(GPUS["H200"], head_size=size, value_size=size, options=mask, one_pass=True)
+    if size <= 128 and not mask:
+        assert chosen["kernel"] == "hopper_one_pass"
+        assert set(chosen["passes"]) == {"grad_keys"}
+        assert chosen["passes"]["grad_keys"]["shared_bytes"] <= 227 * 1024
+    else:
+        assert chosen == plan(GPUS["H200"], head_size=size, value_size=size, options=mask)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "mask" not in name and "scale" not in name])
+@pytest.mark.parametrize("size", [64, 96, 128])
+@every_dtype
+def test_one_pass_matches_the_float64_reference(one_pass, dtype, size, name):
+    check(one_pass, replace(CASE, dtype=dtype, head_size=size, **OPTIONS[name]), kernel="hopper_one_pass")
+
+
+@pytest.mark.parametrize("layout", ["BSHD", "SBHD"])
+@pytest.mark.parametrize(("size", "value"), [(8, 8), (40, 72), (104, 48), (72, 120)])
+def test_one_pass_of_other_sizes_and_layouts(one_pass, size, value, layout):
+    case = Case(
+        torch.bfloat16, 2, 3, 1, 200, 290, size, value_size=value, layout=layout, causal="bottom_right"
+    )
+    check(one_pass, case, kernel="hopper_one_pass")
+
+
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_one_pass_is_right_in_every_schedule(one_pass, size):
+    """Of keys and values the same bits; what is added up in another order is checked."""
+    case = Case(torch.bfloat16, 1, 2, 1, 300, 290, size, causal="bottom_right")
+    data = make_data(case)
+    first = run(one_pass, case, data, "hopper_one_pass")
+    for order, seed in cuda_host.SCHEDULES * (not one_pass.is_gpu):
+        cuda_host.set_schedule(order, seed)
+        check(one_pass, case, data, "hopper_one_pass")
+        results = run(one_pass, case, data, "hopper_one_pass")
+        for name in ("grad of key", "grad of value"):
+            assert_same_bits({name: results[name]}, {name: first[name]})
+
+
 # ---------------------------------------------------------------------------------------- what is hidden
 
 
@@ -315,6 +439,23 @@ def test_keys_and_values_that_nobody_sees_reach_nothing(hopper, poison, size, ho
     results, expected = (run(hopper, case, x) for x in poisoned(data, places, poison))
     assert all(x.isfinite().all() for x in results.values())
     assert_same_bits(results, expected)
+
+
+@pytest.mark.parametrize("how", ["lengths", "causal"])
+@pytest.mark.parametrize("size", [64, 96, 128])
+@every_poison
+def test_one_pass_keeps_out_keys_and_values_that_nobody_sees(one_pass, poison, size, how):
+    """Gradients of queries among finite keys, and beside some that are not, differ by their order at most."""
+    case = replace(CASE, head_size=size, queries=100, causal="top_left" if how == "causal" else "")
+    case, data = replace(case, lengths=how == "lengths"), make_data(replace(case, lengths=how == "lengths"))
+    unseen = slice(100, None)
+    if how == "lengths":
+        data["key_lengths"] = torch.tensor([100, 90])
+    places = {"key": (slice(None), slice(None), unseen), "value": (slice(None), slice(None), unseen)}
+    results, expected = (run(one_pass, case, x, "hopper_one_pass") for x in poisoned(data, places, poison))
+    of_query = [x.pop("grad of query").float() for x in (results, expected)]
+    assert_same_bits(results, expected)
+    assert (of_query[0] - of_query[1]).abs().max() <= 2**-7 * of_query[1].abs().max()
 
 
 @pytest.mark.parametrize("which", ["query", "grad"])
@@ -419,6 +560,32 @@ def test_no_wait_can_be_left_out(twin, wanted, what, turns):
     for turn in range(turns):
         got = set(gradients_without(output, leaves, incoming, what, turn))
         assert got != right, f"without {what} number {turn}"
+
+
+@pytest.mark.parametrize(("what", "turns"), [("barrier_wait", 6), ("wgmma_wait", 11)])
+def test_no_wait_of_the_one_pass_can_be_left_out(twin, what, turns):
+    """Gradients of keys and values change, or those of queries by more than their order can make."""
+    case = Case(torch.bfloat16, 1, 1, 0, 520, 520, 64)
+    data = make_data(case)
+    output = fastseq.scaled_dot_product_attention(**data, deterministic=False)
+    leaves = [data["query"], data["key"], data["value"]]
+    right = torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
+    most = 2**-7 * right[0].abs().max()
+
+    def is_right(turn):
+        try:
+            with leaving_out(what, turn):
+                got = torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
+        except RuntimeError:
+            return False
+        return (got[0] - right[0]).abs().max() <= most and all(map(torch.equal, got[1:], right[1:]))
+
+    for turn in range(turns):
+        found = False
+        for order, seed in cuda_host.SCHEDULES:
+            cuda_host.set_schedule(order, seed)
+            found = found or not is_right(turn)
+        assert found, f"without {what} number {turn}"
 
 
 def run_forward(data):

@@ -31,6 +31,8 @@ template <class E>
 const char* launch_hopper_grad_queries(const Call& call, const TilePass& pass);
 template <class E>
 const char* launch_hopper_grad_keys(const Call& call, const TilePass& pass);
+template <class E>
+const char* launch_hopper_one_pass(const Call& call, const TilePass& pass);
 
 }  // namespace attention
 }  // namespace fastseq::FASTSEQ_ISA

@@ -86,6 +86,12 @@ struct GradQueries {
     const AttentionArgs& a = call.a;
     const Rows rows = Rows::of_block(call);
     if (rows.count <= 0) return;
+    const Range some = rows.some(), all = rows.all();
+    const int first_tile = some.begin / kKeys,
+              end_tile = some.begin < some.end ? (some.end + kKeys - 1) / kKeys : first_tile;
+    const bool few_keys =
+        some.end - some.begin <= kFewKeys && end_tile - first_tile <= 1 && !a.grad_weights.data;
+    if (!few_keys && !a.grad_query.data) return;  // there is no delta to make, see sum_few()
     const Sequence& s = rows.s;
     const int features = int(a.head_size), value_features = int(a.value_size);
     E* const shared = reinterpret_cast<E*>(shared_memory());
@@ -103,9 +109,6 @@ struct GradQueries {
       return key < s.keys ? s.key_row<const E>(t, rows.kv_head, key) : nullptr;
     };
 
-    const Range some = rows.some(), all = rows.all();
-    const int first_tile = some.begin / kKeys,
-              end_tile = some.begin < some.end ? (some.end + kKeys - 1) / kKeys : first_tile;
     const auto fetch = [&](int tile) {
       if (tile < end_tile) {
         load_tile<kThreads>(keys_of(tile), kKeys, features, call.aligned_key,
@@ -136,8 +139,6 @@ struct GradQueries {
       query[i] = query_of<T>(call, s, rows.head(known), rows.query(known));
     }
     const auto query_at = [&](int m, int, int e) -> const Query<T>& { return query[2 * m + e / 2]; };
-    const bool few_keys =
-        some.end - some.begin <= kFewKeys && end_tile - first_tile <= 1 && !a.grad_weights.data;
     Sums<T> grad[kRowTiles][kFeatureTiles];
     clear(grad);
 

@@ -3,4 +3,5 @@
 namespace fastseq::FASTSEQ_ISA::attention {
 template const char* launch_hopper_grad_queries<bfloat16>(const Call& call, const TilePass& pass);
 template const char* launch_hopper_grad_keys<bfloat16>(const Call& call, const TilePass& pass);
+template const char* launch_hopper_one_pass<bfloat16>(const Call& call, const TilePass& pass);
 }  // namespace fastseq::FASTSEQ_ISA::attention

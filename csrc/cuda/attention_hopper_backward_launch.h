@@ -79,5 +79,17 @@ const char* launch_hopper_grad_keys(const Call& call, const TilePass& pass) {
     return launch_hopper_pass<Kernel>(call, pass, Kernel::kQueries, Kernel::kKeys);
   });
 }
+template <class E>
+const char* launch_hopper_one_pass(const Call& call, const TilePass& pass) {
+  return with_hopper_features_only(call.a, [&](auto features) -> const char* {
+    constexpr int kFeatures = decltype(features)::value;
+    if constexpr (hopper_has_one_pass(kFeatures, false)) {
+      using Kernel = HopperGradKeys<E, kFeatures, false, true>;
+      return launch_hopper_pass<Kernel>(call, pass, Kernel::kQueries, Kernel::kKeys);
+    } else {
+      return "the plan is another kernel's";
+    }
+  });
+}
 
 }  // namespace fastseq::FASTSEQ_ISA::attention

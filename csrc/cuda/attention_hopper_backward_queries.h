@@ -6,7 +6,8 @@
 // Block: 128 queries of one query head, which stay in shared memory with the gradients of their outputs. It goes over
 // the keys that any of them sees, which come through three stages, 96 at a time with 128 features.
 // Warpgroup 0 brings them; warpgroups 1 and 2 have 64 queries each, whose numbers are in registers.
-// Of sequences of few keys, all of which are in one tile, it makes delta too: see kFewKeys.
+// Where its queries see few keys, all of which are in one tile, it makes delta too: see kFewKeys. Without gradients of
+// queries that is all that is done.
 //
 // Cost of a tile of 128 queries and 96 keys, 128 features: 3 x 128 x 96 x 128 = 4.7 M multiply-adds, 2304 cycles of
 // the tensor cores; 48 KB of K and V from the second-level cache (21 bytes a cycle); of shared memory, for each
@@ -49,7 +50,7 @@ struct HopperGradQueries {
     Sequence s;
     int64_t kv_head, head;
     int first_query, first_key, tiles;
-    bool nothing;
+    bool nothing, few_keys;
 
     FS_DEVICE explicit Work(const Call& call)
         : Work(call, place_of_block(call, call.a.cu_seqlens_q, call.a.queries, 1, kQueries, true)) {}
@@ -60,11 +61,15 @@ struct HopperGradQueries {
           first_query(int(place.tile * kQueries)),
           first_key(0),
           tiles(0),
-          nothing(place.tile < 0 || first_query >= s.queries) {
+          nothing(place.tile < 0 || first_query >= s.queries),
+          few_keys(false) {
       if (nothing) return;
       const int last_query = smaller(first_query + kQueries, s.queries) - 1;
       first_key = s.visible(first_query).begin;
-      tiles = larger(s.visible(last_query).end - first_key + kKeys - 1, 0) / kKeys;
+      const int visible = larger(s.visible(last_query).end - first_key, 0);
+      few_keys = visible <= kFewKeys;
+      nothing = !few_keys && !call.a.grad_query.data;
+      if (!nothing) tiles = (visible + kKeys - 1) / kKeys;
     }
   };
 
@@ -166,16 +171,18 @@ struct HopperGradQueries {
       FS_NO_UNROLL
       do {
         const int key = work.first_key + now.tile * kKeys;
-        const bool hides = kMasked || any_in_warp(!band.shows_all(work.first_query, kQueries, key, kKeys));
+        const auto at_edge = [&] {
+          return any_in_warp(!band.shows_all(work.first_query, kQueries, key, kKeys));
+        };
+        const bool hides = kMasked || at_edge();
         bool special = false;
         if (hides) {
           int* const flags = shared.flags + now.stage * kConsumerWarps;
           special = any_of_consumers(special_in<E>(keys_of(now), kKeyBytes), flags);
-          const Field<true> field(first_query, key);
-          if constexpr (kMasked) add_mask<E>(call, s, band, field, work.head, x);
-          hide(band, field, x);
+          const Orient<true> orient{work.first_query + first_row_of_warp(kQueries), key};
+          score_and_hide<kMasked, E>(call, s, band, orient, int(work.head), !kMasked || at_edge(), x);
           weigh<true>(x, of, factor);
-          if (s.keys <= kFewKeys) sum_few(call, work, first_query, x, dx, of);
+          if (work.few_keys) sum_few(call, work, first_query, x, dx, of);
           grad_scores<true>(x, dx, of);
         } else {
           weigh<false>(x, of, factor);

@@ -23,6 +23,10 @@ struct HopperBackwardShape {
   bool split;
   int stages;
   int statistics;  // numbers of a row that goes through shared memory
+  bool one_pass = false;
+
+  // The gradients of the scores of a tile, in the one-pass form.
+  constexpr int score_bytes() const { return one_pass ? hopper_tile_bytes(other, own) : 0; }
 
   constexpr int tile_bytes() const {
     return 2 * hopper_tile_bytes(features, own) + 2 * stages * hopper_tile_bytes(features, other);
@@ -30,7 +34,7 @@ struct HopperBackwardShape {
   constexpr int statistics_bytes() const { return stages * statistics * other * 4; }
   // And barriers, and a flag for each of eight warps and each stage.
   constexpr int shared_bytes() const {
-    return tile_bytes() + statistics_bytes() + (1 + 2 * stages) * 8 + stages * 8 * 4;
+    return tile_bytes() + stages * score_bytes() + statistics_bytes() + (1 + 2 * stages) * 8 + stages * 8 * 4;
   }
 };
 constexpr int kHopperBackwardThreads = 384;
@@ -41,6 +45,9 @@ constexpr HopperBackwardShape hopper_grad_keys(int features, bool masked) {
   const int queries = features == 64 && !masked ? 96 : 64;
   return {features, features > 128 ? 64 : 128, queries, features > 128, features == 256 ? 2 : 3, 3};
 }
+// Of the form that makes all gradients; see the head of attention_hopper_backward_keys.h.
+constexpr bool hopper_has_one_pass(int features, bool masked) { return features <= 128 && !masked; }
+constexpr HopperBackwardShape hopper_one_pass(int features) { return {features, 128, 64, false, 3, 3, true}; }
 constexpr HopperBackwardShape hopper_grad_queries(int features, bool masked) {
   const int keys = features == 64 && !masked ? 128 : features <= 128 ? 96 : features == 192 ? 80 : 48;
   return {features, 128, keys, false, features > 128 ? 2 : 3, 0};

@@ -22,25 +22,6 @@ struct HopperCall {
   Call call;
 };
 
-// The query and the key of accumulator i, in products whose rows are queries, or keys.
-template <bool kQueriesAreRows>
-struct Field {
-  int first_query, first_key;  // of the warpgroup
-
-  FS_DEVICE Field(int query, int key)
-      : first_query(query + of(kQueriesAreRows, 0)), first_key(key + of(!kQueriesAreRows, 0)) {}
-  FS_DEVICE int query(int i) const { return first_query + of_constant(kQueriesAreRows, i); }
-  FS_DEVICE int key(int i) const { return first_key + of_constant(!kQueriesAreRows, i); }
-
- private:
-  FS_DEVICE static int of(bool row, int i) {
-    return row ? row_of_accumulator(thread_index(), i) : column_of_accumulator(thread_index(), i);
-  }
-  FS_DEVICE static constexpr int of_constant(bool row, int i) {
-    return row ? i / 2 % 2 * 8 : i / 4 * 8 + i % 2;
-  }
-};
-
 // All features of `rows` rows from `row` on, and so many bytes for `full`.
 template <int kFeatures>
 FS_DEVICE void load_features(unsigned char* to, const TensorMap& map, PhaseBarrier* full, int rows, int row,
@@ -79,44 +60,54 @@ FS_DEVICE void add_rows(float (&d)[kFeatures / 2], const uint32_t (&a)[kOther / 
   }
   wgmma_commit();
 }
+// The same where a, from `rows` on of tiles that have a_rows, is in shared memory.
+template <class E, int kFeatures, int kOther>
+FS_DEVICE void add_rows_of_tile(float (&d)[kFeatures / 2], const unsigned char* rows, int a_rows,
+                                const unsigned char* other) {
+  const uint64_t a = operand_of_tiles<Major::k>(rows, a_rows), b = operand_of_tiles<Major::mn>(other, kOther);
+  FS_UNROLL
+  for (int step = 0; step < kOther / 16; ++step) {
+    wgmma<E, kFeatures, Major::k, Major::mn>(d, at_step<Major::k>(a, a_rows, step),
+                                             at_step<Major::mn>(b, kOther, step), true);
+  }
+  wgmma_commit();
+}
 template <class E, int kCount>
 FS_DEVICE void round_to_words(const float (&x)[kCount], uint32_t (&words)[kCount / 8][4]) {
   FS_UNROLL
   for (int i = 0; i < kCount / 2; ++i) words[i / 4][i % 4] = pack(x[2 * i], x[2 * i + 1], E{});
 }
 
-// Products -> scores: the mask is added, and -inf where it hides.
-template <class E, class Field, int kCount>
-FS_DEVICE void add_mask(const Call& call, const Sequence& s, const Band& band, const Field& field,
-                        int64_t head, float (&x)[kCount]) {
+// Products -> scores, of a tile some of which is hidden: score() of attention_scores.h, with the mask as the only
+// option. A warp's accumulators lie as Sums[1][kCount / 4], `orient` is of these; `edge` as there.
+template <bool kMasked, class E, bool kQueriesAreRows, int kCount>
+FS_DEVICE void score_and_hide(const Call& call, const Sequence& s, const Band& band,
+                              const Orient<kQueriesAreRows>& orient, int head, bool edge,
+                              float (&x)[kCount]) {
   const AttentionArgs& a = call.a;
-  if (!call.product_units) {
-    FS_UNROLL
-    for (int i = 0; i < kCount; ++i) x[i] *= float(a.scale);
-  }
-  with_mask<E, float>(a, s, [&](auto* mask) {
-    if (a.mask.kind == MaskKind::kNone) return;
-    mask += head * a.mask.stride[1];
-    FS_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      const int query = field.query(i), key = field.key(i);
-      if (!band.shows(query, key)) continue;
-      const auto of_mask = mask[query * a.mask.stride[2] + key * a.mask.stride[3]];
-      if constexpr (sizeof(of_mask) == 1) {
-        if (!of_mask) x[i] = -float(INFINITY);
-      } else {
-        x[i] = add_bias(x[i], widen(of_mask));
-      }
+  if constexpr (kMasked) {
+    if (!call.product_units) {
+      FS_UNROLL
+      for (int i = 0; i < kCount; ++i) x[i] *= float(a.scale);
     }
-  });
-}
-template <class Field, int kCount>
-FS_DEVICE void hide(const Band& band, const Field& field, float (&x)[kCount]) {
+    if (a.mask.kind != MaskKind::kNone) {
+      // As new: or the addresses of all queries would be made first, and kept.
+      const auto query_at = [&](int m, int n, int e) {
+        return Query<float>{int(as_new(uint32_t(orient.query(m, n, e)))), head, 0, 0, 0};
+      };
+      return for_mask<E, float, 1, kCount / 4>(
+          call, s, orient, query_at, !edge, [&](int query, int key) { return band.shows(query, key); },
+          [&](int, int n, int e, float bias) { x[4 * n + e] = add_bias(x[4 * n + e], bias); });
+    }
+  }
+  if (!edge) return;
   FS_UNROLL
   for (int i = 0; i < kCount; ++i) {
-    if (!band.shows(field.query(i), field.key(i))) x[i] = -float(INFINITY);
+    if (!band.shows(orient.query(0, i / 4, i % 4), orient.key(0, i / 4, i % 4))) x[i] = -float(INFINITY);
   }
 }
+// The first of a warp's 16 rows, of tiles of 128 or 64: then both consumers have the same.
+FS_DEVICE int first_row_of_warp(int rows) { return (thread_index() - kWarpgroup) / kWarp * 16 % rows; }
 
 // ---- NaN and infinity ----
 //

@@ -46,6 +46,9 @@ const char* launch_grad_keys(Call& call, const GpuAttentionPlan& plan) {
 
 template <class M>
 const char* launch_one_pass(Call& call, const GpuAttentionPlan& plan) {
+  if constexpr (sizeof(typename M::Element) == 2) {
+    if (plan.hopper) return launch_hopper_one_pass<typename M::Element>(call, plan.grad_keys);
+  }
   return with_features(plan, [&](auto features) {
     using Shape = OnePassShape<sizeof(typename M::Element), decltype(features)::value>;
     return launch_pass<GradKeys<M, Shape, true, true>>(call, plan.grad_keys);
@@ -73,7 +76,8 @@ const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
     if (!error) error = launch_one_pass<M>(call, plan);
     if (!error) error = launch_elements<FinishQueries<M>>(call, elements);
   } else {
-    // Of few keys this pass makes delta too, so that it comes first.
+    // Of few keys this pass makes delta too, so that it comes first. Which blocks see few they find out themselves; the
+    // others end at once where their gradients are not wanted.
     const bool may_be_few =
         a.keys <= kFewKeys || a.key_lengths || a.cu_seqlens_k || a.left >= 0 || a.right >= 0;
     if (a.grad_query.data || may_be_few) error = launch_grad_queries<M>(call, plan);

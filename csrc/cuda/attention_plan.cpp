@@ -48,24 +48,6 @@ bool cuts_keys(const AttentionProblem& p, int64_t rows) {
   return !p.packed && rows <= kSplitRows && p.keys >= kKeysOfRow * rows;
 }
 
-// Whether the backward pass is that of attention_hopper_backward_keys.h, and then its passes.
-bool plan_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
-  if (p.device.major != 9 || p.device.minor != 0 || element_size(p.dtype) != 2) return false;
-  if (!p.tma || !p.only_mask || p.keys <= kFewKeys) return false;
-  if (std::min({p.batch, p.heads, p.queries, p.head_size, p.value_size}) == 0) return false;
-  const int features = hopper_backward_features(int(std::max(p.head_size, p.value_size)));
-  const HopperBackwardShape queries = hopper_grad_queries(features, p.options),
-                            keys = hopper_grad_keys(features, p.options);  // a mask, if any
-  if (std::max(queries.shared_bytes(), keys.shared_bytes()) > p.device.shared_bytes) return false;
-  plan.grad_queries = {queries.own, queries.other, kHopperBackwardThreads, queries.shared_bytes(), 0, 0};
-  plan.grad_queries.slots = slots(p, p.queries, queries.own);
-  plan.grad_queries.blocks = (p.packed ? 1 : p.batch) * p.heads * plan.grad_queries.slots;
-  plan.grad_keys = {keys.own, keys.other, kHopperBackwardThreads, keys.shared_bytes(), 0, 0};
-  plan.grad_keys.slots = slots(p, p.keys, keys.own);
-  plan.grad_keys.blocks = heads(p) * plan.grad_keys.slots;
-  return true;
-}
-
 void check(const AttentionProblem& p, const GpuAttentionPlan& plan) {
   const int most =
       std::max({plan.forward.shared_bytes, plan.weights.shared_bytes, plan.grad_queries.shared_bytes,
@@ -110,6 +92,13 @@ std::string no_hopper(const AttentionProblem& p) {
   if (p.queries == 0 || p.keys == 0 || p.kv_heads == 0 || p.batch == 0) return "no queries or keys";
   if (!p.tma) return "tensors whose rows do not begin at multiples of 16 bytes";
   return "";
+}
+
+[[noreturn]] void refuse_hopper(const std::string& reason) {
+  refuse("the kernel hopper, forced, with " + reason,
+         "compute capability 9.0; float16 or bfloat16 whose rows begin at multiples of 16 bytes; masks, "
+         "sinks, lengths, windows",
+         "the kernel tiles, or unset FASTSEQ_CUDA_ATTENTION_PLAN");
 }
 
 GpuAttentionPlan hopper_plan(const AttentionProblem& p) {
@@ -159,6 +148,37 @@ GpuAttentionPlan hopper_plan(const AttentionProblem& p) {
   return plan;
 }
 
+// What is in the way of attention_hopper_backward_keys.h and its like; empty if nothing.
+std::string no_hopper_backward(const AttentionProblem& p) {
+  return p.head_size == 0 || p.value_size == 0 ? "heads without features" : no_hopper(p);
+}
+void plan_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
+  const int features = hopper_backward_features(int(std::max(p.head_size, p.value_size)));
+  plan.one_pass = p.one_pass && hopper_has_one_pass(features, p.options);  // a mask, if any
+  const HopperBackwardShape queries = hopper_grad_queries(features, p.options),
+                            keys = plan.one_pass ? hopper_one_pass(features)
+                                                 : hopper_grad_keys(features, p.options);
+  plan.grad_queries = {queries.own, queries.other, kHopperBackwardThreads, queries.shared_bytes(), 0, 0};
+  plan.grad_queries.slots = slots(p, p.queries, queries.own);
+  plan.grad_queries.blocks = (p.packed ? 1 : p.batch) * p.heads * plan.grad_queries.slots;
+  plan.grad_keys = {keys.own, keys.other, kHopperBackwardThreads, keys.shared_bytes(), 0, 0};
+  plan.grad_keys.slots = slots(p, p.keys, keys.own);
+  plan.grad_keys.blocks = heads(p) * plan.grad_keys.slots;
+}
+// Whether the backward pass is that one, and then its passes.
+bool takes_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
+  const bool forced = p.forced_kernel == int(AttentionKernelKind::kHopper);
+  const std::string reason = no_hopper_backward(p);
+  if (forced && !reason.empty()) refuse_hopper(reason);
+  if (!reason.empty() || p.forced_kernel == int(AttentionKernelKind::kTiles)) return false;
+  GpuAttentionPlan hopper = plan;
+  plan_hopper_backward(p, hopper);
+  const int bytes = std::max(hopper.grad_queries.shared_bytes, hopper.grad_keys.shared_bytes);
+  if (!forced && (p.keys <= kFewKeys || bytes > p.device.shared_bytes)) return false;
+  plan = hopper;
+  return true;
+}
+
 }  // namespace
 
 GpuAttentionPlan attention_plan(const AttentionProblem& p) {
@@ -187,12 +207,8 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
     if (p.forced_kernel >= 0) plan.kernel = AttentionKernelKind(p.forced_kernel);
     const std::string reason = no_hopper(p);
     const bool forced = plan.kernel == AttentionKernelKind::kHopper;
-    if (forced && (!reason.empty() || p.forced_parts > 1)) {
-      refuse("the kernel hopper, forced, with " + (reason.empty() ? "parts of the keys" : reason),
-             "compute capability 9.0; float16 or bfloat16 whose rows begin at multiples of 16 bytes; masks, "
-             "sinks, lengths, windows",
-             "the kernel tiles, or unset FASTSEQ_CUDA_ATTENTION_PLAN");
-    }
+    if (forced && (!reason.empty() || p.forced_parts > 1))
+      refuse_hopper(reason.empty() ? "parts of the keys" : reason);
     if (forced || (p.forced_kernel < 0 && plan.kernel == AttentionKernelKind::kTiles && reason.empty())) {
       const GpuAttentionPlan hopper = hopper_plan(p);
       // Few rows leave most of the GPU idle, unless keys are cut into parts. How many of them there are in the batch does
@@ -227,7 +243,8 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
     check(p, plan);
     return plan;
   }
-  plan.hopper = !p.one_pass && plan_hopper_backward(p, plan);
+  plan.hopper = takes_hopper_backward(p, plan);
+  if (!plan.hopper) plan.one_pass = p.one_pass;
   if (!plan.hopper) {
     plan.grad_queries = with_sizes(size, plan.features, [&](auto s, auto f) {
       return p.options ? pass<GradQueriesShape<s, f, true>>(s, 2, 4)
@@ -236,18 +253,17 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
     plan.grad_queries.slots = slots(p, rows, plan.grad_queries.own);
     plan.grad_queries.blocks = units * plan.grad_queries.slots;
     plan.grad_keys = with_sizes(size, plan.features, [&](auto s, auto f) {
-      if (p.one_pass) return pass<OnePassShape<s, f>>(s, 2, 4);
+      if (plan.one_pass) return pass<OnePassShape<s, f>>(s, 2, 4);
       return p.options ? pass<GradKeysShape<s, f, true>>(s, 2, 4) : pass<GradKeysShape<s, f, false>>(s, 2, 4);
     });
     plan.grad_keys.shared_bytes += 2 * plan.grad_keys.other * query_bytes(size);
-    if (p.one_pass)
+    if (plan.one_pass)
       plan.grad_keys.shared_bytes += score_bytes(size, plan.grad_keys.other, plan.grad_keys.own);
     plan.grad_keys.slots = slots(p, p.keys, plan.grad_keys.own);
     plan.grad_keys.blocks = units * plan.grad_keys.slots;
   }
   plan.workspace_bytes = aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * sum_size);
-  if (p.one_pass) {
-    plan.one_pass = true;
+  if (plan.one_pass) {
     plan.grad_queries = {};
     plan.sums_at = plan.workspace_bytes;
     plan.workspace_bytes += aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * p.head_size * sum_size);

@@ -6,7 +6,9 @@
 
 namespace fastseq {
 
-// "tiles", "decode", "hopper", "tiles:4": the kernel of the forward pass, and into how many parts keys are cut. "" forces nothing.
+// "tiles", "decode", "hopper", "tiles:4": the kernel of the forward pass, and into how many parts keys are cut. Of the
+// backward pass "tiles" forces the general kernels and "hopper" those for sm_90a; it has none of the rest. "" forces
+// nothing.
 inline void read_forced_attention_plan(const std::string& text, AttentionProblem& p) {
   p.forced_kernel = -1, p.forced_parts = 0;
   if (text.empty()) return;
@@ -45,8 +47,8 @@ inline py::dict describe_attention(const BoundAttentionPlan& bound) {
   const GpuAttentionPlan& plan = bound.plan;
   py::dict d;
   d["kernel"] = !bound.backward ? kAttentionKernelNames[int(plan.kernel)]
+                : plan.hopper   ? plan.one_pass ? "hopper_one_pass" : "hopper"
                 : plan.one_pass ? "one_pass"
-                : plan.hopper   ? "hopper"
                                 : "two_passes";
   d["features"] = plan.kernel == AttentionKernelKind::kHopper ? plan.hopper_features : plan.features;
   d["options"] = plan.options;

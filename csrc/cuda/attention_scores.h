@@ -83,15 +83,15 @@ FS_DEVICE T bias_of(X x) {
   return T(widen(x));
 }
 
-// Calls body(m, n, e, bias) for each element of the warp's part, with what the mask adds to its score, -inf where it hides.
-// Behind the last key or query it is that of the last one.
-template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries, class Body>
+// Calls body(m, n, e, bias) for each element of the warp's part, with what the mask adds to its score: -inf where it hides,
+// and where sees(query, key), which holds everywhere if it is `whole`, does not. No key that is seen is behind the last;
+// behind the last query it is the mask of that one.
+template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries, class Sees, class Body>
 FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, const Queries& queries,
-                        Body body) {
+                        bool whole, Sees sees, Body body) {
   constexpr bool kQueriesAreRows = std::is_same_v<O, Orient<true>>;
   const AttentionArgs& a = call.a;
   const int64_t* const stride = a.mask.stride;
-  const bool whole = orient.first_key + (kQueriesAreRows ? 8 * kColumnTiles : 16 * kRowTiles) <= s.keys;
   with_mask<E, T>(a, s, [&](auto* mask) {
     using X = std::remove_cv_t<std::remove_pointer_t<decltype(mask)>>;
     const auto row = [&](const Query<T>& q) {
@@ -99,8 +99,9 @@ FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, co
     };
     if (!whole || !call.pairs_of_mask) {
       for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
-        const int key = smaller(orient.key(m, n, e), s.keys - 1);
-        body(m, n, e, bias_of<T>(row(queries(m, n, e))[key * stride[3]]));
+        const Query<T>& q = queries(m, n, e);
+        const int key = orient.key(m, n, e);
+        body(m, n, e, sees(q.index, key) ? bias_of<T>(row(q)[key * stride[3]]) : -T(INFINITY));
       });
     } else if constexpr (kQueriesAreRows) {
       FS_UNROLL
@@ -124,6 +125,16 @@ FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, co
       }
     }
   });
+}
+
+// The same of all keys of the sequence.
+template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries, class Body>
+FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, const Queries& queries,
+                        Body body) {
+  constexpr int kKeys = std::is_same_v<O, Orient<true>> ? 8 * kColumnTiles : 16 * kRowTiles;
+  for_mask<E, T, kRowTiles, kColumnTiles>(
+      call, s, orient, queries, orient.first_key + kKeys <= s.keys,
+      [&](int, int key) { return key < s.keys; }, body);
 }
 
 // Whether the mask shows any element of the warp's part. Asked before the products, so that what is hidden whole costs

@@ -228,6 +228,11 @@ FS_DEVICE void stores_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Two neighbours in global memory, at a multiple of 8 bytes, each += by whoever comes first.
+FS_DEVICE void add_in_any_order(float* p, const Two<float>& x) {
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x.value[0]), "f"(x.value[1]) : "memory");
+}
+
 // ---- products ----
 
 // d[64 x N] = a[64 x 16] b[16 x N], plus what d was if `add`: issued by the four warps of a warpgroup, done later.

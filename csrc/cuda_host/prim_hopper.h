@@ -109,6 +109,11 @@ FS_DEVICE void stores_wait() {
   stores_wait_for(kPending, true);
 }
 
+FS_DEVICE void add_in_any_order(float* p, const Two<float>& x) {
+  check_alignment(p, sizeof(x), "add_in_any_order");
+  add_in_any_order(p, x.value[0]), add_in_any_order(p + 1, x.value[1]);
+}
+
 // ---- products ----
 
 // What a warp hands in; all of its lanes the same, but for the registers.
