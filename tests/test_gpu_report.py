@@ -23,10 +23,9 @@ def modules(monkeypatch):
     import gpu_run
     import gpu_summary
     import gpu_table
-    import registers
     import timers
 
-    return {m.__name__: m for m in (calibration, gpu_run, gpu_summary, gpu_table, registers, timers)}
+    return {m.__name__: m for m in (calibration, gpu_run, gpu_summary, gpu_table, timers)}
 
 
 def test_grid_has_the_cases_that_the_project_is_judged_by(modules):
@@ -397,28 +396,3 @@ def test_report_puts_the_gpu_table_into_a_readme_and_nothing_else(rehearsal, tmp
 
     code, output = run("report.py", *arguments, "--check", cwd=tmp_path)
     assert code == 0, output
-
-
-# ------------------------------------------------------------------------------------------ the build's log
-
-PTXAS = """\
-[3/9] Building CUDA object CMakeFiles/fastseq_cuda.dir/csrc/cuda/recurrent.cu.o
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_Z4slowPf' for 'sm_90a'
-ptxas info    : Function properties for _Z4slowPf
-    16 bytes stack frame, 24 bytes spill stores, 32 bytes spill loads
-ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size, 49152 bytes smem
-ptxas info    : Compiling entry function '_Z4fastPf' for 'sm_80'
-ptxas info    : Function properties for _Z4fastPf
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 40 registers, used 0 barriers, 360 bytes cmem[0]
-"""
-
-
-def test_registers_and_spills_are_read_off_the_build(modules):
-    first, _header, *rows = modules["registers"].lines(PTXAS)
-    assert first == "2 kernels, 1 with spills, at most 255 registers"
-    assert rows[0].split()[:6] == ["255", "16", "24", "32", "49152", "90a"]
-    assert rows[1].split()[:6] == ["40", "0", "0", "0", "0", "80"]
-    assert "slow" in rows[0]
-    assert "no kernel was compiled" in next(modules["registers"].lines("ninja: no work to do."))
