@@ -43,15 +43,31 @@ int64_t slots(const AttentionProblem& p, int64_t rows, int size) {
 }
 int64_t heads(const AttentionProblem& p) { return p.packed ? p.kv_heads : p.kv_heads * p.batch; }
 
+// What is in the way of the kernels for sm_90a; empty if nothing. plan_words.py says what would change it.
+std::string no_hopper(const AttentionProblem& p) {
+  if (p.device.major != 9 || p.device.minor != 0)
+    return "compute capability " + std::to_string(p.device.major) + "." + std::to_string(p.device.minor);
+  if (element_size(p.dtype) != 2) return "elements of more than 16 bits";
+  if (p.options && !p.only_mask) return "options other than masks";
+  if (std::min({p.batch, p.heads, p.kv_heads, p.queries, p.keys}) == 0) return "no queries or keys";
+  if (!p.tma) return "tensors whose rows do not begin at multiples of 16 bytes";
+  return "";
+}
+
+const char* const kNoRoom = "the shared memory of a block";
+const char* const kFewRows = "few rows of a key head";
+
 // Whether the backward pass is that of attention_hopper_backward_keys.h, and then its passes.
 bool plan_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
-  if (p.device.major != 9 || p.device.minor != 0 || element_size(p.dtype) != 2) return false;
-  if (!p.tma || !p.only_mask || p.keys <= kFewKeys) return false;
-  if (std::min({p.batch, p.heads, p.queries, p.head_size, p.value_size}) == 0) return false;
+  plan.not_hopper = p.one_pass ? "one pass" : p.keys <= kFewKeys ? "few keys" : no_hopper(p);
+  if (!plan.not_hopper.empty()) return false;
   const int features = hopper_backward_features(int(std::max(p.head_size, p.value_size)));
   const HopperBackwardShape queries = hopper_grad_queries(features, p.options),
                             keys = hopper_grad_keys(features, p.options);  // a mask, if any
-  if (std::max(queries.shared_bytes(), keys.shared_bytes()) > p.device.shared_bytes) return false;
+  if (std::max(queries.shared_bytes(), keys.shared_bytes()) > p.device.shared_bytes) {
+    plan.not_hopper = kNoRoom;
+    return false;
+  }
   plan.grad_queries = {queries.own, queries.other, kHopperBackwardThreads, queries.shared_bytes(), 0, 0};
   plan.grad_queries.slots = slots(p, p.queries, queries.own);
   plan.grad_queries.blocks = (p.packed ? 1 : p.batch) * p.heads * plan.grad_queries.slots;
@@ -95,17 +111,6 @@ TilePass weights_pass(const AttentionProblem& p) {
 }
 
 // ---- the kernel for sm_90a ----
-
-// What is in the way of it; empty if nothing.
-std::string no_hopper(const AttentionProblem& p) {
-  if (p.device.major != 9 || p.device.minor != 0)
-    return "compute capability " + std::to_string(p.device.major) + "." + std::to_string(p.device.minor);
-  if (element_size(p.dtype) != 2) return "elements of more than 16 bits";
-  if (p.options && !p.only_mask) return "options other than masks";
-  if (p.queries == 0 || p.keys == 0 || p.kv_heads == 0 || p.batch == 0) return "no queries or keys";
-  if (!p.tma) return "tensors whose rows do not begin at multiples of 16 bytes";
-  return "";
-}
 
 GpuAttentionPlan hopper_plan(const AttentionProblem& p) {
   GpuAttentionPlan plan = {};
@@ -172,7 +177,11 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
              "sinks, lengths, windows",
              "the kernel tiles, or unset FASTSEQ_CUDA_ATTENTION_PLAN");
     }
-    if (forced || (p.forced_kernel < 0 && plan.kernel == AttentionKernelKind::kTiles && reason.empty())) {
+    plan.not_hopper = p.forced_kernel >= 0                          ? "another kernel is forced"
+                      : !reason.empty()                             ? reason
+                      : plan.kernel == AttentionKernelKind::kDecode ? kFewRows
+                                                                    : "";
+    if (forced || plan.not_hopper.empty()) {
       const GpuAttentionPlan hopper = hopper_plan(p);
       // Few rows leave most of the GPU idle, unless keys are cut into parts. How many of them there are in the batch does
       // not count: a row's bits are not to depend on it.
@@ -182,6 +191,7 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
         check(p, hopper);
         return hopper;
       }
+      plan.not_hopper = fits ? kFewRows : kNoRoom;
     }
     plan.forward = with_sizes(size, plan.features, [&](auto s, auto f) {
       if (plan.kernel == AttentionKernelKind::kDecode) return pass<DecodeShape<s, f>>(s, 1, 4);
@@ -206,7 +216,7 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
     check(p, plan);
     return plan;
   }
-  plan.hopper = !p.one_pass && plan_hopper_backward(p, plan);
+  plan.hopper = plan_hopper_backward(p, plan);
   if (!plan.hopper) {
     plan.grad_queries = with_sizes(size, plan.features,
                                    [&](auto s, auto f) { return pass<GradQueriesShape<s, f>>(s, 2, 4); });
