@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -21,11 +22,12 @@ def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import calibration
     import gpu_run
+    import gpu_runner
     import gpu_summary
     import gpu_table
     import timers
 
-    return {m.__name__: m for m in (calibration, gpu_run, gpu_summary, gpu_table, timers)}
+    return {m.__name__: m for m in (calibration, gpu_run, gpu_runner, gpu_summary, gpu_table, timers)}
 
 
 def test_grid_has_the_cases_that_the_project_is_judged_by(modules):
@@ -103,6 +105,24 @@ def test_a_case_that_hangs_is_named_and_the_run_goes_on_after_it(rehearsal):
     ]
     assert (results["planned"], results["complete"], results["dry_run"]) == (4, True, True)
     assert "hung" in output
+
+
+@pytest.mark.parametrize(("samples", "hangs"), [([0.2] * 4, False), ([0.2, 5.0], True)])
+def test_what_hangs_is_a_sample_and_not_a_case_of_many(modules, tmp_path, monkeypatch, samples, hangs):
+    class Timer(modules["timers"].HostTimer):
+        def sample(self, function, repeats):
+            abandoned.wait(function)
+
+    gpu_runner, abandoned = modules["gpu_runner"], threading.Event()
+    monkeypatch.setattr(gpu_runner.Run, "file", "results.json")
+    monkeypatch.setattr(gpu_runner.Run, "abandon", lambda run, note, why: abandoned.set() or note(why))
+    arguments = SimpleNamespace(seconds=100, hang=0.6, dry_run_on_cpu=True, resume=False)
+    run_, notes = gpu_runner.Run(arguments, tmp_path, [], "cpu", Timer()), []
+    with run_.watched(notes.append):
+        for seconds in samples:
+            run_.timer.sample(seconds, 1)
+    assert abandoned.is_set() == hangs
+    assert notes == ["it hung for 0.6 seconds"] * hangs
 
 
 def test_a_record_tells_what_was_measured(rehearsal):
