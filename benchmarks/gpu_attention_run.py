@@ -35,17 +35,13 @@ from gpu_runner import (
     LEAST_ROUNDS,
     LeftOut,
     Run,
-    choose_device,
-    finished,
-    folder_of,
     in_short,
-    parse_arguments,
     plans_of,
     report_of,
-    smoke,
+    run_as_asked,
     warm_up,
 )
-from records import ATTENTION, choose, difference, read
+from records import ATTENTION, difference
 
 BUDGET = 0.15  # seconds for the rounds of a case
 LOOKS = 2  # at how long a call takes, before its rounds
@@ -212,23 +208,24 @@ def report(results, folder):
     report_of(results, folder, "gpu_attention_figures", gpu_attention_summary, "attention grid")
 
 
-def main():
-    parser, arguments = parse_arguments(__doc__, BUDGET, f"{gpu_attention_grid.REHEARSAL} times fewer tokens")
-    if arguments.from_results:
-        report(read(arguments.from_results / ATTENTION), arguments.from_results)
-        return 0
-    torch.set_float32_matmul_precision("highest")  # float32 is no tf32 here, on either side
+def cases(arguments):
     scale = gpu_attention_grid.REHEARSAL if arguments.dry_run_on_cpu else 1
-    every = gpu_attention_grid.smoke_cases() if arguments.smoke else gpu_attention_grid.cases(scale)
-    chosen = choose(parser, every, pattern=arguments.case)
-    if arguments.list:
-        print("\n".join(case.name for case in chosen))
-        return 0
-    device, timer = choose_device(parser, arguments)
-    if arguments.smoke:
-        return smoke(chosen, lambda case: difference_from_float64(case, device), SMOKE_TOLERANCE)
-    run = AttentionRun(arguments, folder_of(arguments, device), chosen, device, timer)
-    return finished(run, report)
+    return gpu_attention_grid.smoke_cases() if arguments.smoke else gpu_attention_grid.cases(scale)
+
+
+def main():
+    torch.set_float32_matmul_precision("highest")  # float32 is no tf32 here, on either side
+    return run_as_asked(
+        __doc__,
+        BUDGET,
+        f"{gpu_attention_grid.REHEARSAL} times fewer tokens",
+        ATTENTION,
+        cases,
+        difference_from_float64,
+        SMOKE_TOLERANCE,
+        AttentionRun,
+        report,
+    )
 
 
 if __name__ == "__main__":

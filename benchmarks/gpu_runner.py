@@ -21,7 +21,7 @@ import torch
 
 import fastseq
 from environment import CLOCKS, gpu_environment, nvidia_smi
-from records import RESULTS, read, save, slug
+from records import RESULTS, choose, read, save, slug
 from timers import CudaTimer, HostTimer
 
 AGAIN = 75  # exit status: start again with --resume
@@ -324,3 +324,23 @@ def smoke(chosen, difference_of, tolerances):
         failures += not right
     print(f"{len(chosen) - failures} of {len(chosen)} small cases are right against float64")
     return 1 if failures else 0
+
+
+def run_as_asked(text, budget, rehearsal, file, cases, difference_of, tolerances, start, report):
+    """What a runner does, by its arguments; the exit status.
+
+    cases(arguments) are those to choose from, difference_of(case, device) is how far one is from float64, and
+    start(arguments, folder, cases, device, timer) makes the Run.
+    """
+    parser, arguments = parse_arguments(text, budget, rehearsal)
+    if arguments.from_results:
+        report(read(arguments.from_results / file), arguments.from_results)
+        return 0
+    chosen = choose(parser, cases(arguments), pattern=arguments.case)
+    if arguments.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    device, timer = choose_device(parser, arguments)
+    if arguments.smoke:
+        return smoke(chosen, lambda case: difference_of(case, device), tolerances)
+    return finished(start(arguments, folder_of(arguments, device), chosen, device, timer), report)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastseq
-from benchmark_runs import BENCHMARKS, PNG, README, run
+from benchmark_runs import BENCHMARKS, PNG, README, rehearse, run, run_out_of_time
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 # Of a rehearsal, whose lengths are 64 times smaller: three cases with a goal, and one without.
@@ -319,17 +319,10 @@ def test_a_sample_tells_results_that_are_wrong_in_one_place(modules, grid, kind)
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """The folder and the output of a run on the CPU, of which a case hung and which went on after it."""
+    """The folder and the output of rehearse()."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("gpu") / "results"
-    arguments = ("--dry-run-on-cpu", "--case", CASES, "--budget", 0.01, "--out", folder)
-    code, output = run("gpu_attention_run.py", *arguments, "--hang", 1e-4, cwd=folder.parent)
-    assert code == 75, output
-    hung = json.loads((folder / "attention.json").read_text())
-    assert hung["cases"] == [], "the file of before the first case"
-    code, output = run("gpu_attention_run.py", *arguments, "--resume", cwd=folder.parent)
-    assert code == 1, "a case that hung is a failure\n" + output
-    return folder, output
+    return folder, rehearse("gpu_attention_run.py", "attention.json", CASES, folder)
 
 
 def test_a_run_goes_on_after_a_case_that_hung_and_ends_with_figures_and_goals(rehearsal):
@@ -351,10 +344,7 @@ def test_a_run_goes_on_after_a_case_that_hung_and_ends_with_figures_and_goals(re
 
 
 def test_a_run_that_is_out_of_time_keeps_what_it_has(tmp_path):
-    arguments = ("--dry-run-on-cpu", "--case", CASES, "--out", tmp_path, "--seconds", 0.1)
-    code, output = run("gpu_attention_run.py", *arguments, cwd=tmp_path)
-    assert code == 1, output
-    results = json.loads((tmp_path / "attention.json").read_text())
+    results = run_out_of_time("gpu_attention_run.py", "attention.json", CASES, tmp_path)
     assert (results["complete"], results["cases"], results["planned"]) == (False, [], 4)
 
 

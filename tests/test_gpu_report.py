@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmark_runs import BENCHMARKS, PNG, README, run
+from benchmark_runs import BENCHMARKS, PNG, README, rehearse, run, run_out_of_time
 
 CASES = "^(LSTM|GRU) (inference|training) bfloat16 T2 B16 256->256$"  # four of the cases with a goal
 
@@ -80,17 +80,10 @@ def test_grid_starts_with_the_goals_and_any_part_of_it_is_a_fair_sample(modules)
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """The folder and the output of a run on the CPU, of which a case hung and which went on after it."""
+    """The folder and the output of rehearse()."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("gpu") / "results"
-    arguments = ("--dry-run-on-cpu", "--case", CASES, "--budget", 0.01, "--out", folder)
-    code, output = run("gpu_run.py", *arguments, "--hang", 1e-4, cwd=folder.parent)
-    assert code == 75, output
-    hung = json.loads((folder / "results.json").read_text())
-    assert hung["cases"] == [], "the file of before the first case"
-    code, output = run("gpu_run.py", *arguments, "--resume", cwd=folder.parent)
-    assert code == 1, "a case that hung is a failure\n" + output
-    return folder, output
+    return folder, rehearse("gpu_run.py", "results.json", CASES, folder)
 
 
 def test_a_case_that_hangs_is_named_and_the_run_goes_on_after_it(rehearsal):
@@ -170,10 +163,7 @@ def test_a_run_ends_with_figures_and_goals(rehearsal):
 
 
 def test_a_run_that_is_out_of_time_keeps_what_it_has(tmp_path):
-    arguments = ("--dry-run-on-cpu", "--case", CASES, "--budget", 0.01, "--out", tmp_path, "--seconds", 0.1)
-    code, output = run("gpu_run.py", *arguments, cwd=tmp_path)
-    assert code == 1, output
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = run_out_of_time("gpu_run.py", "results.json", CASES, tmp_path)
     assert (results["complete"], results["cases"], results["planned"]) == (False, [], 4)
 
 
