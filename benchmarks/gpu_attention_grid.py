@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attention_grid
 import fastseq
-from attention_grid import KINDS, OPTIONS, TRAINED, Shape
+from attention_grid import KINDS, OPTIONS, TRAINED, Shape, grad_of_output, results_of
 from grid import MODES
 
 TOKENS, FEATURES = 16 * 1024, 2048  # batch x length, heads x head size
@@ -27,6 +27,7 @@ HEAD_SIZES = (64, 128, 256)
 FLOAT32_HEAD_SIZE = 64
 MASKED_LENGTHS, MASKED_HEAD_SIZES = (2048, 4096), (64, 128)
 MASKS = ("boolean mask", "additive mask", TRAINED)
+BACKWARD = "backward"  # the mode of a case that is timed after another of the same tensors
 DROPOUT, PACKED = "dropout 0.1", "packed"
 EXTRAS = (*OPTIONS, DROPOUT, PACKED)
 EXTRAS_LENGTH = 4096
@@ -72,6 +73,17 @@ class BackendTimer:
     def __init__(self, timer):
         self.timer, self.enough, self.long = timer, timer.enough, timer.long
 
+    def replays(self, calls):
+        """{name: Call} of the same calls without what the host does, less those that cannot do without."""
+        found = {}
+        for name, call in calls.items():
+            try:
+                with call.chosen():
+                    found[name] = Call(self.timer.replayed(call.function))
+            except RuntimeError:
+                self.wait()  # raises if it was the GPU that broke
+        return found
+
     def sample(self, call, repeats):
         with call.chosen():
             return self.timer.sample(call.function, repeats)
@@ -101,6 +113,11 @@ class Case(attention_grid.Case):
         numbers = 2 * shape.batch * (shape.kv_heads or shape.heads) * self.keys * shape.head_size
         return numbers * getattr(torch, self.dtype).itemsize
 
+    @property
+    def flops(self):
+        forward = replace(self, mode="inference")
+        return 2.5 * forward.flops if self.mode == BACKWARD else super().flops
+
     def flops_of(self, library):
         return replace(self, kind="full").flops if library == "unmasked" else self.flops
 
@@ -121,6 +138,21 @@ class Case(attention_grid.Case):
             ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=device)
             return {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
         return super().options(dtype, device)
+
+    def function(self, function, inputs, options, wanted):
+        """As of every Case; of the backward pass alone, which follows the first call's forward pass."""
+        if self.mode != BACKWARD:
+            return super().function(function, inputs, options, wanted)
+        grad, outputs = grad_of_output(inputs), []
+        for tensor in wanted:
+            tensor.requires_grad_()
+
+        def goes_back():
+            if not outputs:
+                outputs.append(results_of(function(*inputs, **options))[0])
+            return torch.autograd.grad(outputs[0], wanted, grad, retain_graph=True)
+
+        return goes_back
 
     def ours(self, inputs, options):
         wanted = self.wanted(inputs, options)
@@ -191,7 +223,8 @@ def has_ratio(case, scale=1):
 
 
 def cases(scale=1):
-    """Every case: first those with the goals that count most, then those with others, then what is left.
+    """Every case: first those with the goals that count most, then those with others, then all that have one
+    at least, which is what torch is measured against, then what is left.
 
     Each part is in an order that is random, but always the same, so that a run that is cut off has measured a
     fair sample of where it was.
@@ -206,7 +239,9 @@ def cases(scale=1):
     random.Random(0).shuffle(every)
 
     def rank(case):
-        return 0 if has_figure(case, scale) else 1 if has_ratio(case, scale) else 2
+        if has_figure(case, scale) or has_ratio(case, scale):
+            return 0 if has_figure(case, scale) else 1
+        return 2 if case.group != "options" else 3
 
     return sorted(every, key=rank)
 

@@ -6,14 +6,14 @@ A record is one case of attention.json, see gpu_attention_run.py. The goals are 
 from __future__ import annotations
 
 from attention_grid import KINDS
-from gpu_attention_grid import HEAD_SIZES, MASKS
+from gpu_attention_grid import BACKWARD, HEAD_SIZES, MASKS
 from gpu_summary import list_lines
 from grid import MODES
 from summary import DIFFERENCE, goal, goal_lines, select
 
 # TFLOP/s of the best kernels known at D = 128, and the part of them that is asked for.
 BEST_FULL, BEST_CAUSAL, PART = 640, 560, 0.9
-BACKWARD = 450  # TFLOP/s of the backward pass alone
+BACKWARD_FIGURE = 450  # TFLOP/s of the backward pass alone
 FIGURE_HEAD_SIZE, FIGURE_LENGTH, CAUSAL_LENGTH = 128, 4096, 16384
 SHORT = 1024  # up to this length cuDNN is what others lose to
 MASKED, FLOAT32 = 2.0, 1.5  # times as fast as the efficient backend
@@ -56,17 +56,11 @@ def grid_of(records, **wanted):
     return sorted(select(records, group="attention", **wanted), key=lambda r: r["queries"])
 
 
-def backward_tflops(records, **wanted):
-    """{length: TFLOP/s of the backward pass alone}: the time of both passes less that of the forward pass."""
-    forward = {r["queries"]: r for r in grid_of(records, mode="inference", **wanted)}
-    found = {}
-    for both in grid_of(records, mode="training", **wanted):
-        length = both["queries"]
-        if length in forward:
-            one, all_of_it = (r["milliseconds"]["fastseq"] for r in (forward[length], both))
-            operations = both["tflops"]["fastseq"] * all_of_it * 2.5 / 3.5
-            found[length] = operations / (all_of_it - one) if all_of_it > one else float("nan")
-    return found
+def beside(records, name):
+    """Records of what was timed beside the cases: "backward", that pass alone, or "replayed", decoding
+    without what the host does for it."""
+    found = [r | r[name] for r in records if r.get(name)]
+    return [r | {"mode": BACKWARD} for r in found] if name == BACKWARD else found
 
 
 def ratios_to(library, records):
@@ -117,7 +111,7 @@ def goals(records):
     forward = select(wide, mode="inference")
     full = [r for r in select(forward, kind="full") if r["queries"] >= FIGURE_LENGTH]
     causal = select(forward, kind="causal", queries=CAUSAL_LENGTH)
-    backward = backward_tflops(wide, kind="full")
+    backward = beside(select(wide, kind="full", mode="training"), BACKWARD)
     where = f"D {FIGURE_HEAD_SIZE}, full, S >= {FIGURE_LENGTH}"
     wrong = [len([r for r in records if is_wrong(r)])] if records else []
     return [
@@ -128,9 +122,9 @@ def goals(records):
             [r["tflops"]["fastseq"] for r in causal],
         ),
         figure_goal(
-            f"backward (both passes less forward), {where}",
-            BACKWARD,
-            [value for length, value in backward.items() if length >= FIGURE_LENGTH],
+            f"backward alone, {where}",
+            BACKWARD_FIGURE,
+            [r["tflops"]["fastseq"] for r in backward if r["queries"] >= FIGURE_LENGTH],
         ),
         *(
             ratio_goal(text, least, library, chosen, more)
@@ -177,7 +171,8 @@ def case_line(record):
 
 def grid_lines(records):
     """Fastseq's TFLOP/s and its ratio to the fastest of torch's, a row per kind and a column per length."""
-    lengths = sorted({r["queries"] for r in grid_of(records)})
+    records = grid_of(records) + beside(grid_of(records), BACKWARD)
+    lengths = sorted({r["queries"] for r in records})
     if not lengths:
         return
     yield f"{'TFLOP/s (fastest of torch)':34}" + "".join(f"{'S ' + in_thousands(n):>13}" for n in lengths)
@@ -195,7 +190,7 @@ def rows_of(records):
     """(dtype, head size, mode, kind) of what the grid has."""
     keys = ("dtype", "head_size", "mode", "kind")
     found = {tuple(r[key] for key in keys) for r in grid_of(records)}
-    return sorted(found, key=lambda row: (row[:2], MODES.index(row[2]), KINDS.index(row[3])))
+    return sorted(found, key=lambda row: (row[:2], (*MODES, BACKWARD).index(row[2]), KINDS.index(row[3])))
 
 
 def mask_lines(records):
@@ -228,12 +223,17 @@ def option_lines(records):
 
 
 def decoding_lines(results):
-    """Share of the copy bandwidth and ratio to flash, a row per batch and heads, a column per length."""
     chosen = select(results["cases"], group="decoding")
+    yield from decoding_rows_of("decoding: share of the copy bandwidth (ratio to flash)", chosen, results)
+    yield from decoding_rows_of("the short ones from a CUDA graph", beside(chosen, "replayed"), results)
+
+
+def decoding_rows_of(title, chosen, results):
+    """Share of the copy bandwidth and ratio to flash, a row per batch and heads, a column per length."""
     keys = sorted({r["keys"] for r in chosen})
     if not chosen:
         return
-    yield from ("", "decoding: share of the copy bandwidth (ratio to flash)")
+    yield from ("", title)
     yield f"{'':24}" + "".join(f"{in_thousands(n) + ' keys':>14}" for n in keys)
     for queries, heads, batch in decoding_rows(chosen):
         row = {r["keys"]: r for r in select(chosen, queries=queries, kv_heads=heads, batch=batch)}
@@ -274,6 +274,8 @@ def text(results):
     versions = f"torch {facts['torch']}, cuDNN {facts['cudnn']}"
     yield f"attention on {facts['gpu']}, driver {facts['driver']}, {versions}"
     yield f"{len(records)} of {results['planned']} cases measured, {len(results['left_out'])} left out"
+    if lost := results.get("without_hopper"):
+        yield f"FASTSEQ_CUDA_ATTENTION_PLAN=tiles from then on: {lost} hung or broke the GPU"
     for name, value in (results["ceilings"] or {}).items():
         yield f"{name}: {value:.4g}"
     if records:

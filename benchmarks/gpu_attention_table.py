@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gpu_attention_summary
 from attention_grid import WINDOW
-from gpu_attention_grid import EXTRAS, EXTRAS_LENGTH, MASKS
+from gpu_attention_grid import BACKWARD, EXTRAS, EXTRAS_LENGTH, MASKS
 from gpu_attention_summary import (
+    beside,
     copy_share,
     decoding_rows,
     fastest_of_torch,
@@ -25,7 +26,8 @@ torch's backends, see [CONTRIBUTING.md](CONTRIBUTING.md#measure-on-a-gpu)."""
 
 def speed_table(records):
     """One row per dtype, head size, kind and mode, one column per length."""
-    lengths = sorted({r["queries"] for r in grid_of(records)})
+    records = grid_of(records) + beside(grid_of(records), BACKWARD)
+    lengths = sorted({r["queries"] for r in records})
     rows = []
     for dtype, size, mode, kind in rows_of(records):
         known = {r["queries"]: r for r in grid_of(records, dtype=dtype, head_size=size, mode=mode, kind=kind)}
@@ -96,7 +98,8 @@ def section(runs):
         lines += [
             "TFLOP/s of attention, and in brackets the ratio to the fastest of torch's backends (flash,",
             "efficient, cuDNN); 16k tokens and heads x D = 2048. Causal counts half the operations, and",
-            "training, which is forward and backward, three and a half times those of inference:",
+            "training, which is forward and backward, three and a half times those of inference; backward is",
+            "that pass alone:",
             "",
             *speed_table(records),
             "",

@@ -27,16 +27,12 @@ import paired
 from gpu_runner import (
     LEAST_ROUNDS,
     Run,
-    choose_device,
-    finished,
-    folder_of,
-    parse_arguments,
     plans_of,
     report_of,
-    smoke,
+    run_as_asked,
     warm_up,
 )
-from records import RECURRENT, choose, difference, read
+from records import RECURRENT, difference
 
 BUDGET = 0.1  # seconds for the pairs of a case
 REFERENCE_HIDDEN = (64, 256, 768)
@@ -165,23 +161,31 @@ def report(results, folder):
     report_of(results, folder, "gpu_figures", gpu_summary, "grid")
 
 
-def main():
-    parser, arguments = parse_arguments(__doc__, BUDGET, "two time steps")
-    if arguments.from_results:
-        report(read(arguments.from_results / RECURRENT), arguments.from_results)
-        return 0
-    steps = 2 if arguments.dry_run_on_cpu else gpu_grid.STEPS
-    every = gpu_grid.smoke_cases() if arguments.smoke else gpu_grid.cases(steps)
-    chosen = choose(parser, every, pattern=arguments.case)
-    if arguments.list:
-        print("\n".join(case.name for case in chosen))
-        return 0
-    device, timer = choose_device(parser, arguments)
-    if arguments.smoke:
-        return smoke(chosen, lambda case: difference_from_float64(case, device), SMOKE_TOLERANCE)
+def steps_of(arguments):
+    return 2 if arguments.dry_run_on_cpu else gpu_grid.STEPS
+
+
+def cases(arguments):
+    return gpu_grid.smoke_cases() if arguments.smoke else gpu_grid.cases(steps_of(arguments))
+
+
+def start(arguments, *rest):
     points = () if arguments.case else calibration.points()
-    folder = folder_of(arguments, device)
-    return finished(RecurrentRun(arguments, folder, chosen, device, timer, steps, points), report)
+    return RecurrentRun(arguments, *rest, steps_of(arguments), points)
+
+
+def main():
+    return run_as_asked(
+        __doc__,
+        BUDGET,
+        "two time steps",
+        RECURRENT,
+        cases,
+        difference_from_float64,
+        SMOKE_TOLERANCE,
+        start,
+        report,
+    )
 
 
 if __name__ == "__main__":

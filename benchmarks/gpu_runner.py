@@ -21,7 +21,7 @@ import torch
 
 import fastseq
 from environment import CLOCKS, gpu_environment, nvidia_smi
-from records import RESULTS, read, save, slug
+from records import RESULTS, choose, read, save, slug
 from timers import CudaTimer, HostTimer
 
 AGAIN = 75  # exit status: start again with --resume
@@ -31,6 +31,26 @@ DRAW_SECONDS = 15  # of --seconds, kept for the figures
 
 class LeftOut(Exception):
     """Why a case is not timed."""
+
+
+class Heard:
+    """A timer that knows when the device last answered."""
+
+    def __init__(self, timer):
+        self.timer, self.heard = timer, time.perf_counter()
+        self.enough, self.long = timer.enough, timer.long
+
+    def sample(self, function, repeats):
+        seconds = self.timer.sample(function, repeats)
+        self.heard = time.perf_counter()
+        return seconds
+
+    def wait(self):
+        self.timer.wait()
+        self.heard = time.perf_counter()
+
+    def replayed(self, function):
+        return self.timer.replayed(function)
 
 
 def parse_arguments(text, budget, rehearsal):
@@ -66,7 +86,9 @@ def parse_arguments(text, budget, rehearsal):
         default=2.0,
         help="leave out what takes longer for one warm call (default: 2)",
     )
-    add("--hang", type=float, metavar="S", default=30.0, help="a case that takes longer hangs (default: 30)")
+    add(
+        "--hang", type=float, metavar="S", default=30.0, help="a sample that takes longer hangs (default: 30)"
+    )
     add(
         "--dry-run-on-cpu",
         action="store_true",
@@ -155,7 +177,7 @@ class Run:
     columns = ""  # what `line` prints
 
     def __init__(self, arguments, folder, chosen, device, timer, **more):
-        self.arguments, self.device, self.timer = arguments, device, timer
+        self.arguments, self.device, self.timer = arguments, device, Heard(timer)
         self.started = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / self.file
@@ -205,10 +227,15 @@ class Run:
     def watched(self, note):
         """What is done in here is abandoned if it hangs or breaks the GPU, and left if it raises; `note(why)`
         writes down why."""
-        hang = self.arguments.hang
-        watch = threading.Timer(hang, self.abandon, (note, f"it hung for {hang:g} seconds"))
-        watch.daemon = True
-        watch.start()
+        hang, ended = self.arguments.hang, threading.Event()
+        self.timer.heard = time.perf_counter()
+
+        def watch():
+            while not ended.wait(max(0.0, self.timer.heard + hang - time.perf_counter())):
+                if time.perf_counter() >= self.timer.heard + hang:
+                    return self.abandon(note, f"it hung for {hang:g} seconds")
+
+        threading.Thread(target=watch, daemon=True).start()
         try:
             yield
         except LeftOut as reason:
@@ -222,8 +249,8 @@ class Run:
                 self.abandon(note, why)
             note(why)
         finally:
-            watch.cancel()
-        if self.timer.__class__ is CudaTimer:
+            ended.set()
+        if self.device == "cuda":
             torch.cuda.empty_cache()  # the next case has other sizes
 
     def time_left(self):
@@ -297,3 +324,23 @@ def smoke(chosen, difference_of, tolerances):
         failures += not right
     print(f"{len(chosen) - failures} of {len(chosen)} small cases are right against float64")
     return 1 if failures else 0
+
+
+def run_as_asked(text, budget, rehearsal, file, cases, difference_of, tolerances, start, report):
+    """What a runner does, by its arguments; the exit status.
+
+    cases(arguments) are those to choose from, difference_of(case, device) is how far one is from float64, and
+    start(arguments, folder, cases, device, timer) makes the Run.
+    """
+    parser, arguments = parse_arguments(text, budget, rehearsal)
+    if arguments.from_results:
+        report(read(arguments.from_results / file), arguments.from_results)
+        return 0
+    chosen = choose(parser, cases(arguments), pattern=arguments.case)
+    if arguments.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    device, timer = choose_device(parser, arguments)
+    if arguments.smoke:
+        return smoke(chosen, lambda case: difference_of(case, device), tolerances)
+    return finished(start(arguments, folder_of(arguments, device), chosen, device, timer), report)

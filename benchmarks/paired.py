@@ -38,13 +38,13 @@ class Pairs:
     others: float | None
 
 
-def repeats_for(function, timer):
-    """How many calls make a sample long enough, judged by the least disturbed of three."""
+def repeats_for(function, timer, looks=3):
+    """How many calls make a sample long enough, judged by the least disturbed of so many looks."""
     repeats = 1
     if timer.sample(function, 1) > timer.long:
         return repeats
     while True:
-        seconds = min(timer.sample(function, repeats) for _ in range(3))
+        seconds = min(timer.sample(function, repeats) for _ in range(looks))
         if seconds * repeats >= timer.enough:
             return repeats
         repeats = max(2 * repeats, min(10 * repeats, round(1.2 * timer.enough / seconds)))
@@ -61,12 +61,12 @@ def busy_seconds():
     return total, time.process_time()
 
 
-def in_turn(functions, peak, budget, least_rounds, timer):
+def in_turn(functions, peak, budget, least_rounds, timer, looks=3):
     """Time {name: function} in turn for about `budget` seconds, but for at least `least_rounds` rounds.
 
     All should have been called before: a first call may load, allocate or pack. `peak` may be None.
     """
-    repeats = {name: repeats_for(function, timer) for name, function in functions.items()}
+    repeats = {name: repeats_for(function, timer, looks) for name, function in functions.items()}
     result, before, start = Rounds({name: [] for name in functions}), busy_seconds(), time.perf_counter()
     elapsed, rounds = 0.0, 0
     while rounds < least_rounds or (elapsed < budget and rounds < MOST_ROUNDS):

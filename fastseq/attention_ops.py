@@ -244,6 +244,10 @@ def _attention_backward_fake(*arguments: Any) -> list[Tensor]:
     ]
 
 
+def _deterministic(arguments: Sequence[Any]) -> bool:
+    return arguments[24] if len(arguments) > 24 else True  # torch leaves out what is the default
+
+
 def _incoming(arguments: Sequence[Any]) -> Incoming:
     grad_output, grad_lse, grad_weights = arguments[:3]
     output, normalizer, weights, remainder = arguments[13:17]
@@ -257,9 +261,10 @@ def _incoming(arguments: Sequence[Any]) -> Incoming:
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     # output and normalizer as the forward pass made them, unless a hook on saved tensors laid them out anew.
     remainder = None if remainder is None else _rows_of(remainder)
-    deterministic = arguments[24] if len(arguments) > 24 else True  # torch leaves out what is the default
     output, normalizer = _rows_of(output), normalizer.contiguous()
-    return Incoming(grad_output, grad_lse, grad_weights, output, normalizer, remainder, deterministic)
+    return Incoming(
+        grad_output, grad_lse, grad_weights, output, normalizer, remainder, _deterministic(arguments)
+    )
 
 
 def _run_backward(run: Callable[..., None], looks: bool, *arguments: Any) -> list[Tensor]:
@@ -305,14 +310,27 @@ def _plain_on_cpu(*arguments: Any) -> bool:
 OPERATORS = ("attention", "attention_backward")
 
 
+class Running(NamedTuple):
+    """What is known of a backward pass that runs, and not of one that is foretold."""
+
+    of_weights: bool  # whether there is a gradient of weights
+    any_order: bool  # the gradients of query, key and value are all wanted, and may be summed up in any order
+
+
+def running(arguments: Sequence[Any]) -> Running:
+    any_order = all(arguments[23][:3]) and not _deterministic(arguments)
+    return Running(arguments[2] is not None, any_order)
+
+
 class Kernels(NamedTuple):
     """The two operators on one device.
 
     plain(query, key, value, output, is_causal, scale, enable_gqa): the former without any other option; False
     if something is not as usual, and nothing was done.
-    plan(longest, arguments, backward, of_mask), for fastseq.explain: what such a call runs, as in
+    plan(longest, arguments, backward, of_mask, running), for fastseq.explain: what such a call runs, as in
     ops.Kernels. longest: the sizes, with as many queries and keys as the longest sequence has; of_mask: None,
-    or of the mask that gets a gradient, for each dimension, whether it has it.
+    or of the mask that gets a gradient, for each dimension, whether it has it; running: see Running, None if
+    the backward pass is foretold.
     """
 
     attention: Callable[..., Any]

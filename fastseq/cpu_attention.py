@@ -17,7 +17,7 @@ from .attention_checks import Arguments, Attention
 from .checks import DTYPES
 
 if TYPE_CHECKING:
-    from .attention_ops import Gradients, Incoming
+    from .attention_ops import Gradients, Incoming, Running
 
 
 def _threads_and_seed(a: Arguments) -> tuple[int, int]:
@@ -33,7 +33,11 @@ def backward(sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradient
 
 
 def plan_in_data(
-    longest: Attention, a: Arguments, backward: bool, of_mask: tuple[bool, ...] | None
+    longest: Attention,
+    a: Arguments,
+    backward: bool,
+    of_mask: tuple[bool, ...] | None,
+    _: Running | None,
 ) -> dict[str, Any]:
     """What the CPU's engine does with a call; see attention_ops.Kernels.plan."""
     keeps = a.save or a.return_weights

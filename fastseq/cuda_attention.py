@@ -22,7 +22,7 @@ from .checks import DTYPES
 from .loops import Engine
 
 if TYPE_CHECKING:
-    from .attention_ops import Gradients, Incoming
+    from .attention_ops import Gradients, Incoming, Running
 
 
 class Problem(NamedTuple):
@@ -198,15 +198,24 @@ def backward(engine: Engine, sizes: Attention, a: Arguments, incoming: Incoming,
 
 
 def plan_in_data(
-    engine: Engine, _: Attention, a: Arguments, backward: bool, of_mask: tuple[bool, ...] | None
+    engine: Engine,
+    _: Attention,
+    a: Arguments,
+    backward: bool,
+    of_mask: tuple[bool, ...] | None,
+    running: Running | None,
 ) -> dict[str, Any]:
     """What the engine does with a call; see attention_ops.Kernels.plan."""
     device = a.query.device
     facts = engine.facts(device.index or 0)
     sizes = check_attention(a)
-    problem = _problem_of(sizes, a, backward, of_mask, bool(a.return_weights), False)
+    of_weights, one_pass = running or (bool(a.return_weights), False)
+    problem = _problem_of(sizes, a, backward, of_mask, of_weights, one_pass)
     plan = {"engine": "cuda_attention", "facts": facts, "partition": {}, "tf32": problem.tf32}
     if not sizes.heads:
         return plan | {"kernel": "none"}
     chosen = _plan_of(engine, problem, device).describe()
+    if backward and running is None:  # only the backward pass itself knows `deterministic`
+        other = _plan_of(engine, problem._replace(one_pass=True), device).describe()
+        plan["in_any_order"] = other["kernel"]
     return plan | {"kernel": chosen.pop("kernel"), "partition": chosen}

@@ -243,7 +243,8 @@ def _read_attention(_: dict[int, str], arguments: Sequence[Any], results: Sequen
 
 
 def _read_attention_gradients(_: dict[int, str], arguments: Sequence[Any], __: Any) -> Call:
-    return _call_of_attention("attention_backward", attention_ops.forward_arguments(arguments), None)
+    a, running = attention_ops.forward_arguments(arguments), attention_ops.running(arguments)
+    return _call_of_attention("attention_backward", a, None, running)
 
 
 _READERS: dict[str, tuple[Callable[..., Any], Callable[..., Call]]] = {
@@ -323,7 +324,12 @@ def _plan_of(
     return Plan(plan["kernel"], architecture, plan["partition"], tuple(words), (*reasons, *more_reasons))
 
 
-def _call_of_attention(operator: str, a: Arguments, kept: dict[str, Tensor] | None) -> Call:
+def _call_of_attention(
+    operator: str,
+    a: Arguments,
+    kept: dict[str, Tensor] | None,
+    running: attention_ops.Running | None = None,
+) -> Call:
     sizes, query = check_attention(a), a.query
     longest = _longest(a, sizes)
     more = [
@@ -340,7 +346,7 @@ def _call_of_attention(operator: str, a: Arguments, kept: dict[str, Tensor] | No
         kernels = attention_ops.KERNELS.get(query.device.type)
         mask = a.attn_mask if backward and a.attn_mask is not None and a.attn_mask.requires_grad else None
         of_mask = None if mask is None else tuple(size > 1 for size in mask.shape)
-        return _plan_of(kernels, "ATTENTION", longest, query, (longest, a, backward, of_mask), more)
+        return _plan_of(kernels, "ATTENTION", longest, query, (longest, a, backward, of_mask, running), more)
 
     saved = {name: x.nbytes for name, x in (kept or {}).items()}
     return Call(

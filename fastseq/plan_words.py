@@ -250,6 +250,17 @@ _PASSES = {
     "grad_mask": "gradient of attn_mask",
 }
 _OWNED_BY_KEYS = {"grad_keys"}
+# Of what is in the way of the kernels of Hopper GPUs (not_hopper of a plan), what would change it.
+_NOT_HOPPER = {
+    "elements of more than 16 bits": "bfloat16 and float16 have no more",
+    "options other than masks": "softcap, alibi_slopes, dropout_p, gradients of weights are general kernels'",
+    "no queries or keys": "there is nothing to multiply",
+    "tensors whose rows do not begin at multiples of 16 bytes": "contiguous ones of 8, 16, 24... features do",
+    "the shared memory of a block": "tiles of smaller heads fit it",
+    "few rows of a key head": "more blocks read the keys, in parts; more than 128 rows are not few",
+    "another kernel is forced": "unset FASTSEQ_CUDA_ATTENTION_PLAN",
+    "few keys": "more than 16 are not few",
+}
 
 
 def _cuda_attention_in_words(plan: dict[str, Any], _: str, sizes: Attention, dtype: torch.dtype) -> Words:
@@ -269,6 +280,13 @@ def _cuda_attention_in_words(plan: dict[str, Any], _: str, sizes: Attention, dty
     reasons = []
     if forced := os.environ.get("FASTSEQ_CUDA_ATTENTION_PLAN"):
         reasons.append(f"FASTSEQ_CUDA_ATTENTION_PLAN={forced} forces the kernel")
+    if obstacle := chosen["not_hopper"]:
+        reasons.append(f"not hopper: {obstacle}; {_NOT_HOPPER.get(obstacle, 'it is for 9.0')}")
+    other = plan.get("in_any_order", plan["kernel"])
+    if other != plan["kernel"]:
+        reasons.append(
+            f"foretold for deterministic=True; with False it is {other}, which makes fewer products"
+        )
     if dtype is torch.float32 and not plan["tf32"]:
         reasons.append(
             "float32 is multiplied in three tf32 products, so that nothing of it is lost; "

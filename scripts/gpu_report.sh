@@ -26,16 +26,19 @@
 #             beside the grid they would take the CPU from whoever launches the kernels
 #   memcheck, racecheck     compute-sanitizer on a few small cases: the slowest per line, and seldom news
 # of attention
-#   attention-smoke     small cases of every dtype, head size and option against float64
-#   attention-gpu       the tests of attention on the GPU: those of its kernels, then all others
-#   attention-grid      fastseq against each backend of torch's, goals first, see benchmarks/gpu_attention_run.py
-#   attention-memcheck  compute-sanitizer on a few small cases
+#   attention-primitives  what the kernels for Hopper GPUs are made of: where one of these is wrong, all of them are
+#   attention-smoke       small cases of every dtype, head size and option against float64
+#   attention-gpu         the tests of attention on the GPU, see scripts/gpu_tests.sh
+#   attention-hopper      those of the kernels for Hopper GPUs, after the others, since these are likeliest to hang
+#   attention-grid        fastseq against each backend of torch's, goals first, see benchmarks/gpu_attention_run.py
+#   attention-memcheck    compute-sanitizer on a few small cases
 #
 # Each stage has a share of the time, in seconds; together the stages of a call have 526. What those that are not
 # called would have had goes to the grids; if more are called than there is time for, all but the build have less.
 # So each has a mark on the clock by which it ends or is ended; what a stage does not use, the next ones have. A
-# stage that fails does not stop those after it. The exit status is 0 if all went well. compile, ladder, suite and
-# attention-gpu may have more tests than time, which is no failure; the summary tells how many of how many ran.
+# stage that fails does not stop those after it. The exit status is 0 if all went well. compile, ladder, suite,
+# attention-gpu and attention-hopper may have more tests than time, which is no failure; the summary tells how many of
+# how many ran. Nor is it one if compute-sanitizer has too little time, or does not support the device.
 #
 # OUTDIR gets log.txt (everything printed; tail -f it to watch), registers.txt, results.json and attention.json
 # (written after every case of a grid) and the figures. The last lines on stdout are the summary.
@@ -48,12 +51,14 @@ out=$(cd "${1:-out/gpu-report}" && pwd) || exit 1
 shift $(($# > 0))
 limit=526
 order=(build smoke gpu grid compile ladder suite memcheck racecheck
-  attention-smoke attention-gpu attention-grid attention-memcheck)
+  attention-primitives attention-smoke attention-gpu attention-hopper attention-grid attention-memcheck)
 declare -A share=([build]=140 [smoke]=25 [gpu]=55 [grid]=205 [compile]=23 [ladder]=20 [suite]=22 [memcheck]=18
-  [racecheck]=18 [attention-smoke]=30 [attention-gpu]=60 [attention-grid]=278 [attention-memcheck]=18)
+  [racecheck]=18 [attention-primitives]=20 [attention-smoke]=30 [attention-gpu]=40 [attention-hopper]=25
+  [attention-grid]=239 [attention-memcheck]=32)
 named=" ${*:-recurrent} "
 named=${named/ recurrent / build smoke gpu grid compile ladder suite memcheck racecheck }
-stages=${named/ attention / build attention-smoke attention-gpu attention-grid attention-memcheck }
+stages=${named/ attention / build attention-primitives attention-smoke attention-gpu attention-hopper attention-grid \
+attention-memcheck }
 log=$out/log.txt
 : >"$log" || exit 1
 
@@ -111,10 +116,12 @@ stage() {
   if ((status == 124 || status == 137)); then
     result="cut after its $left s"
     # A stage that may be cut has not failed if some of its tests ran, and none of them failed.
-    if [[ " compile ladder suite attention-gpu " == *" $name "* ]] &&
-      grep -q '^[1-9].* 0 failed' "$tally" 2>/dev/null; then
+    if [[ " compile ladder suite attention-gpu attention-hopper " == *" $name "* ]] &&
+      grep -q '^[1-9].* 0 failed' "$tally" 2>/dev/null || [[ $name == *memcheck || $name == racecheck ]]; then
       status=0
     fi
+  elif ((status)) && tail -n "+$((lines + 1))" "$log" | grep -q "Device not supported"; then
+    result="compute-sanitizer does not support this device" status=0
   elif ((status)); then
     result="failed, status $status"
   fi
@@ -196,11 +203,12 @@ fi
 
 # timed STAGE RUNNER FILE: a grid, and its figures where it did not come to them.
 timed() {
-  local name=$1 runner=$2 file=$3 again
-  # Status 75: a case hung or broke the GPU's context; a new process goes on with the others.
-  for again in "" --resume --resume --resume; do
-    stage "$name" "$python" "$runner" --out "$out" --seconds $((mark[$name] - SECONDS)) $again
-    ((status == 75)) || break
+  local name=$1 runner=$2 file=$3 again=
+  # Status 75: a case hung or broke the GPU's context; a new process goes on with the others, if there is time.
+  for ((attempt = 0; attempt < 12; attempt++)); do
+    stage "$name" "$python" "$runner" --out "$out" --hang 8 --seconds $((mark[$name] - SECONDS)) $again
+    ((status == 75 && mark[$name] - SECONDS > 30)) || break
+    again=--resume
   done
   if ((status > 1)) && [ -s "$out/$file" ]; then
     timeout 20 "$python" "$runner" --from-results "$out" >>"$log" 2>&1
@@ -236,13 +244,32 @@ for tool in memcheck racecheck; do
   fi
 done
 
+if wanted attention-primitives; then
+  stage attention-primitives "$python" -m pytest -v --tb=short --tally "$work/attention-primitives.tally" -m gpu \
+    tests/test_cuda_hopper.py
+fi
+
 if wanted attention-smoke; then
   stage attention-smoke "$python" benchmarks/gpu_attention_run.py --smoke
 fi
 
+# apart STAGE FILE...: tests of which no file can spoil another's.
+apart() {
+  local name=$1
+  shift # ends before the stage does, so that it can tell what ran
+  stage "$name" env PYTHON="$python" scripts/gpu_tests.sh $((mark[$name] - SECONDS - 4)) "$work/$name.tally" "$@"
+}
+
 if wanted attention-gpu; then
-  stage attention-gpu "$python" -m pytest -v --tb=short --tally "$work/attention-gpu.tally" -m gpu \
-    tests/test_cuda_attention*.py tests/test_attention*.py
+  files=()
+  for file in tests/test_cuda_attention*.py tests/test_attention*.py; do
+    [[ $file == *hopper* ]] || files+=("$file")
+  done
+  apart attention-gpu "${files[@]}"
+fi
+
+if wanted attention-hopper; then
+  apart attention-hopper tests/test_cuda_attention_hopper*.py
 fi
 
 if wanted attention-grid; then

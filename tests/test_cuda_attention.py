@@ -19,7 +19,7 @@ from attention_harness import (
     run_fastseq,
     run_reference,
 )
-from devices import ARITHMETIC, GPUS, HOPPER
+from devices import ARITHMETIC, GPUS
 from fastseq import attention_ops, cuda_attention, precision
 from harness import ProductsInTf32, assert_same_bits
 from tolerances import TIMES_TORCH
@@ -407,29 +407,6 @@ def test_blocks_cover_every_row_and_key_once():
         passes = plan(torch.float32, queries=queries, keys=keys, backward=True)["passes"]
         assert passes["grad_queries"]["blocks"] == 16 * math.ceil(queries / passes["grad_queries"]["own"])
         assert passes["grad_keys"]["blocks"] == 16 * math.ceil(keys / passes["grad_keys"]["own"])
-
-
-# ---------------------------------------------------------------------------------------------------- explain
-
-
-@pytest.mark.parametrize("facts", [HOPPER, GPUS["A100"]], ids=str)
-def test_explain_tells_the_kernels_and_their_tiles(twin, facts):
-    x = torch.randn(2, 4, 100, 64, requires_grad=True)
-    with twin.using(facts=facts):
-        (call,) = fastseq.explain(fastseq.scaled_dot_product_attention, x, x, x)
-    assert call.plan.kernel == "tiles"
-    assert call.plan.architecture == f"compute capability {facts[0]}.{facts[1]}"
-    assert any("three tf32 products" in reason for reason in call.plan.reasons)
-    assert call.backward.kernel == "two_passes"
-    assert len(call.backward.words) == 3
-    assert "rows by" in str(call)
-
-
-def test_explain_tells_parts_of_the_keys(twin):
-    q, k = torch.randn(1, 1, 1, 64), torch.randn(1, 1, 2000, 64)
-    (call,) = fastseq.explain(fastseq.scaled_dot_product_attention, q, k, k)
-    assert call.plan.kernel == "decode"
-    assert "keys in 8 parts of 256" in str(call)
 
 
 # ------------------------------------------------------------------------------------------ the one-pass form

@@ -4,19 +4,21 @@ the CPU, where two of torch's backends refuse everything, the goals, the summary
 import itertools
 import json
 import math
+import os
 import re
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmark_runs import BENCHMARKS, PNG, README, run
+import fastseq
+from benchmark_runs import BENCHMARKS, PNG, README, rehearse, run, run_out_of_time
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 # Of a rehearsal, whose lengths are 64 times smaller: three cases with a goal, and one without.
 CASES = "attention: full .* bfloat16 B2 H16 S128 D128|decoding: .* B1 H32/8 S1x16 |masks: trained .* S32 D64"
-GRID = "bfloat16 D128 full inference"
 
 
 @pytest.fixture
@@ -98,6 +100,9 @@ def test_grid_starts_with_the_goals_and_any_part_of_the_rest_is_a_fair_sample(gr
     ranks = [grid.has_ratio(case) for case in cases[7:]]
     assert ranks == sorted(ranks, reverse=True)
     rest = cases[7 + sum(ranks) :]
+    without_goal = [case.group == "options" for case in rest]
+    assert without_goal == sorted(without_goal)
+    rest = rest[: without_goal.index(True)]
     for key in (lambda c: c.group, lambda c: c.mode):
         assert set(map(key, rest[:20])) == set(map(key, rest))
 
@@ -112,6 +117,7 @@ def test_operations_and_bytes_are_those_of_what_is_seen(grid):
     assert case("full").flops == full
     assert case("causal").flops == full / 2
     assert case("full", "training").flops == 3.5 * full, "the backward pass has two and a half times as many"
+    assert case("causal", "backward").flops == 2.5 * full / 2
     packed = case("packed", group="options")
     lengths = packed.lengths
     assert packed.flops == pytest.approx(4 * 3 * 10 * sum(n * n for n in lengths))
@@ -160,6 +166,11 @@ def test_every_kind_of_case_is_measured_and_right(modules, grid, measured_small)
         assert not modules["gpu_attention_summary"].is_wrong(record), record
         assert (record["errors"] is None) == kind.startswith("dropout"), "all others are checked"
         assert ("default" in ran) == (group != "options") == (record["difference"] is not None)
+        short = group == "decoding" and record["milliseconds"]["fastseq"] < 0.5
+        beside = {"backward": (group, mode) == ("attention", "training"), "replayed": short}
+        for name, there in beside.items():
+            assert (record[name] is not None) == there
+            assert not there or set(record[name]["milliseconds"]) == ran
 
 
 def test_a_backend_that_refuses_is_recorded_with_its_reason(grid, measured_small):
@@ -227,6 +238,65 @@ def test_libraries_are_timed_in_turn_with_their_backend_chosen_before_the_clock_
     assert isinstance(grid.Call(print).chosen(), nullcontext), "torch's own choice"
 
 
+def test_the_backward_pass_alone_goes_back_through_one_forward_pass(modules, grid, monkeypatch):
+    case = grid.Case("attention", "full", "backward", "float32", grid.Shape(2, 3, 20, 8))
+    forward, calls = fastseq.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        fastseq, "scaled_dot_product_attention", lambda *x, **y: calls.append(1) or forward(*x, **y)
+    )
+    inputs, options = case.arguments()
+    alone = case.ours(inputs, options)
+    grads = [alone() for _ in range(3)]
+    assert len(calls) == 1
+    both = replace(case, mode="training").ours(inputs, options)()
+    for found in grads:
+        torch.testing.assert_close(found, both[1:], rtol=0, atol=0)
+
+
+def test_what_cannot_be_replayed_from_a_graph_is_left_out_alone(modules, grid):
+    class Timer(modules["timers"].HostTimer):
+        def replayed(self, function):
+            if function is print:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return lambda: ("replayed", function())
+
+    calls = {"fastseq": grid.Call(lambda: 1), "flash": grid.Call(print), "default": grid.Call(lambda: 2)}
+    found = grid.BackendTimer(Timer()).replays(calls)
+    assert {name: call() for name, call in found.items()} == {
+        "fastseq": ("replayed", 1),
+        "default": ("replayed", 2),
+    }
+
+
+def test_after_a_case_that_hung_no_kernel_for_hopper_gpus_runs(modules, grid, monkeypatch, tmp_path):
+    run_ = modules["gpu_attention_run"]
+    monkeypatch.setattr(modules["gpu_runner"].os, "_exit", lambda status: None)
+    monkeypatch.setenv(run_.FORCED, "")  # so that it is restored
+    monkeypatch.delenv(run_.FORCED)
+    shape = grid.Shape(1, 2, 20, 8)
+    float32, decoding, half = (
+        grid.Case(group, "full", "inference", dtype, shape)
+        for group, dtype in (("attention", "float32"), ("decoding", "bfloat16"), ("attention", "bfloat16"))
+    )
+    arguments = SimpleNamespace(seconds=100, hang=30, dry_run_on_cpu=True, resume=True)
+
+    def plans(*hung):
+        run = run_.AttentionRun(arguments, tmp_path, [], "cpu", modules["timers"].HostTimer())
+        found = []
+        for case in (float32, decoding, half):
+            run.before(case)
+            found.append(os.environ.get(run_.FORCED, ""))
+            if case in hung:
+                run.abandon(lambda why: None, "it hung")
+        return found
+
+    assert plans(float32, decoding) == ["", "", ""], "other kernels"
+    assert plans(half) == ["", "", ""]
+    assert plans() == ["", "", "tiles"], "of the process that goes on"
+    monkeypatch.setenv(run_.FORCED, "tiles:2")
+    assert plans() == ["tiles:2"] * 3, "what the user wants"
+
+
 @pytest.mark.parametrize("kind", ["full", "causal", "trained mask"])
 def test_a_sample_tells_results_that_are_wrong_in_one_place(modules, grid, kind):
     case = grid.Case("masks", kind, "training", "float32", grid.Shape(3, 4, 30, 8))
@@ -249,17 +319,10 @@ def test_a_sample_tells_results_that_are_wrong_in_one_place(modules, grid, kind)
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """The folder and the output of a run on the CPU, of which a case hung and which went on after it."""
+    """The folder and the output of rehearse()."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("gpu") / "results"
-    arguments = ("--dry-run-on-cpu", "--case", CASES, "--budget", 0.01, "--out", folder)
-    code, output = run("gpu_attention_run.py", *arguments, "--hang", 1e-4, cwd=folder.parent)
-    assert code == 75, output
-    hung = json.loads((folder / "attention.json").read_text())
-    assert hung["cases"] == [], "the file of before the first case"
-    code, output = run("gpu_attention_run.py", *arguments, "--resume", cwd=folder.parent)
-    assert code == 1, "a case that hung is a failure\n" + output
-    return folder, output
+    return folder, rehearse("gpu_attention_run.py", "attention.json", CASES, folder)
 
 
 def test_a_run_goes_on_after_a_case_that_hung_and_ends_with_figures_and_goals(rehearsal):
@@ -273,16 +336,15 @@ def test_a_run_goes_on_after_a_case_that_hung_and_ends_with_figures_and_goals(re
     assert not list(folder.glob("*.partial"))
     assert not (folder / "results.json").exists(), "which is of recurrent networks"
     summary = re.search(r"^-- attention grid\n(.*)^-- end of attention grid$", output, flags=re.S | re.M)[1]
+    lost = "attention: full training bfloat16 B2 H16 S128 D128 hung or broke the GPU"
+    assert f"FASTSEQ_CUDA_ATTENTION_PLAN=tiles from then on: {lost}" in summary
     assert re.search(r"slowest against torch's default +\| >= 1x +\| [\d.]+x +\| (yes|no)", summary)
     assert re.search(r"forward, D 128, full, S >= 4096 +\| >= 576 TFLOP/s \| not measured \| \?", summary)
     assert re.search(r"^efficient refused 2 cases, mostly: .*No viable backend", summary, flags=re.M)
 
 
 def test_a_run_that_is_out_of_time_keeps_what_it_has(tmp_path):
-    arguments = ("--dry-run-on-cpu", "--case", CASES, "--out", tmp_path, "--seconds", 0.1)
-    code, output = run("gpu_attention_run.py", *arguments, cwd=tmp_path)
-    assert code == 1, output
-    results = json.loads((tmp_path / "attention.json").read_text())
+    results = run_out_of_time("gpu_attention_run.py", "attention.json", CASES, tmp_path)
     assert (results["complete"], results["cases"], results["planned"]) == (False, [], 4)
 
 
@@ -316,12 +378,22 @@ def measured(grid, tflops=700.0, ratio=3.0, **changed):
             "refused": {name: "too small" for name in case.against if name not in libraries},
             "difference": 1e-7,
             "errors": dict.fromkeys(("fastseq", *libraries), 1e-7),
+            "backward": None,
+            "replayed": None,
             "default_is": "cudnn" if "cudnn" in libraries else None,
             "plan": "forward tma",
         }
         speeds = {"fastseq": tflops} | dict.fromkeys(libraries, tflops / ratio)
         record |= {"gigabytes_per_second": speeds} if case.group == "decoding" else {"tflops": speeds}
-        records.append(record | changed)
+        record |= changed
+        if case.group == "attention" and case.mode == "training":
+            record["backward"] = {"tflops": speeds, "ratios": record["ratios"]}
+        elif case.group == "decoding" and case.keys <= 4096:
+            record["replayed"] = {
+                "gigabytes_per_second": {n: 2 * x for n, x in speeds.items()},
+                "ratios": record["ratios"],
+            }
+        records.append(record)
     return records
 
 
@@ -361,12 +433,9 @@ def test_goals_in_tflops_are_those_of_the_best_kernels(modules, grid, where, spe
     wanted = {"group": "attention", "dtype": "bfloat16", "head_size": 128, "mode": mode} | where
     for offset, done in ((0.5, True), (-0.5, least == 0)):
         value = max(1.0, least + offset)
-        if speed == "backward":  # of 3.5 parts of work, 2.5 at this speed, and the forward pass at 700
-            value = 3.5 / (2.5 / value + 1 / 700)
         found = measured(grid)
         (record,) = [r for r in found if all(r[k] == v for k, v in wanted.items())]
-        record["milliseconds"]["fastseq"] *= 700 / value
-        record["tflops"]["fastseq"] = value
+        (record if speed == "forward" else record["backward"])["tflops"] = {"fastseq": value}
         (row,) = [
             r
             for r in modules["gpu_attention_summary"].goals(found)
@@ -443,10 +512,12 @@ def test_summary_tells_speeds_refusals_missed_cases_and_goals(modules, grid):
         return re.search(f"^{pattern}$", text, flags=re.M)
 
     assert f"{len(records)} of {len(records) + 1} cases measured, 1 left out" in text
-    assert has(rf"{GRID} +(700\( 3.00\) *){{6}}")
+    for mode in ("inference", "training", "backward"):
+        assert has(rf"bfloat16 D128 full {mode} +(700\( 3.00\) *){{6}}")
     assert has(r"  trained mask training +2k D64 3.00x 3.00x; 4k D64 .*")
     assert has(r"  window 256 +D64 inference 3.00x; .*")
     assert has(r"  4 x 32/32 heads B64 +18% \(3.00\) +18% \(0.90\) +18% \(3.00\) +- +-")
+    assert has(r"  4 x 32/32 heads B64 +35% \(3.00\) +35% \(3.00\)"), "from a CUDA graph"
     assert has(r"torch's own choice: cudnn in 72 cases")
     assert has(r"flash refused 24 cases, mostly: too small")
     assert "under 1x: against torch's default: 12" in text
@@ -465,7 +536,8 @@ def test_summary_of_nothing_tells_why(modules):
 def test_section_has_a_table_for_each_kind_of_case(modules, grid):
     section = modules["gpu_attention_table"].section
     text = section([("folder", results_of(measured(grid))), ("other", results_of(measured(grid)))])
-    assert text.count("| bfloat16, D 256, causal, training | 700 (3.0x) |") == 1
+    for mode in ("training", "backward"):
+        assert text.count(f"| bfloat16, D 256, causal, {mode} | 700 (3.0x) |") == 1
     assert "| float32, D 64, full, inference |" in text
     assert "| trained mask, D 128, S 4k |  |  | 3.0x | 3.0x |" in text
     assert "| packed | 3.0x | 3.0x | 3.0x | 3.0x |" in text

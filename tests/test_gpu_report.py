@@ -6,11 +6,12 @@ import json
 import math
 import os
 import re
+import threading
 from types import SimpleNamespace
 
 import pytest
 
-from benchmark_runs import BENCHMARKS, PNG, README, run
+from benchmark_runs import BENCHMARKS, PNG, README, rehearse, run, run_out_of_time
 
 CASES = "^(LSTM|GRU) (inference|training) bfloat16 T2 B16 256->256$"  # four of the cases with a goal
 
@@ -21,12 +22,12 @@ def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import calibration
     import gpu_run
+    import gpu_runner
     import gpu_summary
     import gpu_table
-    import registers
     import timers
 
-    return {m.__name__: m for m in (calibration, gpu_run, gpu_summary, gpu_table, registers, timers)}
+    return {m.__name__: m for m in (calibration, gpu_run, gpu_runner, gpu_summary, gpu_table, timers)}
 
 
 def test_grid_has_the_cases_that_the_project_is_judged_by(modules):
@@ -79,17 +80,10 @@ def test_grid_starts_with_the_goals_and_any_part_of_it_is_a_fair_sample(modules)
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """The folder and the output of a run on the CPU, of which a case hung and which went on after it."""
+    """The folder and the output of rehearse()."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("gpu") / "results"
-    arguments = ("--dry-run-on-cpu", "--case", CASES, "--budget", 0.01, "--out", folder)
-    code, output = run("gpu_run.py", *arguments, "--hang", 1e-4, cwd=folder.parent)
-    assert code == 75, output
-    hung = json.loads((folder / "results.json").read_text())
-    assert hung["cases"] == [], "the file of before the first case"
-    code, output = run("gpu_run.py", *arguments, "--resume", cwd=folder.parent)
-    assert code == 1, "a case that hung is a failure\n" + output
-    return folder, output
+    return folder, rehearse("gpu_run.py", "results.json", CASES, folder)
 
 
 def test_a_case_that_hangs_is_named_and_the_run_goes_on_after_it(rehearsal):
@@ -104,6 +98,24 @@ def test_a_case_that_hangs_is_named_and_the_run_goes_on_after_it(rehearsal):
     ]
     assert (results["planned"], results["complete"], results["dry_run"]) == (4, True, True)
     assert "hung" in output
+
+
+@pytest.mark.parametrize(("samples", "hangs"), [([0.2] * 4, False), ([0.2, 5.0], True)])
+def test_what_hangs_is_a_sample_and_not_a_case_of_many(modules, tmp_path, monkeypatch, samples, hangs):
+    class Timer(modules["timers"].HostTimer):
+        def sample(self, function, repeats):
+            abandoned.wait(function)
+
+    gpu_runner, abandoned = modules["gpu_runner"], threading.Event()
+    monkeypatch.setattr(gpu_runner.Run, "file", "results.json")
+    monkeypatch.setattr(gpu_runner.Run, "abandon", lambda run, note, why: abandoned.set() or note(why))
+    arguments = SimpleNamespace(seconds=100, hang=0.6, dry_run_on_cpu=True, resume=False)
+    run_, notes = gpu_runner.Run(arguments, tmp_path, [], "cpu", Timer()), []
+    with run_.watched(notes.append):
+        for seconds in samples:
+            run_.timer.sample(seconds, 1)
+    assert abandoned.is_set() == hangs
+    assert notes == ["it hung for 0.6 seconds"] * hangs
 
 
 def test_a_record_tells_what_was_measured(rehearsal):
@@ -151,10 +163,7 @@ def test_a_run_ends_with_figures_and_goals(rehearsal):
 
 
 def test_a_run_that_is_out_of_time_keeps_what_it_has(tmp_path):
-    arguments = ("--dry-run-on-cpu", "--case", CASES, "--budget", 0.01, "--out", tmp_path, "--seconds", 0.1)
-    code, output = run("gpu_run.py", *arguments, cwd=tmp_path)
-    assert code == 1, output
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = run_out_of_time("gpu_run.py", "results.json", CASES, tmp_path)
     assert (results["complete"], results["cases"], results["planned"]) == (False, [], 4)
 
 
@@ -397,28 +406,3 @@ def test_report_puts_the_gpu_table_into_a_readme_and_nothing_else(rehearsal, tmp
 
     code, output = run("report.py", *arguments, "--check", cwd=tmp_path)
     assert code == 0, output
-
-
-# ------------------------------------------------------------------------------------------ the build's log
-
-PTXAS = """\
-[3/9] Building CUDA object CMakeFiles/fastseq_cuda.dir/csrc/cuda/recurrent.cu.o
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_Z4slowPf' for 'sm_90a'
-ptxas info    : Function properties for _Z4slowPf
-    16 bytes stack frame, 24 bytes spill stores, 32 bytes spill loads
-ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size, 49152 bytes smem
-ptxas info    : Compiling entry function '_Z4fastPf' for 'sm_80'
-ptxas info    : Function properties for _Z4fastPf
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 40 registers, used 0 barriers, 360 bytes cmem[0]
-"""
-
-
-def test_registers_and_spills_are_read_off_the_build(modules):
-    first, _header, *rows = modules["registers"].lines(PTXAS)
-    assert first == "2 kernels, 1 with spills, at most 255 registers"
-    assert rows[0].split()[:6] == ["255", "16", "24", "32", "49152", "90a"]
-    assert rows[1].split()[:6] == ["40", "0", "0", "0", "0", "80"]
-    assert "slow" in rows[0]
-    assert "no kernel was compiled" in next(modules["registers"].lines("ninja: no work to do."))

@@ -11,9 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_report.sh"
+TESTS_APART = ROOT / "scripts" / "gpu_tests.sh"
 SETS = {
     "recurrent": ("build", "smoke", "gpu", "grid", "compile", "ladder", "suite", "memcheck", "racecheck"),
-    "attention": ("build", "attention-smoke", "attention-gpu", "attention-grid", "attention-memcheck"),
+    "attention": (
+        "build",
+        "attention-primitives",
+        "attention-smoke",
+        "attention-gpu",
+        "attention-hopper",
+        "attention-grid",
+        "attention-memcheck",
+    ),
 }
 STAGES = SETS["recurrent"]
 LIMIT = 526  # seconds that the stages of a call have
@@ -31,7 +40,8 @@ case $call in
     while [[ $1 != --tally ]]; do shift; done
     [[ ${STUB_TALLY-} == none ]] || echo "${STUB_TALLY-12 of 12 tests ran, 0 failed, 0 skipped}" >"$2" ;;
   *"_run.py --out"*)
-    if [[ -n ${STUB_HANGS-} && $call != *--resume* ]]; then exit 75; fi
+    hangs=$(grep -c -- "--resume" "$STUB_CALLS")
+    if ((hangs < ${STUB_HANGS-0})); then exit 75; fi
     grid=grid file=results.json
     if [[ $call == *attention* ]]; then grid="attention grid" file=attention.json; fi
     printf -- '-- %s\nthe goals of the %s\n-- end of %s\n' "$grid" "$grid" "$grid"
@@ -51,7 +61,8 @@ def checkout(tmp_path):
     """A root with the script in it, and a function that runs it and returns (status, stdout, calls, log)."""
     root, programs = tmp_path / "root", tmp_path / "bin"
     (root / "scripts").mkdir(parents=True)
-    shutil.copy(SCRIPT, root / "scripts")
+    for script in (SCRIPT, TESTS_APART):
+        shutil.copy(script, root / "scripts")
     programs.mkdir()
     for name in ("python3", "nvcc", "nvidia-smi", "compute-sanitizer"):
         (programs / name).write_text(STUB)
@@ -80,16 +91,19 @@ def stages(calls):
         "memcheck": "^compute-sanitizer --tool memcheck .*gpu_run.py",
         "racecheck": "^compute-sanitizer --tool racecheck .*gpu_run.py",
         "attention-smoke": "^python .*gpu_attention_run.py --smoke$",
-        "attention-gpu": "pytest .*-m gpu tests/test_cuda_attention",
+        "attention-primitives": "pytest .*-m gpu tests/test_cuda_hopper.py$",
+        "attention-gpu": "pytest .*-m gpu tests/test_cuda_attention.py$",
+        "attention-hopper": "pytest .*-m gpu tests/test_cuda_attention_hopper.py$",
         "attention-grid": "gpu_attention_run.py --out",
         "attention-memcheck": "^compute-sanitizer --tool memcheck .*gpu_attention_run.py",
     }
     return [name for call in calls for name, pattern in patterns.items() if re.search(pattern, call)]
 
 
-def test_script_is_valid_bash():
-    assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
-    assert os.access(SCRIPT, os.X_OK)
+@pytest.mark.parametrize("script", [SCRIPT, TESTS_APART], ids=lambda path: path.name)
+def test_script_is_valid_bash(script):
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    assert os.access(script, os.X_OK)
 
 
 def test_script_runs_every_stage_in_order_and_leaves_a_log(checkout, tmp_path):
@@ -177,14 +191,15 @@ def test_script_runs_only_the_stages_that_are_named(checkout):
     assert stages(calls) == ["build", "grid"]
 
 
-ATTENTION_TESTS = ("test_cuda_attention.py", "test_cuda_attention_backward.py", "test_attention.py")
+GENERAL_TESTS = ("test_cuda_attention.py", "test_cuda_attention_gpu.py", "test_attention.py")
+HOPPER_TESTS = ("test_cuda_attention_hopper.py", "test_cuda_attention_hopper_backward.py")
 
 
 @pytest.fixture
 def attention_tests(tmp_path):
     """The tests of attention's kernels, as the stage that runs them finds them."""
     (tmp_path / "root" / "tests").mkdir(parents=True)
-    for name in ATTENTION_TESTS:
+    for name in GENERAL_TESTS + HOPPER_TESTS:
         (tmp_path / "root" / "tests" / name).touch()
 
 
@@ -200,19 +215,67 @@ def test_script_runs_the_stages_of_attention_in_a_call_of_their_own(checkout, tm
     assert stages(calls) == list(SETS["attention"])
     for name in SETS["attention"]:
         assert re.search(rf"^{name} +\d+ s  ok(: {TALLY})?$", done.stdout, flags=re.M), done.stdout
-    (tests,) = [call for call in calls if "-m gpu tests" in call]
-    assert tests.endswith(" ".join(f"tests/{name}" for name in ATTENTION_TESTS))
+    found = [call.rpartition("/")[2] for call in calls if "-m gpu tests" in call]
+    assert found[0] == "test_cuda_hopper.py"
+    assert set(found[1:-2]) == set(GENERAL_TESTS)
+    assert set(found[-2:]) == set(HOPPER_TESTS), "last, since they are likeliest to hang"
+    for name, files in (("attention-gpu", 3), ("attention-hopper", 2)):
+        tally = f"{12 * files} of {12 * files} tests ran, 0 failed, 0 skipped"
+        assert re.search(rf"^{name} .*: {tally}$", done.stdout, flags=re.M), done.stdout
     assert "the goals of the attention grid" in done.stdout
     assert "output of python benchmarks/gpu_attention_run.py --out" in log
     assert [path.exists() for path in kept] == [True, True], "what other stages left"
     assert (old[0].read_text(), old[1].exists()) == ("{}\n", False)
 
 
-def test_script_goes_on_with_the_attention_grid_after_a_case_that_hung(checkout):
-    done, calls, _ = checkout("attention-grid", STUB_HANGS="1")
+def test_script_goes_on_with_the_attention_grid_after_every_case_that_hung(checkout):
+    done, calls, _ = checkout("attention-grid", STUB_HANGS="5")
     assert done.returncode == 1
-    assert ["--resume" in call for call in calls if "_run.py --out" in call] == [False, True]
+    assert ["--resume" in call for call in calls if "_run.py --out" in call] == [False] + [True] * 5
     assert "the goals of the attention grid" in done.stdout
+
+
+@pytest.mark.usefixtures("attention_tests")
+@pytest.mark.parametrize(
+    ("environment", "failures", "result"),
+    [
+        ({"STUB_FAILS": "test_cuda_attention_gpu"}, 1, "failed, status 1: 36 of 36 tests ran, 0 failed"),
+        ({"STUB_SLEEPS": "test_cuda_attention_gpu"}, 0, r"cut after its \d+ s: 36 of 36 tests ran, 0 failed"),
+    ],
+)
+def test_a_file_of_tests_that_hangs_or_fails_costs_no_other(
+    checkout, tmp_path, environment, failures, result
+):
+    script = tmp_path / "root" / "scripts" / "gpu_report.sh"
+    script.write_text(re.sub(r"\[attention-gpu\]=\d+", "[attention-gpu]=9", script.read_text()))
+    done, _, log = checkout("attention-gpu", **environment)
+    assert done.returncode == failures, done.stdout
+    assert re.search(rf"^attention-gpu +\d+ s  {result}", done.stdout, flags=re.M), done.stdout
+    for name in GENERAL_TESTS:
+        assert re.search(rf"^output of python .* -m gpu tests/{name}$", log, flags=re.M), "what each printed"
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "result"),
+    [
+        ("Device not supported", 0, "compute-sanitizer does not support this device"),
+        ("Invalid __global__ write", 1, "failed, status 9"),
+    ],
+)
+def test_a_sanitizer_that_the_device_refuses_is_no_failure(checkout, tmp_path, said, status, result):
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\necho '========= {said}'\nexit 9\n")
+    done, _, _ = checkout("attention-memcheck")
+    assert done.returncode == status
+    assert re.search(rf"^attention-memcheck +\d+ s  {result}$", done.stdout, flags=re.M), done.stdout
+
+
+def test_a_sanitizer_that_needs_more_time_is_no_failure(checkout, tmp_path):
+    script = tmp_path / "root" / "scripts" / "gpu_report.sh"
+    script.write_text(re.sub(r"\[attention-memcheck\]=\d+", "[attention-memcheck]=6", script.read_text()))
+    done, _, _ = checkout("attention-memcheck", STUB_SLEEPS="^compute-sanitizer")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^attention-memcheck +\d+ s  cut after its \d s$", done.stdout, flags=re.M), done.stdout
 
 
 def test_script_tells_the_goals_of_both_grids(checkout):

@@ -44,6 +44,11 @@ int64_t slots(const AttentionProblem& p, int64_t rows, int size) {
 }
 int64_t heads(const AttentionProblem& p) { return p.packed ? p.kv_heads : p.kv_heads * p.batch; }
 
+int64_t rows_of(const AttentionProblem& p) {  // of a key head
+  return p.heads / std::max<int64_t>(p.kv_heads, 1) * p.queries;
+}
+int64_t sum_size_of(const AttentionProblem& p) { return p.dtype == DType::kFloat64 ? 8 : 4; }
+
 bool cuts_keys(const AttentionProblem& p, int64_t rows) {
   return !p.packed && rows <= kSplitRows && p.keys >= kKeysOfRow * rows;
 }
@@ -83,7 +88,7 @@ TilePass weights_pass(const AttentionProblem& p) {
 
 // ---- the kernel for sm_90a ----
 
-// What is in the way of it; empty if nothing.
+// What is in the way of the kernels for sm_90a; empty if nothing. plan_words.py says what would change it.
 std::string no_hopper(const AttentionProblem& p) {
   if (p.device.major != 9 || p.device.minor != 0)
     return "compute capability " + std::to_string(p.device.major) + "." + std::to_string(p.device.minor);
@@ -93,6 +98,10 @@ std::string no_hopper(const AttentionProblem& p) {
   if (!p.tma) return "tensors whose rows do not begin at multiples of 16 bytes";
   return "";
 }
+
+const char* const kForced = "another kernel is forced";
+const char* const kNoRoom = "the shared memory of a block";
+const char* const kFewRows = "few rows of a key head";
 
 [[noreturn]] void refuse_hopper(const std::string& reason) {
   refuse("the kernel hopper, forced, with " + reason,
@@ -122,7 +131,7 @@ GpuAttentionPlan hopper_plan(const AttentionProblem& p) {
   plan.forward.blocks = std::min<int64_t>(items, std::max(p.device.multiprocessors, 1));
   // Half of the second-level cache for keys and values; their packs are next to each other.
   const int64_t bytes = 2 * p.keys * (p.head_size + p.value_size);
-  const int64_t at_once = p.device.l2_bytes / 2 / bytes * (group / plan.pack);
+  const int64_t at_once = p.device.l2_bytes / 2 / std::max<int64_t>(bytes, 1) * (group / plan.pack);
   plan.units_at_once = int(std::clamp<int64_t>(at_once, 1, units));
   // Under causality a tile weighs the more the later its rows are. If all units are worked on at the same time, their
   // light tiles come last, and what the blocks have to do ends evenly. In sections it does not, but pairs of a heavy tile
@@ -170,88 +179,77 @@ bool takes_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
   const bool forced = p.forced_kernel == int(AttentionKernelKind::kHopper);
   const std::string reason = no_hopper_backward(p);
   if (forced && !reason.empty()) refuse_hopper(reason);
-  if (!reason.empty() || p.forced_kernel == int(AttentionKernelKind::kTiles)) return false;
+  plan.not_hopper = p.forced_kernel == int(AttentionKernelKind::kTiles) ? kForced : reason;
+  if (!plan.not_hopper.empty()) return false;
   GpuAttentionPlan hopper = plan;
   plan_hopper_backward(p, hopper);
   const int bytes = std::max(hopper.grad_queries.shared_bytes, hopper.grad_keys.shared_bytes);
-  if (!forced && (p.keys <= kFewKeys || bytes > p.device.shared_bytes)) return false;
+  if (!forced && p.keys <= kFewKeys) plan.not_hopper = "few keys";
+  if (!forced && bytes > p.device.shared_bytes) plan.not_hopper = kNoRoom;
+  if (!plan.not_hopper.empty()) return false;
   plan = hopper;
   return true;
 }
 
-}  // namespace
-
-GpuAttentionPlan attention_plan(const AttentionProblem& p) {
-  const int64_t most_features = std::max(p.head_size, p.value_size);
-  if (most_features > 256) {
-    refuse("heads of " + std::to_string(most_features) + " features on CUDA", "up to 256",
-           "more heads of fewer features, or query.cpu(), key.cpu() and value.cpu()");
-  }
-  constexpr int64_t kMostRows = int64_t(1) << 30;
-  if (p.queries > kMostRows || p.keys > kMostRows) {
-    refuse("sequences of " + std::to_string(std::max(p.queries, p.keys)) + " rows on CUDA",
-           "up to 1073741824", "shorter sequences");
-  }
-  GpuAttentionPlan plan = {};
+void plan_forward(const AttentionProblem& p, GpuAttentionPlan& plan) {
   const int size = element_size(p.dtype);
-  const int64_t sum_size = size == 8 ? 8 : 4;
-  const int64_t group = p.heads / std::max<int64_t>(p.kv_heads, 1), rows = group * p.queries;
-  plan.features = features_of(p);
-  plan.options = p.options;
-  plan.parts = 1, plan.part_keys = int(p.keys), plan.mask_parts = 1;
-  const int64_t units = heads(p);
-  if (!p.backward) {
-    const int64_t rows_of_sequence = p.packed ? ceil_div(rows, std::max<int64_t>(p.batch, 1)) : rows;
-    plan.kernel =
-        rows_of_sequence <= kDecodeRows ? AttentionKernelKind::kDecode : AttentionKernelKind::kTiles;
-    if (p.forced_kernel >= 0) plan.kernel = AttentionKernelKind(p.forced_kernel);
-    const std::string reason = no_hopper(p);
-    const bool forced = plan.kernel == AttentionKernelKind::kHopper;
-    if (forced && (!reason.empty() || p.forced_parts > 1))
-      refuse_hopper(reason.empty() ? "parts of the keys" : reason);
-    if (forced || (p.forced_kernel < 0 && plan.kernel == AttentionKernelKind::kTiles && reason.empty())) {
-      const GpuAttentionPlan hopper = hopper_plan(p);
-      // Few rows leave most of the GPU idle, unless keys are cut into parts. How many of them there are in the batch does
-      // not count: a row's bits are not to depend on it.
-      const bool few = cuts_keys(p, rows) && p.keys > kPartKeys;
-      const bool fits = hopper.forward.shared_bytes <= p.device.shared_bytes;
-      if (forced || (fits && !few)) {
-        check(p, hopper);
-        return hopper;
-      }
+  const int64_t rows = rows_of(p), sum_size = sum_size_of(p);
+  const int64_t rows_of_sequence = p.packed ? ceil_div(rows, std::max<int64_t>(p.batch, 1)) : rows;
+  plan.kernel = rows_of_sequence <= kDecodeRows ? AttentionKernelKind::kDecode : AttentionKernelKind::kTiles;
+  if (p.forced_kernel >= 0) plan.kernel = AttentionKernelKind(p.forced_kernel);
+  const std::string reason = no_hopper(p);
+  const bool forced = plan.kernel == AttentionKernelKind::kHopper;
+  if (forced && (!reason.empty() || p.forced_parts > 1))
+    refuse_hopper(reason.empty() ? "parts of the keys" : reason);
+  plan.not_hopper = p.forced_kernel >= 0                          ? kForced
+                    : !reason.empty()                             ? reason
+                    : plan.kernel == AttentionKernelKind::kDecode ? kFewRows
+                                                                  : "";
+  if (forced || plan.not_hopper.empty()) {
+    const GpuAttentionPlan hopper = hopper_plan(p);
+    // Few rows leave most of the GPU idle, unless keys are cut into parts. How many of them there are in the batch does
+    // not count: a row's bits are not to depend on it.
+    const bool few = cuts_keys(p, rows) && p.keys > kPartKeys;
+    const bool fits = hopper.forward.shared_bytes <= p.device.shared_bytes;
+    if (forced || (fits && !few)) {
+      plan = hopper;
+      return;
     }
-    plan.forward = with_sizes(size, plan.features, [&](auto s, auto f) {
-      if (plan.kernel == AttentionKernelKind::kDecode) return pass<DecodeShape<s, f>>(s, 1, 4);
-      return p.options ? pass<ForwardShape<s, f, true>>(s, 1, 4) : pass<ForwardShape<s, f, false>>(s, 1, 4);
-    });
-    plan.options |= plan.kernel == AttentionKernelKind::kDecode;  // the one kernel that there is
-    if (!p.packed && (cuts_keys(p, rows) || p.forced_parts > 0)) {
-      int64_t keys = std::max<int64_t>(kPartKeys, ceil_div(p.keys, kMostParts));
-      if (p.forced_parts > 0) keys = std::max<int64_t>(ceil_div(p.keys, p.forced_parts), 1);
-      keys = ceil_div(keys, kPartQuantum) * kPartQuantum;
-      plan.parts = int(std::max<int64_t>(ceil_div(p.keys, keys), 1)), plan.part_keys = int(keys);
-    }
-    plan.forward.slots = slots(p, rows, plan.forward.own);
-    plan.forward.blocks = units * plan.parts * plan.forward.slots;
-    if (plan.parts > 1) {
-      const int64_t part_rows = units * plan.parts * rows;
-      plan.highest_at = aligned(part_rows * p.value_size * sum_size);
-      plan.sum_at = plan.highest_at + aligned(part_rows * sum_size);
-      plan.workspace_bytes = plan.sum_at + aligned(part_rows * sum_size);
-    }
-    if (p.weights) plan.weights = weights_pass(p);
-    check(p, plan);
-    return plan;
+    plan.not_hopper = fits ? kFewRows : kNoRoom;
   }
+  plan.forward = with_sizes(size, plan.features, [&](auto s, auto f) {
+    if (plan.kernel == AttentionKernelKind::kDecode) return pass<DecodeShape<s, f>>(s, 1, 4);
+    return p.options ? pass<ForwardShape<s, f, true>>(s, 1, 4) : pass<ForwardShape<s, f, false>>(s, 1, 4);
+  });
+  plan.options |= plan.kernel == AttentionKernelKind::kDecode;  // the one kernel that there is
+  if (!p.packed && (cuts_keys(p, rows) || p.forced_parts > 0)) {
+    int64_t keys = std::max<int64_t>(kPartKeys, ceil_div(p.keys, kMostParts));
+    if (p.forced_parts > 0) keys = std::max<int64_t>(ceil_div(p.keys, p.forced_parts), 1);
+    keys = ceil_div(keys, kPartQuantum) * kPartQuantum;
+    plan.parts = int(std::max<int64_t>(ceil_div(p.keys, keys), 1)), plan.part_keys = int(keys);
+  }
+  plan.forward.slots = slots(p, rows, plan.forward.own);
+  plan.forward.blocks = heads(p) * plan.parts * plan.forward.slots;
+  if (plan.parts > 1) {
+    const int64_t part_rows = heads(p) * plan.parts * rows;
+    plan.highest_at = aligned(part_rows * p.value_size * sum_size);
+    plan.sum_at = plan.highest_at + aligned(part_rows * sum_size);
+    plan.workspace_bytes = plan.sum_at + aligned(part_rows * sum_size);
+  }
+  if (p.weights) plan.weights = weights_pass(p);
+}
+
+void plan_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
+  const int size = element_size(p.dtype);
   plan.hopper = takes_hopper_backward(p, plan);
-  if (!plan.hopper) plan.one_pass = p.one_pass;
   if (!plan.hopper) {
+    plan.one_pass = p.one_pass;
     plan.grad_queries = with_sizes(size, plan.features, [&](auto s, auto f) {
       return p.options ? pass<GradQueriesShape<s, f, true>>(s, 2, 4)
                        : pass<GradQueriesShape<s, f, false>>(s, 2, 4);
     });
-    plan.grad_queries.slots = slots(p, rows, plan.grad_queries.own);
-    plan.grad_queries.blocks = units * plan.grad_queries.slots;
+    plan.grad_queries.slots = slots(p, rows_of(p), plan.grad_queries.own);
+    plan.grad_queries.blocks = heads(p) * plan.grad_queries.slots;
     plan.grad_keys = with_sizes(size, plan.features, [&](auto s, auto f) {
       if (plan.one_pass) return pass<OnePassShape<s, f>>(s, 2, 4);
       return p.options ? pass<GradKeysShape<s, f, true>>(s, 2, 4) : pass<GradKeysShape<s, f, false>>(s, 2, 4);
@@ -260,13 +258,14 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
     if (plan.one_pass)
       plan.grad_keys.shared_bytes += score_bytes(size, plan.grad_keys.other, plan.grad_keys.own);
     plan.grad_keys.slots = slots(p, p.keys, plan.grad_keys.own);
-    plan.grad_keys.blocks = units * plan.grad_keys.slots;
+    plan.grad_keys.blocks = heads(p) * plan.grad_keys.slots;
   }
-  plan.workspace_bytes = aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * sum_size);
+  plan.workspace_bytes = aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * sum_size_of(p));
   if (plan.one_pass) {
     plan.grad_queries = {};
     plan.sums_at = plan.workspace_bytes;
-    plan.workspace_bytes += aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * p.head_size * sum_size);
+    plan.workspace_bytes +=
+        aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * p.head_size * sum_size_of(p));
   }
   if (p.of_mask) {
     TilePass& mask = plan.grad_mask;
@@ -283,8 +282,28 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
     plan.mask_parts = int(std::clamp<int64_t>(parts, 1, std::max<int64_t>(terms, 1)));
     mask.blocks *= plan.mask_parts;
     plan.mask_at = plan.workspace_bytes;
-    if (plan.mask_parts > 1) plan.workspace_bytes += aligned(plan.mask_parts * elements * sum_size);
+    if (plan.mask_parts > 1) plan.workspace_bytes += aligned(plan.mask_parts * elements * sum_size_of(p));
   }
+}
+
+}  // namespace
+
+GpuAttentionPlan attention_plan(const AttentionProblem& p) {
+  const int64_t most_features = std::max(p.head_size, p.value_size);
+  if (most_features > 256) {
+    refuse("heads of " + std::to_string(most_features) + " features on CUDA", "up to 256",
+           "more heads of fewer features, or query.cpu(), key.cpu() and value.cpu()");
+  }
+  constexpr int64_t kMostRows = int64_t(1) << 30;
+  if (p.queries > kMostRows || p.keys > kMostRows) {
+    refuse("sequences of " + std::to_string(std::max(p.queries, p.keys)) + " rows on CUDA",
+           "up to 1073741824", "shorter sequences");
+  }
+  GpuAttentionPlan plan = {};
+  plan.features = features_of(p);
+  plan.options = p.options;
+  plan.parts = 1, plan.part_keys = int(p.keys), plan.mask_parts = 1;
+  p.backward ? plan_backward(p, plan) : plan_forward(p, plan);
   check(p, plan);
   return plan;
 }

@@ -1,6 +1,8 @@
 // Which kernels of attention, which tiles, how many blocks: a pure function of the problem and of the GPU's facts.
 #pragma once
 
+#include <string>
+
 #include "../fastseq.h"
 #include "plan.h"
 
@@ -44,8 +46,9 @@ struct GpuAttentionPlan {
   AttentionKernelKind kernel;
   int features;  // of the tiles: head_size and value_size at most
   bool options;
-  bool hopper;           // backward: attention_hopper_backward_keys.h and its like
-  int parts, part_keys;  // of the forward pass
+  bool hopper;             // backward: attention_hopper_backward_keys.h and its like
+  std::string not_hopper;  // why the pass has no kernel of attention_hopper*.h, empty if it has
+  int parts, part_keys;    // of the forward pass
   // kHopper: features of its tiles; heads in a tile of rows; packs of heads, of all sequences, whose keys and values are
   // worked on at the same time; pairs of tiles under causality, 0: each is alone.
   int hopper_features, pack, units_at_once;

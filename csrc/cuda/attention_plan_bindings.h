@@ -53,6 +53,7 @@ inline py::dict describe_attention(const BoundAttentionPlan& bound) {
   d["features"] = plan.kernel == AttentionKernelKind::kHopper ? plan.hopper_features : plan.features;
   d["options"] = plan.options;
   d["workspace_bytes"] = plan.workspace_bytes;
+  d["not_hopper"] = plan.not_hopper;
   py::dict passes;
   const auto add = [&](const char* name, const TilePass& pass) {
     if (pass.threads) passes[name] = describe_pass(pass);

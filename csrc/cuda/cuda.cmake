@@ -88,13 +88,16 @@ if(cuda_reason STREQUAL "")
   set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 
-  # The registers of every kernel are printed, and one that spills fails the build.
+  # The registers of every kernel are printed. One that spills fails the build, and one in which ptxas has products of
+  # warpgroups wait for each other (compile.sh).
   function(add_kernels name)
     add_library(${name} OBJECT ${ARGN})
     target_include_directories(${name} PRIVATE csrc/cuda csrc)
     target_compile_definitions(${name} PRIVATE FASTSEQ_ISA=cuda)
     target_compile_options(${name} PRIVATE
       --expt-relaxed-constexpr -Xptxas=-v,-warn-spills,-Werror -Xcompiler=-Wall,-Wextra,-ffp-contract=off)
+    set(launcher sh ${PROJECT_SOURCE_DIR}/csrc/cuda/compile.sh ${CMAKE_CUDA_COMPILER_LAUNCHER})
+    set_target_properties(${name} PROPERTIES CUDA_COMPILER_LAUNCHER "${launcher}")
     target_sources(_C PRIVATE $<TARGET_OBJECTS:${name}>)
   endfunction()
   add_kernels(fastseq_cuda csrc/cuda/device.cu ${cuda_sources})
