@@ -257,7 +257,7 @@ _NOT_HOPPER = {
     "no queries or keys": "there is nothing to multiply",
     "tensors whose rows do not begin at multiples of 16 bytes": "contiguous ones of 8, 16, 24... features do",
     "the shared memory of a block": "tiles of smaller heads fit it",
-    "few rows of a key head": "more blocks read the keys, in parts; more than 128 rows are not few",
+    "few rows of a key head": "with 32 keys or more for each, parts of these fill the GPU",
     "another kernel is forced": "unset FASTSEQ_CUDA_ATTENTION_PLAN",
     "few keys": "more than 16 are not few",
 }

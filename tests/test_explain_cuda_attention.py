@@ -49,7 +49,7 @@ OBSTACLES = {
     ),
     "little shared memory": (HALF | {"facts": SMALL, "size": 256}, *["the shared memory of a block"] * 2),
     "a step of decoding": (HALF | {"queries": 1}, "few rows of a key head", ""),
-    "keys in parts": (HALF | {"queries": 100}, "few rows of a key head", ""),
+    "keys in parts": (HALF | {"queries": 20, "keys": 700}, "few rows of a key head", ""),
     "a kernel that is forced": (HALF | {"forced": "tiles"}, *["another kernel is forced"] * 2),
     "few keys": (HALF | {"keys": 16}, "", "few keys"),
 }

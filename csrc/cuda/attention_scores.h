@@ -84,8 +84,8 @@ FS_DEVICE T bias_of(X x) {
 }
 
 // Calls body(m, n, e, bias) for each element of the warp's part, with what the mask adds to its score: -inf where it hides,
-// and where sees(query, key), which holds everywhere if it is `whole`, does not. No key that is seen is behind the last;
-// behind the last query it is the mask of that one.
+// and where sees(query, key) is false. If the part is not `whole`, some of it may be behind the last query or key: there
+// the mask is that of the last.
 template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries, class Sees, class Body>
 FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, const Queries& queries,
                         bool whole, Sees sees, Body body) {
@@ -100,8 +100,8 @@ FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, co
     if (!whole || !call.pairs_of_mask) {
       for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
         const Query<T>& q = queries(m, n, e);
-        const int key = orient.key(m, n, e);
-        body(m, n, e, sees(q.index, key) ? bias_of<T>(row(q)[key * stride[3]]) : -T(INFINITY));
+        const int key = orient.key(m, n, e), known = smaller(key, s.keys - 1);
+        body(m, n, e, sees(q.index, key) ? bias_of<T>(row(q)[known * stride[3]]) : -T(INFINITY));
       });
     } else if constexpr (kQueriesAreRows) {
       FS_UNROLL
@@ -127,14 +127,13 @@ FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, co
   });
 }
 
-// The same of all keys of the sequence.
+// The same wherever the mask is.
 template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries, class Body>
 FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, const Queries& queries,
                         Body body) {
   constexpr int kKeys = std::is_same_v<O, Orient<true>> ? 8 * kColumnTiles : 16 * kRowTiles;
   for_mask<E, T, kRowTiles, kColumnTiles>(
-      call, s, orient, queries, orient.first_key + kKeys <= s.keys,
-      [&](int, int key) { return key < s.keys; }, body);
+      call, s, orient, queries, orient.first_key + kKeys <= s.keys, [](int, int) { return true; }, body);
 }
 
 // Whether the mask shows any element of the warp's part. Asked before the products, so that what is hidden whole costs

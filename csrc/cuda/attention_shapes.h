@@ -41,8 +41,7 @@ using ForwardShape = ByFeatures<
     kFeatures,
     BySize<kSize, TileShape<64, 4, kAny ? 1 : 2, 64>, TileShape<64, 4, kAny ? 1 : 2, 32>,
            TileShape<64, 4, 1, 16>>,
-    BySize<kSize, TileShape<128, 4, kAny ? 1 : 2, kAny ? 64 : 32>, TileShape<128, 4, 1, 32>,
-           TileShape<128, 2, 1, 8>>,
+    BySize<kSize, TileShape<128, 4, kAny ? 1 : 2, 32>, TileShape<128, 4, 1, 32>, TileShape<128, 2, 1, 8>>,
     BySize<kSize, TileShape<256, 4, 1, 32>, TileShape<256, 4, 1, 16, 2>, TileShape<256, 2, 1, 8, 2>>>;
 
 // Up to 16 rows: one warp each, many blocks side by side, with keys in parts.
