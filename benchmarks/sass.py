@@ -5,8 +5,8 @@
 An array of sums that the compiler cannot keep in registers (one whose address is stored, say) makes a stack
 frame but no spill, so ptxas says nothing: the kernel is right, and several times slower. It shows as loads
 and stores of local memory (LDL, STL) in a basic block that has matrix products. In other blocks of such a
-kernel they are allowed: a call that few tiles make may have its arrays on the stack. A kernel without matrix
-products may have none at all.
+kernel they are allowed: a call that few tiles make may have its arrays on the stack, and what it calls, which
+lies behind the kernel, may multiply there. A kernel without matrix products may have none at all.
 
 Only cubins of which a kernel has a stack frame are disassembled; it takes a second for each MB of them.
 """
@@ -51,9 +51,14 @@ def functions(lines: Iterable[str]) -> Iterator[Function]:
     """What `cuobjdump -sass` prints, function by function."""
     architecture = name = None
     first, products, local = {0}, [], []  # addresses
+    called, ends, returns = set(), [0], []
 
     def done():
         begins = sorted(first)
+        for function in (address for address in called if address > ends[-1]):
+            last = next((address for address in returns if address >= function), function)
+            for found in (products, local):
+                found[:] = [address for address in found if not function <= address <= last]
         blocks = [{bisect_right(begins, address) for address in found} for found in (products, local)]
         return Function(name, architecture, len(products), len(local), len(blocks[0] & blocks[1]))
 
@@ -63,6 +68,7 @@ def functions(lines: Iterable[str]) -> Iterator[Function]:
                 if name:
                     yield done()
                 name, first, products, local = None, {0}, [], []
+                called, ends, returns = set(), [0], []
                 word = line.split()[-1]
                 if "code for " in line:
                     architecture = word
@@ -75,7 +81,12 @@ def functions(lines: Iterable[str]) -> Iterator[Function]:
             elif PRODUCT.fullmatch(operation):
                 products.append(address)
             elif operation in NAMES:
-                first.update(int(target, 16) for target in re.findall(r"\b0x([0-9a-f]+)", match[3]))
+                targets = [int(target, 16) for target in re.findall(r"\b0x([0-9a-f]+)", match[3])]
+                first.update(targets)
+                if operation == "CALL":
+                    called.update(targets)
+                elif operation in ("EXIT", "RET"):
+                    (ends if operation == "EXIT" else returns).append(address)
                 if operation in ENDS:
                     first.add(address + 16)
     if name:

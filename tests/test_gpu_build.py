@@ -154,6 +154,16 @@ def test_arrays_of_a_call_may_lie_in_local_memory(sass):
     assert not function.slow
 
 
+def test_what_is_called_may_multiply_what_lies_there(sass):
+    kernel = ["CALL.REL.NOINC 0x40", PRODUCT, "EXIT", "NOP"]
+    called = [LOAD, PRODUCT, "RET.REL.NODEC R4 0x0"]
+    function = found(sass, _Z1kv=code(*kernel, *called))["_Z1kv"]
+    assert (function.products, function.local, function.together) == (1, 0, 0)
+    # A call within the kernel is none of a function: it brings threads together.
+    function = found(sass, _Z1kv=code("CALL.REL.NOINC 0x10", *called[:2], "EXIT", *called))["_Z1kv"]
+    assert (function.local, function.together) == (2, 2)
+
+
 def code(*instructions):
     return "".join(
         f"        /*{16 * i:04x}*/    {one} ;    /* 0x0 */\n" for i, one in enumerate(instructions)
