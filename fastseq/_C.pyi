@@ -238,8 +238,6 @@ def cuda_attention_plan(
     /,
 ) -> AttentionPlan: ...
 
-# The numbers are those of attention_forward and attention_backward, then tf32, one_pass, address of the seed,
-# device, stream, workspace. All addresses are on the device.
 # 0: done; -1: nothing was done, something is not as usual; else the bytes of workspace that are needed.
 def cuda_attention(
     query: Tensor,
@@ -257,6 +255,9 @@ def cuda_attention(
     workspace: int,
     /,
 ) -> int: ...
+
+# The numbers are those of attention_forward and attention_backward, then tf32, one_pass, address of the seed,
+# device, stream, workspace. All addresses are on the device.
 def cuda_attention_forward(plan: AttentionPlan, /, *numbers: Any) -> None: ...
 def cuda_attention_backward(plan: AttentionPlan, /, *numbers: Any) -> None: ...
 def loop_forward(

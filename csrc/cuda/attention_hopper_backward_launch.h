@@ -26,8 +26,6 @@ const char* with_hopper_features_only(const AttentionArgs& a, const Body& body) 
   switch (hopper_backward_features(int(a.head_size > a.value_size ? a.head_size : a.value_size))) {
     case 64:
       return body(std::integral_constant<int, 64>());
-    case 96:
-      return body(std::integral_constant<int, 96>());
     case 128:
       return body(std::integral_constant<int, 128>());
     case 192:

@@ -8,9 +8,10 @@
 
 namespace fastseq::attention {
 
-// Of heads up to 256 features: 64, 96, 128, 192 or 256.
+// Of heads up to 256 features: 64, 128, 192 or 256. Not 96: the last 64 columns of a right operand that is read transposed
+// would be used by half, an encoding that nobody is known to use.
 constexpr int hopper_backward_features(int features) {
-  return features <= 64 ? 64 : features <= 96 ? 96 : features <= 128 ? 128 : features <= 192 ? 192 : 256;
+  return features <= 64 ? 64 : features <= 128 ? 128 : features <= 192 ? 192 : 256;
 }
 // Tiles are 64 features wide.
 constexpr int hopper_tile_bytes(int features, int rows) { return (features + 63) / 64 * 64 * rows * 2; }
@@ -39,14 +40,16 @@ struct HopperBackwardShape {
 };
 constexpr int kHopperBackwardThreads = 384;
 
-// With a mask tiles are smaller, for its addresses need registers too. Of 96 features and as many queries, dV and dK
-// under way and the next S take more registers than there are: then ptxas has each product waited for.
+// With a mask tiles are smaller, for its addresses need registers too.
 constexpr HopperBackwardShape hopper_grad_keys(int features, bool masked) {
   const int queries = features == 64 && !masked ? 96 : 64;
   return {features, features > 128 ? 64 : 128, queries, features > 128, features == 256 ? 2 : 3, 3};
 }
 // Of the form that makes all gradients; see the head of attention_hopper_backward_keys.h.
-constexpr bool hopper_has_one_pass(int features, bool masked) { return features <= 128 && !masked; }
+// Sums are added to memory in pairs, so that there must be an even number of them in a row.
+constexpr bool hopper_has_one_pass(int features, bool masked) {
+  return features <= 128 && features % 2 == 0 && !masked;
+}
 constexpr HopperBackwardShape hopper_one_pass(int features) { return {features, 128, 64, false, 3, 3, true}; }
 constexpr HopperBackwardShape hopper_grad_queries(int features, bool masked) {
   const int keys = features == 64 && !masked ? 128 : features <= 128 ? 96 : features == 192 ? 80 : 48;
