@@ -46,10 +46,7 @@ constexpr HopperBackwardShape hopper_grad_keys(int features, bool masked) {
   return {features, features > 128 ? 64 : 128, queries, features > 128, features == 256 ? 2 : 3, 3};
 }
 // Of the form that makes all gradients; see the head of attention_hopper_backward_keys.h.
-// Sums are added to memory in pairs, so that there must be an even number of them in a row.
-constexpr bool hopper_has_one_pass(int features, bool masked) {
-  return features <= 128 && features % 2 == 0 && !masked;
-}
+constexpr bool hopper_has_one_pass(int features, bool masked) { return features <= 128 && !masked; }
 constexpr HopperBackwardShape hopper_one_pass(int features) { return {features, 128, 64, false, 3, 3, true}; }
 constexpr HopperBackwardShape hopper_grad_queries(int features, bool masked) {
   const int keys = features == 64 && !masked ? 128 : features <= 128 ? 96 : features == 192 ? 80 : 48;

@@ -163,9 +163,8 @@ std::string no_hopper_backward(const AttentionProblem& p) {
 }
 void plan_hopper_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
   const int features = hopper_backward_features(int(std::max(p.head_size, p.value_size)));
-  // Options are a mask, if any.
-  plan.one_pass =
-      p.one_pass && hopper_has_one_pass(features, p.options) && hopper_has_one_pass(int(p.head_size), false);
+  // It adds to memory in pairs; options are a mask, if any.
+  plan.one_pass = p.one_pass && p.head_size % 2 == 0 && hopper_has_one_pass(features, p.options);
   const HopperBackwardShape queries = hopper_grad_queries(features, p.options),
                             keys = plan.one_pass ? hopper_one_pass(features)
                                                  : hopper_grad_keys(features, p.options);

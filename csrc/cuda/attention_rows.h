@@ -65,8 +65,7 @@ FS_DEVICE T remainder_of(T x) {
 // Two neighbouring features of a row, rounded; with `pair` at a multiple of two elements. The second may not be there.
 template <class E, class T>
 FS_DEVICE void write_two(E* to, T first, T second, bool two, bool pair) {
-  Two<E> rounded;
-  narrow(first, rounded.value[0]), narrow(second, rounded.value[1]);
+  const Two<E> rounded = narrow_two<E>(first, second);
   if (two && pair) {
     *reinterpret_cast<Two<E>*>(to) = rounded;
   } else {
