@@ -1,5 +1,6 @@
 """The host twin, the CUDA kernels compiled for the CPU: `make build` and `make asan` leave it in build/."""
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -40,3 +41,13 @@ SCHEDULES = [("forward", 0), ("reverse", 0)] + [("random", seed) for seed in ran
 
 def set_schedule(order, seed=0):
     load().set_schedule(getattr(load().Order, order), seed)
+
+
+@contextlib.contextmanager
+def leaving_out(what, turn):
+    """The turn-th `what` of the kernels, a wait of prim.h or prim_hopper.h, is not done."""
+    load().leave_out(what, turn)
+    try:
+        yield
+    finally:
+        load().leave_out("", 0)

@@ -2,7 +2,6 @@
 calls the plan gives to them, what they compute, and that no wait can be left out."""
 
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -543,21 +542,12 @@ def test_an_infinity_that_is_seen_is_added_with_its_sign(hopper):
 # -------------------------------------------------------------------- waits that cannot be left out
 
 
-@contextmanager
-def leaving_out(what, turn):
-    cuda_host.load().leave_out(what, turn)
-    try:
-        yield
-    finally:
-        cuda_host.load().leave_out("", 0)
-
-
 def gradients_without(output, leaves, incoming, what, turn):
     """In each schedule; None after an error."""
     for order, seed in cuda_host.SCHEDULES:
         cuda_host.set_schedule(order, seed)
         try:
-            with leaving_out(what, turn):
+            with cuda_host.leaving_out(what, turn):
                 grads = torch.autograd.grad(output, leaves, incoming, retain_graph=True)
             yield b"".join(x.view(torch.int16).numpy().tobytes() for x in grads)
         except RuntimeError:
@@ -592,7 +582,7 @@ def test_no_wait_of_the_one_pass_can_be_left_out(twin, what, turns):
 
     def is_right(turn):
         try:
-            with leaving_out(what, turn):
+            with cuda_host.leaving_out(what, turn):
                 got = torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
         except RuntimeError:
             return False

@@ -427,21 +427,12 @@ FAULTS = sorted(DIFFERS | IS_OTHER | IS_NAN | set(SAYS))
 # ---------------------------------------------------- waits that correct kernels leave out, one after another
 
 
-@contextmanager
-def leaving_out(what, turn):
-    cuda_host.load().leave_out(what, turn)
-    try:
-        yield
-    finally:
-        cuda_host.load().leave_out("", 0)
-
-
 def bits_without(call, out, what, turn):
     """In each schedule; None after an error."""
     for order, seed in cuda_host.SCHEDULES:
         out.fill_(-1)
         try:
-            with schedule(order, seed), leaving_out(what, turn):
+            with schedule(order, seed), cuda_host.leaving_out(what, turn):
                 call()
             yield out.numpy().tobytes()
         except RuntimeError:

@@ -410,7 +410,7 @@ struct FinishQueries {
   using E = typename M::Element;
   using T = typename M::Sum;
   using Args = Call;
-  static constexpr int kThreads = 128;
+  static constexpr int kThreads = 128, kRows = kThreads;
 
   static FS_DEVICE void run(const Call& call) {
     const AttentionArgs& a = call.a;

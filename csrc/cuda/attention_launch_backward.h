@@ -7,14 +7,6 @@
 
 namespace fastseq::FASTSEQ_ISA::attention {
 
-// One thread for each of `elements`.
-template <class Kernel>
-const char* launch_elements(const Call& call, int64_t elements) {
-  if (elements == 0) return nullptr;
-  const int64_t blocks = (elements + Kernel::kThreads - 1) / Kernel::kThreads;
-  return launch<Kernel>({blocks, Kernel::kThreads, 0, 1, false, call.a.stream}, call);
-}
-
 template <class M>
 const char* launch_grad_queries(Call& call, const GpuAttentionPlan& plan) {
   constexpr int kSize = sizeof(typename M::Element);
@@ -74,7 +66,7 @@ const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
     if (elements)
       error = fill_zero(call.grad_query_sums, size_t(elements) * sizeof(typename M::Sum), a.stream);
     if (!error) error = launch_one_pass<M>(call, plan);
-    if (!error) error = launch_elements<FinishQueries<M>>(call, elements);
+    if (!error) error = launch_rows<FinishQueries<M>>(call, elements);
   } else {
     // Of few keys this pass makes delta too, so that it comes first. Which blocks see few they find out themselves; the
     // others end at once where their gradients are not wanted.
@@ -94,7 +86,7 @@ const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
     int64_t elements = 1;
     const int64_t sizes[4] = {a.batch, a.heads, a.queries, a.keys};
     for (int i = 0; i < 4; ++i) elements *= a.grad_mask_stride[i] ? sizes[i] : 1;
-    error = launch_elements<SumParts<M>>(call, elements);
+    error = launch_rows<SumParts<M>>(call, elements);
     if (error) return error;
   }
   if (!a.grad_sinks || a.batch * a.heads == 0) return nullptr;

@@ -282,7 +282,7 @@ template <class M>
 struct SumParts {
   using T = typename M::Sum;
   using Args = Call;
-  static constexpr int kThreads = 128;
+  static constexpr int kThreads = 128, kRows = kThreads;
 
   static FS_DEVICE void run(const Call& call) {
     const AttentionArgs& a = call.a;
