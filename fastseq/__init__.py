@@ -23,6 +23,7 @@ except ModuleNotFoundError as _error:
 from . import functional
 from .attention import scaled_dot_product_attention
 from .config import show_config
+from .convert import convert, revert
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, MultiheadAttention, RNNCell
 
@@ -36,8 +37,10 @@ __all__ = [
     "MultiheadAttention",
     "RNNCell",
     "__version__",
+    "convert",
     "explain",
     "functional",
+    "revert",
     "scaled_dot_product_attention",
     "show_config",
 ]
