@@ -26,6 +26,7 @@ from .config import show_config
 from .convert import convert, revert
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, MultiheadAttention, RNNCell
+from .patch import patched
 
 __version__ = _version("fastseq")
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "patched",
     "revert",
     "scaled_dot_product_attention",
     "show_config",
