@@ -20,7 +20,7 @@ except ModuleNotFoundError as _error:
         "try: pip install . in the source directory, then import it from another directory"
     ) from _error
 
-from . import functional
+from . import functional, integrations
 from .attention import scaled_dot_product_attention
 from .config import show_config
 from .convert import convert, revert
@@ -41,6 +41,7 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "integrations",
     "patched",
     "revert",
     "scaled_dot_product_attention",

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import attention_ops, ops, plan_words
 from .attention_checks import Arguments, Attention, check_attention
 from .checks import DTYPES, Layer, check_layer, problem
+from .integrations import torch_attention
 from .plan_words import amount
 
 
@@ -189,11 +190,10 @@ class _Recorder(TorchDispatchMode):
 
 def _in_place_of(name: str, args: Sequence[Any]) -> Callable[..., Any] | None:
     """What computes one of torch's operators, if fastseq does: see integrations/torch_attention.py."""
-    registered = sys.modules.get("fastseq.integrations.torch_attention")
     tensor = next((x for x in args if isinstance(x, Tensor)), None)
-    if registered is None or tensor is None or not registered.is_active():
+    if tensor is None or not torch_attention.is_active():
         return None
-    return registered.OPERATORS.get(tensor.device.type, {}).get(name)
+    return torch_attention.OPERATORS.get(tensor.device.type, {}).get(name)
 
 
 class _TorchsAttention(TorchFunctionMode):

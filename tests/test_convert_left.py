@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 import fastseq
 from fastseq import ops
@@ -23,10 +24,6 @@ class WithoutForward(nn.GRU):
     pass
 
 
-class Lazy(nn.modules.lazy.LazyModuleMixin, nn.RNNCell):
-    pass
-
-
 def replaced_forward():
     module = nn.GRU(3, 5)
     module.forward = lambda x: (x, None)
@@ -36,6 +33,13 @@ def replaced_forward():
 def uninitialised():
     module = nn.GRU(3, 5)
     module.weight_ih_l0 = nn.UninitializedParameter()
+    return module
+
+
+def managed_by_fully_shard():
+    """As torch.distributed.fsdp.fully_shard does it."""
+    module = nn.LSTM(3, 5)
+    module.__class__ = type("FSDPLSTM", (FSDPModule, nn.LSTM), {})
     return module
 
 
@@ -57,9 +61,21 @@ def quantized():
         (lambda: torch.jit.script(nn.GRU(3, 5)), "scripted: convert before"),
         (quantized, "quantized, for which there is no kernel"),
         (lambda: torch.ao.nn.quantizable.MultiheadAttention(4, 2), "quantized, for which there is no kernel"),
+        (managed_by_fully_shard, "managed by fully_shard: convert before it"),
         (lambda: nn.GRU(3, 5).to(torch.complex64), "a parameter of dtype torch.complex64"),
     ],
-    ids=["forward", "subclass", "object", "lazy", "ours", "scripted", "quantized", "quantizable", "dtype"],
+    ids=[
+        "forward",
+        "subclass",
+        "object",
+        "lazy",
+        "ours",
+        "scripted",
+        "quantized",
+        "quantizable",
+        "fsdp",
+        "dtype",
+    ],
 )
 def test_what_cannot_be_converted_is_left_with_the_reason(make, reason):
     model = nn.Sequential(nn.Linear(3, 3), make(), nn.GRUCell(3, 5))

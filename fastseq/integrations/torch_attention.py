@@ -19,6 +19,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 from torch.library import Library
 
@@ -47,7 +48,6 @@ def register() -> None:
 
     Example:
         >>> from torch.nn import attention
-        >>> import fastseq.integrations.torch_attention
         >>> fastseq.integrations.torch_attention.register()
         >>> attention.activate_flash_attention_impl("fastseq")
         >>> query = torch.randn(1, 2, 5, 8, requires_grad=True)
@@ -69,9 +69,8 @@ def register() -> None:
 
 def is_active() -> bool:
     """Whether torch's operators are fastseq's at present."""
-    from torch.nn.attention import current_flash_attention_impl
-
-    return current_flash_attention_impl() == NAME
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)  # older torch has none
+    return current is not None and current() == NAME
 
 
 class _Active:

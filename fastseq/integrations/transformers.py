@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..attention import scaled_dot_product_attention
 from ..checks import problem
-from .transformers_masks import Mask, mask
+from .transformers_masks import Mask, Structure, mask
 
 # What changes the result where a model passes it, and is not computed here.
 _NOT_HERE = ("head_mask", "indices", "block_indices", "sinks", "cache")
@@ -35,8 +35,9 @@ def register(name: str = "fastseq") -> None:
     hidden and fastseq 0. Causal masks, sliding windows and padding on the right reach the kernels as such,
     and other padding as one row for each sequence; no mask of all queries and keys is made of them. Soft caps
     (Gemma 2), sinks (GPT-OSS), position biases with their gradients (T5) and grouped heads are computed in
-    the kernel. Other masks, those of packed position_ids or of chunks for instance, are made by transformers
-    as for "sdpa". So are all masks while torch.compile traces a model.
+    the kernel; several sequences in one row, told apart by position_ids, are packed sequences. Other masks,
+    those of chunks for instance, are made by transformers as for "sdpa". So are all masks while torch.compile
+    traces a model.
 
     Args:
         name: what `attn_implementation` will be.
@@ -112,6 +113,10 @@ def attention(
             )
     options: dict[str, Any] = {}
     structure = attention_mask.structure(query, key) if isinstance(attention_mask, Mask) else None
+    if structure is not None and structure.starts is not None:
+        if position_bias is None and not output_attentions:
+            return _packed(query, key, value, structure, dropout, scaling, softcap, s_aux), None
+        structure = None
     if structure is not None:
         key, value = key[:, :, : structure.keys], value[:, :, : structure.keys]
         if position_bias is not None:
@@ -149,3 +154,29 @@ def _with_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return bias
     return torch.where(mask, bias, -torch.inf) if mask.dtype is torch.bool else bias + mask
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    structure: Structure,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The output, (B, S, Hq, Dv), of rows that hold several sequences each, of which none sees another."""
+    output = scaled_dot_product_attention(
+        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=True,
+        causal=structure.causal,
+        window=structure.window,
+        softcap=softcap,
+        sinks=sinks,
+        cu_seqlens_q=structure.starts,
+        cu_seqlens_k=structure.starts,
+    )
+    return output.unflatten(0, (query.shape[0], query.shape[2])).contiguous()

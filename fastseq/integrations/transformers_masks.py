@@ -8,7 +8,7 @@ fastseq.scaled_dot_product_attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,12 +24,13 @@ class Structure(NamedTuple):
     keys: int  # of the first so many keys
     causal: str | None
     window: tuple[int | None, int | None] | None
-    lengths: Tensor | None  # (B,), of padding on the right
-    padding: Tensor | None  # (B, 1, 1, keys) of bool, of any other
+    lengths: Tensor | None = None  # (B,), of padding on the right
+    padding: Tensor | None = None  # (B, 1, 1, keys) of bool, of any other
+    starts: Tensor | None = None  # (sequences + 1,), of packed sequences, in the rows of all batch entries
 
     @property
     def trivial(self) -> bool:
-        return self.causal is self.window is self.lengths is self.padding is None
+        return self[1:] == (None,) * 5
 
 
 class Mask(Tensor):
@@ -105,7 +106,7 @@ def mask(
         )
     if allow_is_bidirectional_skip and structure.trivial:
         return None
-    plain = structure.window is structure.lengths is structure.padding is None
+    plain = structure.window is structure.lengths is structure.padding is structure.starts is None
     square = structure.keys == q_length == kv_length and structure.causal is not None
     if allow_is_causal_skip and plain and (square or (q_length == 1 and structure.causal is None)):
         return None
@@ -122,7 +123,14 @@ def _structure(
     attention_mask: Tensor | None,
 ) -> Structure | None:
     """None if fastseq's attention has no words for it."""
-    limits = _limits(mask_function)
+    terms = _terms(mask_function)
+    starts = None
+    if packed := _packed(terms):
+        ids, terms = packed
+        if attention_mask is not None or not (queries == keys == ids.shape[1]) or q_offset or kv_offset:
+            return None
+        starts = _starts(ids)
+    limits = _limits(terms)
     if limits is None or (isinstance(q_offset, Tensor) and not q_offset.is_cpu):  # which would be waited for
         return None
     if attention_mask is not None and (attention_mask.dim() != 2 or type(attention_mask) is not Tensor):
@@ -146,27 +154,24 @@ def _structure(
     elif offset != 0 and not left is right is None:
         return None
     window = None if left is right is None else (left, right)
-    structure = Structure(keys, causal, window, None, None)
+    structure = Structure(keys, causal, window, starts=starts)
     return structure if attention_mask is None else _with_padding(structure, attention_mask, kv_offset)
 
 
-def _limits(mask_function: Callable[..., Any]) -> tuple[int | None, int | None] | None:
+def _limits(functions: list[Callable[..., Any]]) -> tuple[int | None, int | None] | None:
     """How many keys to the left and to the right of its position a query sees; None if it is not that."""
     from transformers import masking_utils
 
     left: list[int] = []
     right: list[int] = []
-    for function in _terms(mask_function):
-        name = getattr(function, "__qualname__", "")
+    for function in functions:
         if function is masking_utils.causal_mask_function:
             right.append(0)
         elif function is masking_utils.bidirectional_mask_function:
             pass
-        elif getattr(function, "__module__", "") != masking_utils.__name__:
-            return None
-        elif name == "sliding_window_overlay.<locals>.inner_mask":
+        elif _is_made_by(function, "sliding_window_overlay.<locals>.inner_mask"):
             left.append(_captured(function)["sliding_window"] - 1)
-        elif name == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
+        elif _is_made_by(function, "sliding_window_bidirectional_overlay.<locals>.inner_mask"):
             left.append(_captured(function)["sliding_window"])
             right.append(left[-1])
         else:
@@ -176,13 +181,40 @@ def _limits(mask_function: Callable[..., Any]) -> tuple[int | None, int | None] 
     return min(left, default=None), min(right, default=None)
 
 
-def _terms(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+def _terms(mask_function: Callable[..., Any]) -> list[Callable[..., Any]]:
     """The functions of which masking_utils.and_masks made one."""
-    if getattr(mask_function, "__qualname__", "") == "and_masks.<locals>.and_mask":
-        for function in _captured(mask_function)["mask_functions"]:
-            yield from _terms(function)
-    else:
-        yield mask_function
+    if not _is_made_by(mask_function, "and_masks.<locals>.and_mask"):
+        return [mask_function]
+    return [term for function in _captured(mask_function)["mask_functions"] for term in _terms(function)]
+
+
+def _packed(functions: list[Callable[..., Any]]) -> tuple[Tensor, list[Callable[..., Any]]] | None:
+    """Of packed sequences, (B, S), in which of them a token is, and the terms of each sequence's own mask.
+
+    The positions that transformers puts in their place go up by one within a sequence, so that what a query
+    sees to its left and right is the same in both.
+    """
+    names = [f"{name}.<locals>.inner_mask" for name in ("packed_sequence_mask_function", _REMAP)]
+    if len(functions) != 2 or not all(map(_is_made_by, functions, names)):
+        return None
+    which, own = map(_captured, functions)
+    ids = which["packed_sequence_mask"]
+    return (ids, _terms(own["mask_function"])) if type(ids) is Tensor and not ids.is_meta else None
+
+
+_REMAP = "remap_positions_for_packed_sequence"
+
+
+def _starts(ids: Tensor) -> Tensor:
+    is_first = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+    return torch.nn.functional.pad(is_first.flatten().nonzero().flatten(), (0, 1), value=ids.numel())
+
+
+def _is_made_by(function: Any, name: str) -> bool:
+    from transformers import masking_utils
+
+    where = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
+    return where == (masking_utils.__name__, name)
 
 
 def _captured(function: Any) -> dict[str, Any]:
