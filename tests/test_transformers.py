@@ -16,7 +16,7 @@ from torch import nn
 import fastseq
 from fastseq.integrations import transformers as integration
 from fastseq.integrations.transformers_masks import Mask, mask
-from tolerances import SAME_FLOAT32, SAME_FLOAT64
+from tolerances import SAME_FLOAT32, SAME_FLOAT64, assert_as_accurate_as_torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -131,6 +131,14 @@ def test_outputs_and_gradients_are_eagers(name, padding):
     dense = f"attn_mask bool (2, 1, {TOKENS.shape[1]}, {TOKENS.shape[1]})"
     assert not any(dense in call.title for call in made), "no mask of all queries and keys"
     assert not calls(lambda: run(theirs))
+
+
+@pytest.mark.parametrize("name", ["Bert", "Llama"])
+def test_bfloat16_is_as_accurate_as_eager(name):
+    ours, theirs = pair(MODELS[name])
+    exact = outputs(copy.deepcopy(theirs).double(), TOKENS)
+    a, b = (outputs(model.bfloat16(), TOKENS) for model in (ours, theirs))
+    assert_as_accurate_as_torch(a, b, exact, torch.bfloat16)
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
