@@ -23,8 +23,10 @@ except ModuleNotFoundError as _error:
 from . import functional
 from .attention import scaled_dot_product_attention
 from .config import show_config
+from .convert import convert, revert
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, MultiheadAttention, RNNCell
+from .patch import patched
 
 __version__ = _version("fastseq")
 __all__ = [
@@ -36,8 +38,11 @@ __all__ = [
     "MultiheadAttention",
     "RNNCell",
     "__version__",
+    "convert",
     "explain",
     "functional",
+    "patched",
+    "revert",
     "scaled_dot_product_attention",
     "show_config",
 ]

@@ -1,0 +1,1 @@
+"""fastseq in other libraries, none of which it needs: each module imports its own when it is called."""
