@@ -96,6 +96,7 @@ RecurrentArgs read_problem(Integers& from) {
   args.shape.steps = from.next(), args.shape.batch = from.next();
   args.shape.batch_sizes = from.pointer<const int64_t>();
   args.input_size = from.next(), args.hidden_size = from.next(), args.proj_size = from.next();
+  args.resets = from.pointer<const uint8_t>();
   return args;
 }
 
@@ -117,7 +118,7 @@ void require_memory(const RecurrentArgs& args) {
 void recurrent_forward(const py::args& arguments) {
   Integers from(arguments);
   RecurrentArgs args = read_problem(from);
-  args.one_step = from.next();
+  args.one_step = from.next(), args.saves_states = from.next();
   read_sequence(from, 3, args.input);
   read_sequence(from, 2, args.output);
   read_directions(from, kForwardPointers, args);
@@ -129,6 +130,7 @@ void recurrent_forward(const py::args& arguments) {
 void recurrent_backward(const py::args& arguments) {
   Integers from(arguments);
   RecurrentArgs args = read_problem(from);
+  args.grad_clip = from.real(), args.truncate = from.next();
   read_sequence(from, 3, args.input);
   read_sequence(from, 2, args.output);
   read_sequence(from, 3, args.grad_output);

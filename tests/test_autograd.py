@@ -198,8 +198,8 @@ def test_backward_operator_takes_an_expanded_saved_tensor(mode, one_step):
 
     def gradients(operator, saved):
         wanted = [True, True, c0 is not None, True, True, True, True]
-        tensors = (grad, None, None, x, None, h0, c0, weights, output, saved)
-        return {str(i): g for i, g in enumerate(operator(*tensors, mode, 1, True, wanted))}
+        tensors = (grad, None, None, x, None, None, None, h0, c0, weights, output, saved)
+        return {str(i): g for i, g in enumerate(operator(*tensors, mode, 1, True, None, 0, wanted))}
 
     for operator in (ops.recurrent_backward, torch.ops.fastseq.recurrent_backward):
         expected = gradients(operator, expanded.contiguous())

@@ -15,6 +15,8 @@
 // What it costs, a row and step: 4 G H (I + R) operations; packed U^T read once a step from L2 or L3; d
 // written and read in the cache; saved values, h and x read from memory once, dW read and written once a
 // chunk.
+#include <limits>
+
 #include "recurrent_backward_layout.h"
 
 namespace fastseq::FASTSEQ_ISA {
@@ -173,9 +175,12 @@ class Backward : BackwardLayout<S, O> {
         const int64_t before = d == 0 ? t - 1 : t + 1;
         const int64_t continued = before >= 0 && before < T ? least(steps.rows(before), steps.rows(t)) : 0;
         const int64_t row = steps.offset(t) - steps.offset(first);
+        const Crossing crossing = crossing_before(t);
         for (int64_t b = 0; b < steps.rows(t); ++b) {
           const S *h, *c = nullptr;
-          if (b < continued) {
+          if (crossing.resets(b)) {
+            h = nullptr;
+          } else if (b < continued) {
             h = steps.template at<const S>(args.output, before) + b * args.output.stride[1] + d * width;
             if (cell.cell_state) {
               c = static_cast<const S*>(tensors.saved) + (steps.offset(before) + b) * saved_stride +
@@ -192,8 +197,24 @@ class Backward : BackwardLayout<S, O> {
       }
     }
 
+    // What goes back from step t to the one before it, in the order of this direction.
+    struct Crossing {
+      int64_t rows;          // those that have such a step, or begin with a reset
+      const uint8_t* reset;  // for each of them, or null
+      bool truncated;        // no gradient of them crosses
+      bool resets(int64_t b) const { return reset && b < rows && reset[b]; }
+      bool cuts(int64_t b) const { return b < rows && (truncated || (reset && reset[b])); }
+    };
+    Crossing crossing_before(int64_t t) const {
+      const int64_t later = d == 0 ? t : t + 1;  // of the two steps
+      if (later == args.shape.steps) return {0, nullptr, false};
+      const bool truncated = args.truncate && later > 0 && later % args.truncate == 0;
+      return {steps.rows(later), steps.resets(later), truncated};
+    }
+
     void take_step(int64_t t, int64_t chunk_row) {
       const Range rows = steps.rows(t, seat.batch_part);
+      const Crossing crossing = crossing_before(t);
       if (args.proj_size) {
         sum_output_gradient(t, rows, chunk_row);
         meet();
@@ -208,11 +229,27 @@ class Backward : BackwardLayout<S, O> {
         meet();
       }
       // Before the first step there is only h0.
-      if (time(t) > 0 || tensors.grad_h0) {
+      const bool none_cross = crossing.truncated && rows.end <= crossing.rows;
+      if ((time(t) > 0 || tensors.grad_h0) && !none_cross) {
         product(state.recurrent_first, own_outputs, rows, gradients, pass.d_stride, 0, state.dh,
                 pass.width_stride, cell.direct);
       }
+      if (crossing.truncated || crossing.reset) cut_states(crossing, rows);
       backwards = !backwards;
+    }
+
+    // The own columns of the gradients of states that end here become zero.
+    void cut_states(const Crossing& crossing, Range rows) {
+      const auto clear = [&](Scalar* to, int64_t stride, const Blocks& blocks, Range own, int64_t b) {
+        const int64_t begin = least(blocks.begin(own.begin), stride),
+                      end = least(blocks.begin(own.end), stride);
+        std::memset(to + b * stride + begin, 0, size_t(end - begin) * sizeof(Scalar));
+      };
+      for (int64_t b = rows.begin; b < rows.end; ++b) {
+        if (!crossing.cuts(b)) continue;
+        clear(state.dh, pass.width_stride, pass.outputs, own_outputs, b);
+        if (cell.cell_state) clear(state.dc, pass.hidden_stride, pass.units, own_units, b);
+      }
     }
 
     // to = (to +) sum over the panels' segments of d[segment] * U, for own columns.
@@ -256,6 +293,8 @@ class Backward : BackwardLayout<S, O> {
     void sum_output_gradient(int64_t t, Range rows, int64_t chunk_row) {
       const S* const grad_output = grad_output_at(t);
       const int64_t stride = args.grad_output.stride[2];
+      const bool clips = args.grad_clip >= 0;
+      const Clip<V> clip{V(Scalar(args.grad_clip))};
       for (int64_t j = own_outputs.begin; j < own_outputs.end; ++j) {
         const int64_t column = pass.outputs.begin(j);
         for (int64_t b = rows.begin; b < rows.end; ++b) {
@@ -265,6 +304,7 @@ class Backward : BackwardLayout<S, O> {
               const S* const row = grad_output + b * args.grad_output.stride[1] + (column + i) * stride;
               sum = sum + load_strided<V>(row, stride, n);
             }
+            if (clips) sum = clip(sum);
             store_upto(state.d_output + (chunk_row + b) * pass.width_stride + column + i, sum, n);
           });
         }
@@ -302,6 +342,10 @@ class Backward : BackwardLayout<S, O> {
           state.operand ? state.operand + (chunk_row + r.begin) * pass.hidden_stride + unit : nullptr;
       tile.operand_stride = pass.hidden_stride;
       tile.d_operand = nullptr, tile.d_operand_stride = 0;
+      tile.clips = args.grad_clip >= 0;
+      tile.dc_bound = Scalar(args.grad_clip);
+      // That of a projected state is bounded before it goes through the projection.
+      tile.dh_bound = projected ? std::numeric_limits<Scalar>::infinity() : tile.dc_bound;
       return tile;
     }
 

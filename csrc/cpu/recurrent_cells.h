@@ -30,8 +30,10 @@ struct StepTile {
   int64_t h_stride;
   S* c;  // cell state, updated in place
   int64_t c_stride;
-  S* saved;  // null where nothing is kept
+  S* saved;  // null where no gates are kept
   int64_t saved_stride;
+  S* kept_c;  // null where the cell state is not kept
+  int64_t kept_c_stride;
   O* operand;  // next state, or what first() makes: the operand of the next product
   int64_t operand_stride;
   S* output;  // null if a projection makes it
@@ -61,6 +63,15 @@ struct StepGradTile {
   int64_t d_stride, d_gate;
   O* operand;  // first()'s operand, or the unprojected output, computed again; or null
   int64_t operand_stride;
+  bool clips;                 // whether step_grad bounds
+  Scalar dh_bound, dc_bound;  // the gradients of the next state and of the next cell state
+};
+
+// Bounds a gradient from both sides; NaN stays NaN.
+template <class V>
+struct Clip {
+  V bound;
+  V operator()(V x) const { return max(-bound, min(bound, x)); }
 };
 
 template <class S, class O>
@@ -166,7 +177,9 @@ struct CellTile {
         for (int g = 0; g < C::kSaved; ++g) {
           if (g != C::kEndSaves) store_upto(at + g * t.hidden, saved[g], n);
         }
-        if constexpr (C::kCellState) store_upto(at + C::kSaved * t.hidden, c_next, n);
+      }
+      if constexpr (C::kCellState) {
+        if (t.kept_c) store_upto(t.kept_c + row * t.kept_c_stride + i, c_next, n);
       }
     });
     for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
@@ -198,6 +211,15 @@ struct CellTile {
   }
 
   static void step_grad(const StepGradTile<S, O>& t) {
+    if (t.clips) {
+      step_grad_with(t, Clip<V>{V(t.dh_bound)}, Clip<V>{V(t.dc_bound)});
+    } else {
+      step_grad_with(t, Unclipped(), Unclipped());
+    }
+  }
+
+  template <class AnyClip>
+  static void step_grad_with(const StepGradTile<S, O>& t, AnyClip clip_dh, AnyClip clip_dc) {
     for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
       V saved[kSlots], d[C::kGrads], c(0), c_next(0), h_next(0), dc(0), dh_direct, dc_prev;
       load_saved(t, row, i, n, saved);
@@ -208,13 +230,14 @@ struct CellTile {
         const int64_t stride = t.grad_output_stride[1];
         dh = dh + load_strided<V>(t.grad_output + row * t.grad_output_stride[0] + i * stride, stride, n);
       }
+      dh = clip_dh(dh);
       if constexpr (C::kGradOfOutput) h_next = load_upto<V>(t.h_next + row * t.h_next_stride + i, n);
       if constexpr (C::kCellState) {
         c = load_strided<V>(at(t.c[row], t.unit + i), 1, n);
         c_next = load_upto<V>(t.saved + row * t.saved_stride + C::kSaved * t.hidden + i, n);
         dc = load<V>(t.dc + row * t.dc_stride + i);
       }
-      C::step_grad(saved, h, h_next, c, c_next, dh, dc, d, dh_direct, dc_prev);
+      C::step_grad(saved, h, h_next, c, c_next, dh, dc, d, dh_direct, dc_prev, clip_dc);
       for (int g = step_grads(); g < C::kGrads; ++g) {
         store_upto(t.d + row * t.d_stride + g * t.d_gate + i, d[g], n);
       }

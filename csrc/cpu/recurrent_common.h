@@ -48,11 +48,13 @@ inline int64_t rows_of(const SequenceShape& shape) {
 struct Steps {
   int64_t steps, batch;
   const int64_t* batch_sizes;
-  int64_t* offsets;     // [T + 1], packed only: rows before step t
-  int64_t* boundaries;  // [batch_parts + 1]: first row of each part
+  const uint8_t* all_resets;  // or null
+  int64_t* offsets;           // [T + 1], packed only: rows before step t
+  int64_t* boundaries;        // [batch_parts + 1]: first row of each part
 
-  void take(Arena& arena, const SequenceShape& shape, int batch_parts) {
-    steps = shape.steps, batch = shape.batch, batch_sizes = shape.batch_sizes;
+  void take(Arena& arena, const RecurrentArgs& args, int batch_parts) {
+    const SequenceShape& shape = args.shape;
+    steps = shape.steps, batch = shape.batch, batch_sizes = shape.batch_sizes, all_resets = args.resets;
     offsets = arena.take<int64_t>(batch_sizes ? steps + 1 : 0);
     boundaries = arena.take<int64_t>(batch_parts + 1);
   }
@@ -85,6 +87,8 @@ struct Steps {
     const int64_t n = rows(t);
     return {least(boundaries[part], n), least(boundaries[part + 1], n)};
   }
+  // For each row of step t whether no state comes from the step before; null if all do.
+  const uint8_t* resets(int64_t t) const { return all_resets ? all_resets + offset(t) : nullptr; }
   // Address of row 0 of step t; rows are stride[1] apart.
   template <class S, class Pointer>
   S* at(const SequenceTensor<Pointer>& tensor, int64_t t) const {
@@ -296,7 +300,7 @@ struct RecurrentPass {
   int team_size() const { return plan.direction_parts * plan.batch_parts * plan.unit_parts; }
   bool two_products() const { return cell.first_gates < cell.gates; }
   int64_t width() const { return args.proj_size ? args.proj_size : args.hidden_size; }  // R
-  int slots() const { return cell.saved + (cell.cell_state ? 1 : 0); }
+  int slots() const { return args.saves_states ? 1 : cell.saved + (cell.cell_state ? 1 : 0); }
   // Rows of a step that a batch part owns, at most. Parts of a packed sequence are cut by length, not by rows.
   int64_t most_rows() const {
     return args.shape.batch_sizes ? args.shape.batch : group_count(args.shape.batch, plan.batch_parts);
@@ -315,7 +319,7 @@ struct RecurrentPass {
  protected:
   void take_shared() {
     meetings.take(arena, plan);
-    steps.take(arena, args.shape, plan.batch_parts);
+    steps.take(arena, args, plan.batch_parts);
   }
 };
 

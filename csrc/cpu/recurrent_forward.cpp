@@ -197,7 +197,8 @@ class Forward : RecurrentPass<S, O> {
       // Rows are dealt out among the threads that share them; everybody meets before the first step.
       const int64_t hidden = args.hidden_size, width = pass.width();
       for (int64_t b = own_rows.begin + seat.unit_part; b < own_rows.end; b += pass.plan.unit_parts) {
-        const S* const h0 = tensors.h0 ? static_cast<const S*>(tensors.h0) + b * width : nullptr;
+        const bool reset = d == 0 && args.resets && args.resets[b];
+        const S* const h0 = tensors.h0 && !reset ? static_cast<const S*>(tensors.h0) + b * width : nullptr;
         for (O* buffer : state.state) {
           O* const row = buffer + b * pass.state_stride;
           std::memset(static_cast<void*>(row), 0, size_t(pass.state_stride) * sizeof(O));
@@ -209,7 +210,7 @@ class Forward : RecurrentPass<S, O> {
         }
         if (pass.cell.cell_state) {
           S* const c = static_cast<S*>(tensors.c_n) + b * hidden;
-          if (tensors.c0) {
+          if (tensors.c0 && !reset) {
             std::memcpy(static_cast<void*>(c), static_cast<const S*>(tensors.c0) + b * hidden,
                         size_t(hidden) * sizeof(S));
           } else {
@@ -325,8 +326,33 @@ class Forward : RecurrentPass<S, O> {
         project_output(t, rows, h_next);
       }
       finish_rows(t, rows);
+      if (args.resets) reset_states(t, rows, h_next);
       meet();
       now = 1 - now;
+    }
+
+    // The own units of the states that do not reach the next step become zero.
+    void reset_states(int64_t t, Range rows, O* h_next) {
+      const int64_t later = d == 0 ? t + 1 : t;  // of the two steps
+      if (later == 0 || later == args.shape.steps) return;
+      const uint8_t* const resets = steps.resets(later);
+      const Range h = own_state(), c = own_cell_state();
+      for (int64_t b = rows.begin; b < least(rows.end, steps.rows(later)); ++b) {
+        if (!resets[b]) continue;
+        std::memset(static_cast<void*>(h_next + b * pass.state_stride + h.begin), 0,
+                    size_t(h.size()) * sizeof(O));
+        if (!pass.cell.cell_state) continue;
+        std::memset(static_cast<void*>(static_cast<S*>(tensors.c_n) + b * args.hidden_size + c.begin), 0,
+                    size_t(c.size()) * sizeof(S));
+      }
+    }
+
+    static Range columns_of(const Blocks& blocks, Range own) {
+      return {least(own.begin * blocks.width, blocks.n), least(own.end * blocks.width, blocks.n)};
+    }
+    Range own_cell_state() const { return columns_of(pass.units, own_units); }
+    Range own_state() const {
+      return args.proj_size ? columns_of(pass.projected, own_projected) : own_cell_state();
     }
 
     S* output_at(int64_t t) const { return steps.template at<S>(args.output, t) + d * pass.width(); }
@@ -336,8 +362,11 @@ class Forward : RecurrentPass<S, O> {
       const Phase& phase = state.phase[p];
       const bool last = p == pass.phases() - 1;
       const int64_t hidden = args.hidden_size, saved_stride = pass.slots() * hidden;
-      S* const saved =
-          tensors.saved ? static_cast<S*>(tensors.saved) + steps.offset(t) * saved_stride : state.saved_step;
+      S* const kept =
+          tensors.saved ? static_cast<S*>(tensors.saved) + steps.offset(t) * saved_stride : nullptr;
+      S* const saved = kept && !args.saves_states ? kept : state.saved_step;
+      const bool keeps_c = kept && pass.cell.cell_state;
+      S* const kept_c = keeps_c ? kept + (args.saves_states ? 0 : pass.cell.saved * hidden) : nullptr;
       S* const output = last && !args.proj_size ? output_at(t) : nullptr;
       TileBuffer<Scalar> sums;
       for_each_block(own_units, now == 1, [&](int64_t j) {
@@ -358,6 +387,8 @@ class Forward : RecurrentPass<S, O> {
           tile.c_stride = hidden;
           tile.saved = saved ? saved + r.begin * saved_stride + unit : nullptr,
           tile.saved_stride = saved_stride;
+          tile.kept_c = kept_c ? kept_c + r.begin * saved_stride + unit : nullptr;
+          tile.kept_c_stride = saved_stride;
           tile.operand = to + r.begin * to_stride + unit, tile.operand_stride = to_stride;
           tile.output = output ? output + r.begin * args.output.stride[1] + unit : nullptr;
           tile.output_stride = args.output.stride[1];
@@ -399,10 +430,7 @@ class Forward : RecurrentPass<S, O> {
     void finish_row(int64_t b, const S* last) {
       if (!tensors.h_n) return;
       const int64_t width = pass.width();
-      const Blocks& blocks = args.proj_size ? pass.projected : pass.units;
-      const Range& own = args.proj_size ? own_projected : own_units;
-      const int64_t begin = least(own.begin * blocks.width, width),
-                    end = least(own.end * blocks.width, width);
+      const auto [begin, end] = own_state();
       S* const to = static_cast<S*>(tensors.h_n) + b * width;
       if (!last && tensors.h0) last = static_cast<const S*>(tensors.h0) + b * width;
       if (last) {

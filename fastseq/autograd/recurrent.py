@@ -19,6 +19,8 @@ from .function import Backward, Function, gradients, needs_gradient, recording, 
 def recurrent(
     input: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
@@ -26,14 +28,19 @@ def recurrent(
     directions: int,
     bias: bool,
     batch_first: bool,
+    grad_clip: float | None,
+    truncate: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer: output (T, B, D*R), h_n (D, B, R), c_n (D, B, H), the last empty if the cell has none."""
+    """One layer: output (T, B, D*R), h_n (D, B, R), c_n (D, B, H), the last empty if the cell has none.
+
+    What the arguments are, fastseq.ops says of its operators.
+    """
+    sequence = (input, batch_sizes, lengths, resets, h0, c0)
+    layer = (mode, directions, bias)
     if recording() and needs_gradient(input, h0, c0, *weights):
-        result = _Recurrent.apply(input, batch_sizes, h0, c0, mode, directions, bias, batch_first, *weights)
+        result = _Recurrent.apply(*sequence, *layer, batch_first, grad_clip, truncate, *weights)
     else:
-        result = ops.recurrent(
-            input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, False
-        )
+        result = ops.recurrent(*sequence, weights, *layer, batch_first, "nothing")
     return result[0], result[1], result[2]
 
 
@@ -54,9 +61,16 @@ def recurrent_cell(
 
 
 def _backward_op(
-    mode: str, directions: int, bias: bool, wanted: Sequence[bool], *tensors: Any
+    mode: str,
+    directions: int,
+    bias: bool,
+    grad_clip: float | None,
+    truncate: int,
+    wanted: Sequence[bool],
+    *tensors: Any,
 ) -> tuple[Tensor, ...]:
-    grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, output, saved, *weights = tensors
+    grads, sequence, (output, saved, *weights) = tensors[:3], tensors[3:9], tensors[9:]
+    grad_output, grad_h_n, grad_c_n = grads
     if mode != "LSTM":  # torch.compile hands a gradient even to what is not differentiable
         grad_c_n = None
     return tuple(
@@ -64,16 +78,15 @@ def _backward_op(
             grad_output,
             grad_h_n,
             grad_c_n,
-            input,
-            batch_sizes,
-            h0,
-            c0,
+            *sequence,
             weights,
             output,
             saved,
             mode,
             directions,
             bias,
+            grad_clip,
+            truncate,
             wanted,
         )
     )
@@ -84,22 +97,27 @@ class _Recurrent(Function):
     def forward(
         input: Tensor,
         batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
         h0: Tensor | None,
         c0: Tensor | None,
         mode: str,
         directions: int,
         bias: bool,
         batch_first: bool,
+        grad_clip: float | None,
+        truncate: int,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        return ops.recurrent(input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, True)
+        sequence, layer = (input, batch_sizes, lengths, resets, h0, c0), (mode, directions, bias)
+        return ops.recurrent(*sequence, weights, *layer, batch_first, "gates")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        input, batch_sizes, h0, c0, mode, directions, bias, _, *weights = inputs
+        *sequence, mode, directions, bias, _, grad_clip, truncate = inputs[:12]
         output, _, c_n, saved = outputs
-        ctx.save_for_backward(input, batch_sizes, h0, c0, output, saved, *weights)
-        ctx.constants = mode, directions, bias
+        ctx.save_for_backward(*sequence, output, saved, *inputs[12:])
+        ctx.constants = mode, directions, bias, grad_clip, truncate
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*((saved,) if mode == "LSTM" else (c_n, saved)))
 
@@ -107,14 +125,15 @@ class _Recurrent(Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, _: None
     ) -> Any:
-        saved_tensors = ctx.saved_tensors  # input, batch_sizes, h0, c0, output, saved, *weights
+        # input, batch_sizes, lengths, resets, h0, c0, output, saved, *weights
+        saved_tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        wanted = [needs[0], needs[2], needs[3], *needs[8:]]
+        wanted = [needs[0], needs[4], needs[5], *needs[12:]]
         grads = gradients(
             _RecurrentBackward, (grad_output, grad_h_n, grad_c_n), saved_tensors, ctx.constants, wanted
         )
         grad_input, grad_h0, grad_c0, *grad_weights = grads
-        return grad_input, None, grad_h0, grad_c0, None, None, None, None, *grad_weights
+        return grad_input, None, None, None, grad_h0, grad_c0, *[None] * 6, *grad_weights
 
 
 class _RecurrentCell(Function):
@@ -146,8 +165,9 @@ class _RecurrentCell(Function):
         bias = bias_ih is not None
         weights = [weight_ih, weight_hh, bias_ih, bias_hh] if bias else [weight_ih, weight_hh]
         wanted = list(ctx.needs_input_grad[: 3 + len(weights)])
-        tensors = (input, None, h0, c0, h, saved, *weights)
-        grads = gradients(_RecurrentBackward, (grad_h, None, grad_c), tensors, (ctx.mode, 1, bias), wanted)
+        tensors = (input, None, None, None, h0, c0, h, saved, *weights)
+        constants = (ctx.mode, 1, bias, None, 0)
+        grads = gradients(_RecurrentBackward, (grad_h, None, grad_c), tensors, constants, wanted)
         return (*grads, *[None] * (8 - len(grads)))
 
 
