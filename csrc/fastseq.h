@@ -81,7 +81,18 @@ struct RecurrentDirection {
   void* grad_c0;
 };
 
-struct RecurrentArgs {
+// The tensors of a layer; or their tangents, each of the shape and dtype of its tensor.
+struct RecurrentTensors {
+  RecurrentDirection direction[2];
+
+  SequenceTensor<const void*> input;  // [T, B, I]
+  // [T, B, D*R], feature stride 1; direction d owns the columns [d*R, (d+1)*R). The backward pass reads it.
+  SequenceTensor<void*> output;
+  SequenceTensor<const void*> grad_output;  // [T, B, D*R] or null: zeros
+  SequenceTensor<void*> grad_input;         // [T, B, I], feature stride 1, or null: not wanted
+};
+
+struct RecurrentArgs : RecurrentTensors {
   CellKind cell;
   DType dtype;  // of every tensor in here
   int threads;  // at most so many
@@ -102,13 +113,9 @@ struct RecurrentArgs {
   double grad_clip;
   // No gradient of a state crosses between t - 1 and t where t is a multiple of it; 0: all cross.
   int64_t truncate;
-  RecurrentDirection direction[2];
-
-  SequenceTensor<const void*> input;  // [T, B, I]
-  // [T, B, D*R], feature stride 1; direction d owns the columns [d*R, (d+1)*R). The backward pass reads it.
-  SequenceTensor<void*> output;
-  SequenceTensor<const void*> grad_output;  // [T, B, D*R] or null: zeros
-  SequenceTensor<void*> grad_input;         // [T, B, I], feature stride 1, or null: not wanted
+  // The tangents of all these, or null: not wanted. What the passes read counts as zero where it is null, but for
+  // output and saved; h_n, c_n, output and, where args have them, saved are written too.
+  const RecurrentTensors* tangents;
 };
 
 // ---- attention ----

@@ -28,9 +28,9 @@ inline Range share(int64_t n, int64_t parts, int64_t part) {
 // L1.
 constexpr int64_t kBlockRows = 16 * tile_rows(kPanelVectors);
 
-template <class Body>
+template <int kPlanes = 1, class Body>
 inline void for_each_row_block(Range rows, Body body) {
-  const int64_t blocks = group_count(rows.size(), kBlockRows);
+  const int64_t blocks = group_count(rows.size(), kBlockRows / kPlanes);
   for (int64_t i = 0; i < blocks; ++i) {
     const Range block = share(rows.size(), blocks, i);
     body(Range{rows.begin + block.begin, rows.begin + block.end});
@@ -163,9 +163,9 @@ struct Panels {
   Scalar* bias_at(int64_t j) const { return bias ? bias + slot(j) * gates * blocks.width : nullptr; }
   int64_t slot(int64_t j) const { return one_slot ? 0 : j; }
 
-  void take(Arena& arena, bool with_bias) {
+  void take(Arena& arena, bool with_bias, bool with_data = true) {
     const int64_t slots = one_slot ? 1 : blocks.count();
-    data = arena.take<O>(slots * block_size());
+    data = with_data ? arena.take<O>(slots * block_size()) : nullptr;
     bias = with_bias ? arena.take<Scalar>(slots * gates * blocks.width) : nullptr;
   }
 
@@ -178,7 +178,7 @@ struct Panels {
       const int group = vectors(j) / gates;
       for (int i = 0; i < group; ++i) {
         const int64_t unit = i * kWidth, count = most(0, least(kWidth, blocks.size(j) - unit));
-        pack_vector(j, g * group + i, weight + (row + unit) * depth, count);
+        if (data) pack_vector(j, g * group + i, weight + (row + unit) * depth, count);
         if (bias) {
           store(bias_at(j) + g * group * kWidth + unit,
                 load_strided<Vec<Scalar>>(bias_source + row + unit, 1, count));
@@ -285,17 +285,28 @@ class Meetings {
 };
 
 // What the forward and the backward pass of a layer begin with.
-template <class S, class O>
+//
+// kPlanes 1: numbers. kPlanes 2: also their tangents, the derivatives along args.tangents. Rows of the pass's own
+// buffers are then twice as many, so that both go through a packed weight while it is in the cache; where the weight
+// has a tangent, that is packed too, and its product with the numbers is added to the rows of tangents.
+template <class S, class O, int kPlanes>
 struct RecurrentPass {
   const RecurrentArgs& args;
   const RecurrentPlan& plan;
-  const CellOps<S, O>& cell;
+  const CellOps<S, O, kPlanes>& cell;
   Arena arena;
   Steps steps;
   Meetings meetings;
 
   RecurrentPass(const RecurrentArgs& args, const RecurrentPlan& plan)
-      : args(args), plan(plan), cell(cell_ops<S, O>(args.cell)) {}
+      : args(args), plan(plan), cell(cell_ops<S, O, kPlanes>(args.cell)) {}
+
+  const RecurrentTensors& plane(int p) const {
+    if constexpr (kPlanes == 2) {
+      if (p == 1) return *args.tangents;
+    }
+    return args;
+  }
 
   int team_size() const { return plan.direction_parts * plan.batch_parts * plan.unit_parts; }
   bool two_products() const { return cell.first_gates < cell.gates; }
