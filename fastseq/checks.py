@@ -251,7 +251,7 @@ def check_batch_sizes(batch_sizes: Tensor, layer: Layer) -> None:
 def check_rows(
     input: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None, layer: Layer
 ) -> None:
-    """Raises RuntimeError unless lengths (B) and resets (T, B), or packed (rows), are such; reads no values."""
+    """Raises RuntimeError for lengths other than (B), resets other than (T, B) or packed (rows)."""
     if lengths is not None:
         if batch_sizes is not None:
             raise RuntimeError(

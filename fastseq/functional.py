@@ -362,9 +362,6 @@ class Options(NamedTuple):
     truncate: int | None = None
 
 
-_NO_OPTIONS = Options()
-
-
 def _stack(
     mode: str,
     input: Tensor,
@@ -393,8 +390,8 @@ def _stack(
     batch_first = batch_first and batch_sizes is None and not unbatched
     _check_input(input, first[0].dtype, batch_sizes)
     lengths, resets, grad_clip, truncate = options
-    if options != _NO_OPTIONS:
-        resets = _check_options(options, unbatched, batch_sizes)
+    if any(option is not None for option in options):
+        resets = _resets_of(options, unbatched, batch_sizes)
     _check_state_ranks(states, 2 if unbatched else 3)
     if unbatched:
         input, states = input.unsqueeze(1), tuple(state.unsqueeze(1) for state in states)
@@ -453,19 +450,14 @@ def _stack(
     return output.transpose(0, 1) if batch_first else output, h, c
 
 
-def _check_options(options: Options, unbatched: bool, batch_sizes: Tensor | None) -> Tensor | None:
-    """Returns the resets, one for each row of a packed sequence."""
-    for name, rows in (("lengths", options.lengths), ("resets", options.resets)):
-        if rows is not None:
-            require_tensor(name, rows)
-            if unbatched:
-                raise RuntimeError(
-                    problem(f"{name} of an input without a batch", "a batch", "input.unsqueeze(1)")
-                )
-    check_bounds(options.grad_clip, 0 if options.truncate is None else options.truncate or -1)
-    resets = options.resets
-    if resets is None or batch_sizes is None:
-        return resets
+def check_options(*, grad_clip: float | None, truncate: int | None) -> None:
+    """Raises for options that no call accepts; modules ask at once."""
+    check_bounds(grad_clip, 0 if truncate is None else truncate or -1)
+
+
+def check_resets(resets: Tensor, batch_sizes: Tensor) -> None:
+    """Raises unless those of a packed sequence are (T, B)."""
+    require_tensor("resets", resets)
     shape = (batch_sizes.shape[0], _packed_batch(batch_sizes))
     if resets.shape != shape:
         raise RuntimeError(
@@ -475,8 +467,23 @@ def _check_options(options: Options, unbatched: bool, batch_sizes: Tensor | None
                 "a value for every step and row, also for those that are not there",
             )
         )
-    there = torch.arange(shape[1]) < batch_sizes.unsqueeze(1)
-    return resets[there.to(resets.device)]
+
+
+def _resets_of(options: Options, unbatched: bool, batch_sizes: Tensor | None) -> Tensor | None:
+    """Checks the options, and returns the resets, one for each row of a packed sequence."""
+    for name, rows in (("lengths", options.lengths), ("resets", options.resets)):
+        if rows is not None:
+            require_tensor(name, rows)
+            if unbatched:
+                raise RuntimeError(
+                    problem(f"{name} of an input without a batch", "a batch", "input.unsqueeze(1)")
+                )
+    check_options(grad_clip=options.grad_clip, truncate=options.truncate)
+    if options.resets is None or batch_sizes is None:
+        return options.resets
+    check_resets(options.resets, batch_sizes)
+    there = torch.arange(options.resets.shape[1]) < batch_sizes.unsqueeze(1)
+    return options.resets[there.to(options.resets.device)]
 
 
 def _check_input(input: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None) -> None:
