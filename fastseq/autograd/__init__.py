@@ -1,5 +1,6 @@
 """Gradients of the operators: one recurrent layer, one step of a cell, and attention."""
 
+from . import registration  # noqa: F401  so that the operators have their gradients
 from .attention import attention
 from .function import needs_gradient, recording
 from .recurrent import recurrent, recurrent_cell

@@ -25,7 +25,9 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
     """
     tensors, (*rest, average_weights, deterministic) = arguments[:9], arguments[9:]
     query, key, value, attn_mask, *_, sinks = tensors
-    if not (recording() and needs_gradient(query, key, value, attn_mask, sinks)):
+    if (is_compiling() and deterministic) or not (
+        recording() and needs_gradient(query, key, value, attn_mask, sinks)
+    ):
         return attention_ops.attention(*arguments[:-1])
     if is_compiling():
         tensors = _each_once(tensors)
