@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from .. import ops
+from ..dispatch import is_traced
 from .function import Backward, Function, gradients, needs_gradient, recording, refuse
 
 
@@ -29,7 +29,7 @@ def recurrent(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: output (T, B, D*R), h_n (D, B, R), c_n (D, B, H), the last empty if the cell has none."""
-    if not is_compiling() and recording() and needs_gradient(input, h0, c0, *weights):
+    if not is_traced() and recording() and needs_gradient(input, h0, c0, *weights):
         result = _Recurrent.apply(input, batch_sizes, h0, c0, mode, directions, bias, batch_first, *weights)
     else:
         result = ops.recurrent(
@@ -50,7 +50,7 @@ def recurrent_cell(
 ) -> Sequence[Tensor]:
     """One step: the new hidden state and, of an LSTM, the new cell state come first in the result."""
     tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
-    if not is_compiling() and recording() and needs_gradient(*tensors):
+    if not is_traced() and recording() and needs_gradient(*tensors):
         return _RecurrentCell.apply(*tensors, mode)
     return ops.recurrent_cell(*tensors, mode, False)
 

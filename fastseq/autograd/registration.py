@@ -18,7 +18,7 @@ from .recurrent import _Recurrent, _RecurrentBackward, _RecurrentCell
 
 
 def _wants_gradient(arguments: Sequence[Any]) -> bool:
-    """Whether a graph is being recorded: not within a Function's forward pass, which calls the operator too."""
+    """Whether a graph is recorded; it is not where a Function calls the operator in its forward pass."""
     if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
         return True
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
@@ -32,7 +32,8 @@ def register(name: str, differentiable: Callable[..., Any]) -> None:
 
     def call(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         if _wants_gradient(arguments):
-            return differentiable(*arguments, *defaults[len(arguments) :])  # torch leaves out what is the default
+            # torch leaves out what is the default
+            return differentiable(*arguments, *defaults[len(arguments) :])
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & below, *arguments)
 
@@ -52,26 +53,26 @@ def _recurrent(
     save: bool,
 ) -> tuple[Tensor, ...]:
     options = (mode, directions, bias, batch_first)
-    output, h_n, c_n, saved = _Recurrent.apply(input, batch_sizes, h0, c0, *options, *weights)
+    output, h_n, c_n, saved = _Recurrent.apply_here(input, batch_sizes, h0, c0, *options, *weights)
     return output, h_n, c_n, saved if save else saved.new_empty(0)
 
 
 def _recurrent_cell(*arguments: Any) -> list[Tensor]:
     *rest, save = arguments
-    results = list(_RecurrentCell.apply(*rest))
+    results = list(_RecurrentCell.apply_here(*rest))
     return results if save else results[:-1]
 
 
 def _recurrent_backward(*arguments: Any) -> list[Tensor]:
     *tensors, weights, output, saved, mode, directions, bias, wanted = arguments
     return list(
-        _RecurrentBackward.apply(mode, directions, bias, wanted, *tensors, output, saved, *weights)
+        _RecurrentBackward.apply_here(mode, directions, bias, wanted, *tensors, output, saved, *weights)
     )
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, ...]:
     *rest, average_weights, save = arguments
-    output, lse, weights, remainder, normalizer = _Attention.apply(*rest, True)
+    output, lse, weights, remainder, normalizer = _Attention.apply_here(*rest, True)
     if average_weights:
         weights = weights.mean(dim=1, keepdim=True)
     if not save:
@@ -83,7 +84,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, ...]:
 def _attention_backward(*arguments: Any) -> list[Tensor]:
     *tensors_and_numbers, wanted, deterministic = arguments
     tensors, numbers = tensors_and_numbers[:17], tensors_and_numbers[17:]
-    return list(_AttentionBackward.apply(*numbers, deterministic, wanted, *tensors))
+    return list(_AttentionBackward.apply_here(*numbers, deterministic, wanted, *tensors))
 
 
 for _function in (_recurrent, _recurrent_cell, _recurrent_backward, _attention, _attention_backward):
