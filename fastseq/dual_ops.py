@@ -37,8 +37,8 @@ _ARGUMENTS = (
     "Tensor[] weights"
 )
 _TANGENTS = "Tensor? input_tangent, Tensor? h0_tangent, Tensor? c0_tangent, Tensor?[] weight_tangents"
-# `save`: whether gates are kept for recurrent_dual_backward. `truncate` cuts tangents where recurrent_backward
-# cuts gradients: between the steps t - 1 and t where t is a multiple of it, if that is not 0.
+# `save`: whether gates are kept for recurrent_dual_backward. `truncate` cuts tangents where
+# recurrent_backward cuts gradients: between the steps t - 1 and t where t is a multiple of it, if not 0.
 library.define(
     f"recurrent_dual({_ARGUMENTS}, {_TANGENTS}, str mode, int directions, bool bias, bool batch_first, "
     "int truncate, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved, "
