@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 
 from .. import dual_ops
 from ..checks import CELLS, problem
-from .function import Function
+from .function import Function, each_entry, is_batched
 
 Tensors = Sequence[Tensor | None]
 LOOP = "a loop of torch operations over time"  # what has all derivatives
@@ -49,6 +49,11 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, ...]:
     """What recurrent_dual returns; `tangents`: of input, h0, c0, *weights."""
+    if any(map(is_batched, tangents)):
+        options = (layer, batch_first, truncate, save)
+        values = forward(sequence, weights, [None] * len(tangents), *options)
+        along = each_entry(lambda entry: forward(sequence, weights, entry, *options)[4:], tangents)
+        return (*values[:4], *along)
     if is_one_step(sequence):
         sequence = [_as_sequence(x) for x in sequence]
         tangents = [*map(_as_sequence, tangents[:3]), *tangents[3:]]
@@ -75,6 +80,17 @@ def backward(
 
     cotangents: of output, h_n, c_n. results: output, saved, output_tangent, saved_tangent, of a sequence.
     """
+    moving = (*cotangents, *cotangents_tangents, *results[2:], *tangents)
+    if any(map(is_batched, moving)):
+        values, options = results[:2], (layer, grad_clip, truncate, wanted, wanted_tangents)
+
+        def of_entry(moving: Tensors) -> Tensors:
+            states, along = (*values, *moving[6:8]), moving[8:]
+            planes = backward(moving[:3], moving[3:6], sequence, weights, states, along, *options)
+            return [*planes[0], *planes[1]]
+
+        grads = each_entry(of_entry, moving)
+        return [grads[: len(tangents)], grads[len(tangents) :]]
     one_step = is_one_step(sequence)
     if one_step:
         sequence = [_as_sequence(x) for x in sequence]
