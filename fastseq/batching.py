@@ -9,8 +9,8 @@ Recurrent layers have the entries behind the batch, because the rows of a sequen
 be looked at as (T * B, N) without a copy; attention has them before it, where vmap usually finds them. What
 all entries share is repeated.
 
-What has no batch cannot be folded into one: weights of each entry, packed sequences of other lengths, gradients
-of shared weights for each entry. Then the operator is called for each entry.
+What has no batch cannot be folded into one: weights of each entry, packed sequences of other lengths,
+gradients of shared weights for each entry. Then the operator is called for each entry.
 """
 
 from __future__ import annotations
