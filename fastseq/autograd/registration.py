@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import attention_ops, ops
 from ..checks import CELLS
-from ..dispatch import library
+from ..dispatch import library, nobody_listens
 from . import dual
 from .attention import _Attention, _AttentionBackward
 from .recurrent import _RecurrentAlong, _RecurrentBackwardAlong, _RecurrentCellAlong
@@ -26,8 +27,10 @@ def _wants_gradient(arguments: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
 
 
-def register(name: str, differentiable: Callable[..., Any]) -> None:
-    """Has the operator call differentiable(*arguments) where a graph is recorded, else its kernel."""
+def register(name: str, differentiable: Callable[..., Any], module: Any = None) -> None:
+    """Has the operator call differentiable(*arguments) where a graph is recorded, else its kernel; at once where
+    possible, if `module` has a function of its name."""
+    direct = getattr(module, name, None)
     op = getattr(torch.ops.fastseq, name).default
     defaults = tuple(a.default_value for a in op._schema.arguments)
     below = torch._C._after_autograd_keyset
@@ -37,6 +40,8 @@ def register(name: str, differentiable: Callable[..., Any]) -> None:
             # torch leaves out what is the default
             return differentiable(*arguments, *defaults[len(arguments) :])
         with torch._C._AutoDispatchBelowAutograd():
+            if direct is not None and nobody_listens():
+                return direct(*arguments)
             return op.redispatch(keyset & below, *arguments)
 
     library.impl(name, call, "Autograd", with_keyset=True)
@@ -94,13 +99,9 @@ def _attention_backward(*arguments: Any) -> list[Tensor]:
     return list(_AttentionBackward.apply_here(*numbers, deterministic, wanted, *tensors))
 
 
-for _function in (
-    _recurrent,
-    _recurrent_cell,
-    _recurrent_backward,
-    _recurrent_dual,
-    _recurrent_dual_backward,
-    _attention,
-    _attention_backward,
-):
+for _function in (_recurrent, _recurrent_cell, _recurrent_backward):
+    register(_function.__name__[1:], _function, ops)
+for _function in (_attention, _attention_backward):
+    register(_function.__name__[1:], _function, attention_ops)
+for _function in (_recurrent_dual, _recurrent_dual_backward):
     register(_function.__name__[1:], _function)

@@ -60,8 +60,7 @@ class LSTM(RecurrentModule):
         ValueError: an input of the wrong rank, or of another dtype than the parameters.
         RuntimeError: wrong sizes of input or states, states of another dtype, mixed devices, a sequence of no
             steps, batch_sizes that do not fit, lengths or resets of another shape or dtype or without
-            a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1; or a second
-            derivative, which does not exist yet.
+            a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1.
         NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
