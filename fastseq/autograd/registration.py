@@ -28,8 +28,8 @@ def _wants_gradient(arguments: Sequence[Any]) -> bool:
 
 
 def register(name: str, differentiable: Callable[..., Any], module: Any = None) -> None:
-    """Has the operator call differentiable(*arguments) where a graph is recorded, else its kernel; at once where
-    possible, if `module` has a function of its name."""
+    """Has the operator call differentiable(*arguments) where a graph is recorded, else its kernel; at once
+    where possible, if `module` has a function of its name."""
     direct = getattr(module, name, None)
     op = getattr(torch.ops.fastseq, name).default
     defaults = tuple(a.default_value for a in op._schema.arguments)
