@@ -7,6 +7,7 @@
 torch.Size([5, 3, 16])
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
 import torch as _torch  # noqa: F401  before the compiled module, so that both share one pool of OpenMP threads
@@ -39,6 +40,7 @@ __all__ = [
     "RNNCell",
     "__version__",
     "convert",
+    "distributed",
     "explain",
     "functional",
     "integrations",
@@ -47,3 +49,9 @@ __all__ = [
     "scaled_dot_product_attention",
     "show_config",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "distributed":  # imported when it is first used, for few need it
+        return _import_module("fastseq.distributed")
+    raise AttributeError(f"module 'fastseq' has no attribute {name!r}")

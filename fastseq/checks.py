@@ -248,6 +248,72 @@ def check_batch_sizes(batch_sizes: Tensor, layer: Layer) -> None:
         )
 
 
+def check_rows(
+    input: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None, layer: Layer
+) -> None:
+    """Raises RuntimeError for lengths other than (B), resets other than (T, B) or packed (rows)."""
+    if lengths is not None:
+        if batch_sizes is not None:
+            raise RuntimeError(
+                problem(
+                    "lengths of a packed sequence",
+                    "one of both: lengths for a padded input, or batch_sizes for a packed one",
+                    "lengths=None, or pad_packed_sequence",
+                )
+            )
+        if lengths.shape != (layer.batch,) or lengths.dtype not in (torch.int64, torch.int32):
+            raise RuntimeError(
+                problem(
+                    f"lengths of shape {tuple(lengths.shape)} and dtype {lengths.dtype}",
+                    f"shape ({layer.batch},), one for each row of the batch, of torch.int64 or torch.int32",
+                    "lengths.long(), one for each row",
+                )
+            )
+    if resets is not None:
+        shape = (layer.steps, layer.batch) if batch_sizes is None else (layer.rows,)
+        if resets.shape != shape or resets.dtype != torch.bool:
+            meaning = "(steps, batch), whatever batch_first is" if batch_sizes is None else "(rows,)"
+            raise RuntimeError(
+                problem(
+                    f"resets of shape {tuple(resets.shape)} and dtype {resets.dtype}",
+                    f"shape {shape}, that is {meaning}, of torch.bool",
+                    "resets.t() of one that is (batch, steps); resets.bool()",
+                )
+            )
+        if resets.device != input.device:
+            raise RuntimeError(
+                problem(
+                    f"resets on device {resets.device} beside an input on device {input.device}",
+                    "the input's device",
+                    f"resets.to({str(input.device)!r})",
+                )
+            )
+
+
+def check_lengths(lengths: Sequence[int], steps: int) -> None:
+    """Raises RuntimeError unless all are in 0..steps. Asked where the values are at hand."""
+    if lengths and not 0 <= min(lengths) <= max(lengths) <= steps:
+        raise RuntimeError(
+            problem(
+                f"lengths from {min(lengths)} to {max(lengths)} for an input of {steps} steps",
+                f"lengths from 0 to {steps}",
+                f"lengths.clamp(0, {steps}), or a longer input",
+            )
+        )
+
+
+def check_bounds(grad_clip: float | None, truncate: int) -> None:
+    """Raises RuntimeError unless gradients can be bounded by the one, and cut every so many steps."""
+    if grad_clip is not None and not grad_clip >= 0:
+        raise RuntimeError(
+            problem(f"grad_clip={grad_clip}", "a number of at least 0, or None", "grad_clip=1.0, or None")
+        )
+    if truncate < 0:
+        raise RuntimeError(
+            problem(f"truncate={truncate}", "a number of steps, at least 1, or None", "truncate=64, or None")
+        )
+
+
 def places_of(arguments: Sequence[object]) -> tuple[list[str], int]:
     """Devices with layouts of all tensors in an operator's arguments, in words, and how many devices."""
     tensors = [

@@ -225,11 +225,13 @@ def _has_kernel(query: Tensor) -> bool:
 
 
 def _read_layer(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
-    input, batch_sizes, h0, c0, weights, mode, directions, bias, _, save = arguments
+    input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, _, save = arguments
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
     output, _, _, gates = results
-    kept = {"input": input, "batch_sizes": batch_sizes, "h0": h0, "c0": c0, "output": output, "gates": gates}
-    return _call("recurrent", names, mode, layer, input, weights, kept if save else None, batch_sizes)
+    kept = {"input": input, "batch_sizes": batch_sizes, "lengths": lengths, "resets": resets}
+    kept |= {"h0": h0, "c0": c0, "output": output, save: gates}
+    keeps = kept if save != "nothing" else None
+    return _call("recurrent", names, mode, layer, input, weights, keeps, batch_sizes)
 
 
 def _read_cell(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
@@ -241,7 +243,7 @@ def _read_cell(names: dict[int, str], arguments: Sequence[Any], results: Sequenc
 
 
 def _read_gradients(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:
-    _, _, _, input, batch_sizes, h0, c0, weights, _, _, mode, directions, bias, _ = arguments
+    _, _, _, input, batch_sizes, _, _, h0, c0, weights, _, _, mode, directions, bias, *_ = arguments
     one_step = batch_sizes is None and input.dim() == 2
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias, one_step)
     return _call("recurrent_backward", names, mode, layer, input, weights, None, batch_sizes, one_step)

@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 
 from .. import attention_ops
 from ..attention_checks import Arguments
+from ..dispatch import is_traced
 from .function import Backward, Function, gradients, needs_gradient, recording, refuse
 
 
@@ -25,7 +26,9 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
     """
     tensors, (*rest, average_weights, deterministic) = arguments[:9], arguments[9:]
     query, key, value, attn_mask, *_, sinks = tensors
-    if not (recording() and needs_gradient(query, key, value, attn_mask, sinks)):
+    if (deterministic and is_traced()) or not (
+        recording() and needs_gradient(query, key, value, attn_mask, sinks)
+    ):
         return attention_ops.attention(*arguments[:-1])
     if is_compiling():
         tensors = _each_once(tensors)
