@@ -1,5 +1,7 @@
 """The documentation's site builds without warnings, and its examples run."""
 
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -19,10 +21,17 @@ BLOCK = re.compile(r"```python\n(.*?)```", flags=re.S)
     ids=lambda p: p.relative_to(ROOT / "docs").as_posix(),
 )
 def test_python_blocks_of_a_page_run_one_after_another(page, tmp_path, monkeypatch):
+    """And print what comments below print() say, where there are such."""
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     for block in BLOCK.findall(page.read_text()):
-        exec(compile(block, str(page), "exec"), names)
+        if "from transformers" in block:
+            pytest.importorskip("transformers", reason="transformers is not installed")
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block, str(page), "exec"), names)
+        if told := re.findall(r"^print\(.*\n((?:# .*\n)+)", block, flags=re.M):
+            assert printed.getvalue() == re.sub("^# ", "", "".join(told), flags=re.M)
 
 
 def test_site_builds_without_warnings_and_has_every_page(tmp_path):
