@@ -18,6 +18,8 @@ import fastseq
 from processes import World
 from tolerances import SAME_FLOAT64
 
+pytestmark = pytest.mark.slow  # it starts processes
+
 SIZE, BATCH, STEPS, FEATURES = 2, 6, 5, 8
 
 

@@ -18,6 +18,8 @@ from processes import World
 from split_attention import Case, call, check, group_of, make_data, part_of, run_part
 from tolerances import SAME_FLOAT64
 
+pytestmark = pytest.mark.slow  # it starts processes
+
 ALL = (0, 1, 2)
 EVEN = (4, 4, 4)
 CAUSAL = Case(EVEN, EVEN, {"is_causal": True})
