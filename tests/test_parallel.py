@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -317,3 +317,86 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32(world, name):
         error, their_error = ((grads[1][key] - grads[0][key]).abs().max().item() for grads in (ours, theirs))
         floor = torch.finfo(torch.bfloat16).eps * exact.abs().max().item()
         assert 0 < error <= 2 * their_error + floor, key
+
+
+# ------------------------------------------------------------------------------------------------- DTensors
+
+HOW = {"replicated": Replicate(), "of the batch": Shard(0), "of heads": Shard(1), "of queries": Shard(2)}
+
+
+def attention_of_dtensors(how, average):
+    """Beside that of whole tensors, with gradients of all."""
+    mesh = init_device_mesh("cpu", (SIZE,))
+    shapes = [(2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6), (4, 5, 7), (4,)]
+    whole = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    placements = [HOW[how]] * 3 + [Replicate()] * 2
+    split = [
+        distribute_tensor(x.detach(), mesh, [p]).requires_grad_()
+        for x, p in zip(whole, placements, strict=True)
+    ]
+
+    def run(query, key, value, bias, sinks):
+        return fastseq.scaled_dot_product_attention(
+            *(query, key, value, bias),
+            enable_gqa=True,
+            causal="bottom_right",
+            sinks=sinks,
+            key_lengths=torch.tensor([7, 3]),
+            return_lse=True,
+            return_weights=True,
+            average_weights=average,
+        )
+
+    for tensors in (whole, split):
+        outputs = run(*tensors)
+        sum(x.square().masked_fill(x.isinf(), 0).sum() for x in outputs).backward()
+        tensors.extend(outputs)
+    for i, (x, y) in enumerate(zip(whole, split, strict=True)):
+        torch.testing.assert_close(full(y), x, **SAME_FLOAT64, msg=lambda text, i=i: f"{i}: {text}")
+        if x.is_leaf:
+            torch.testing.assert_close(full(y.grad), x.grad, **SAME_FLOAT64)
+    return [str(y.placements) for y in split[len(shapes) :]]
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("how", HOW)
+def test_attention_of_dtensors_is_that_of_whole_tensors(world, how, average):
+    results = world.run(attention_of_dtensors, how, average)
+    kept = how == "of the batch" or (how == "of heads" and not average)
+    assert results[0][0] == str((HOW[how] if kept else Replicate(),))
+
+
+def multihead_of_dtensors(library):
+    mesh = init_device_mesh("cpu", (SIZE,))
+    module = {"fastseq": fastseq, "torch.nn": nn}[library].MultiheadAttention(8, 2).double()
+    alone = copy.deepcopy(module)
+    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    split = distribute_tensor(x, mesh, [Shard(1)])  # of the batch
+    ours, theirs = distribute_module(module, mesh)(split, split, split), alone(x, x, x)
+    for y, z in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(full(y), z, **SAME_FLOAT64)
+    ours[0].sum().backward()
+    theirs[0].sum().backward()
+    for (name, p), q in zip(module.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(full(p.grad), q.grad, **SAME_FLOAT64, msg=lambda text, n=name: n + text)
+
+
+@pytest.mark.parametrize("library", ["torch.nn", "fastseq"])
+def test_multihead_attention_of_dtensors_works_as_torchs(world, library):
+    world.run(multihead_of_dtensors, library)
+
+
+def refused_dtensors():
+    mesh = init_device_mesh("cpu", (SIZE,))
+    x = torch.randn(2, 2, 3, 4)
+    split = distribute_tensor(x, mesh, [Shard(0)])
+    for arguments, keywords, kind, word in (
+        ((split, x, x), {}, RuntimeError, "DTensors for query, key and value"),
+        ((split, split, split), {"dropout_p": 0.5}, NotImplementedError, "dropout_p"),
+    ):
+        with pytest.raises(kind, match=word):
+            fastseq.scaled_dot_product_attention(*arguments, **keywords)
+
+
+def test_what_dtensors_cannot_do_is_a_clear_error(world):
+    world.run(refused_dtensors)

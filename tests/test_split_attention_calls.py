@@ -1,8 +1,10 @@
 """What calls of attention that is split between processes refuse, send, compute, and leave alone."""
 
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -434,3 +436,16 @@ def test_parts_as_long_as_what_kernels_call_few(world):
     for keys in ((15, 17, 16), (40, 16, 1)):
         case = Case((17, 3, 20), keys, {"is_causal": True}, lengths=(48, 20))
         check(case, world.run(run_part, case, ALL))
+
+
+def guide(text):
+    names = {}
+    for block in text:
+        exec(compile(block, "docs/guide/distributed.md", "exec"), names)
+
+
+def test_examples_of_the_guide_run(world):
+    text = (Path(__file__).parents[1] / "docs" / "guide" / "distributed.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert len(blocks) == 4
+    world.run(guide, blocks)
