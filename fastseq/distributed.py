@@ -77,7 +77,7 @@ def scaled_dot_product_attention(
         split: "contiguous": the processes hold one part each, in their order. "zigzag", of W processes: the
             sequence is cut into 2 W shares, and process r holds number r and number 2 W - 1 - r, one behind
             the other. Under a causal mask all processes have the same work then, where with contiguous parts
-            the last one has W times that of the first, and the others wait. :func:`sequence_positions` tells
+            the last one has almost twice the mean, and the others wait. :func:`sequence_positions` tells
             who holds what.
         replicated_query: every process has all queries and gets the whole output, as in decoding with a cache
             that is split. Nothing but lse and output is sent then. In the backward pass the gradient of the

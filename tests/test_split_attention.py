@@ -6,6 +6,8 @@ import torch
 from processes import World
 from split_attention import Case, check, run_part
 
+pytestmark = pytest.mark.slow  # it starts processes
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

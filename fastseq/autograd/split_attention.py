@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import attention_ops
 from ..attention_checks import dtype_of_sums
+from ..checks import problem
 from ..exchange import Returns, Schedule, visiting
 from ..sequence_parts import Block
 from .function import recording
@@ -305,6 +305,10 @@ def _of_sinks(sinks: Tensor, incoming: _Incoming) -> Tensor:
     return (weight * grad).sum((0, 2))
 
 
+def _gradients(options: Options, schedule: Schedule, *tensors: Any) -> tuple[Tensor | None, ...]:
+    return _backward(options, schedule, _Forward(*tensors[:7]), _Incoming(*tensors[7:]))
+
+
 class _SplitAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -317,11 +321,26 @@ class _SplitAttention(torch.autograd.Function):
         return results[:2]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> Any:
-        tensors, results = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-        grads = _backward(
-            ctx.options, ctx.schedule, _Forward(*tensors), _Incoming(grad_output, grad_lse, *results)
-        )
+        saved = ctx.saved_tensors  # asked for once, as checkpoints want it
+        # With create_graph=True a second derivative is an error, not silently zero.
+        run = _SplitAttentionBackward.apply if torch.is_grad_enabled() else _gradients
+        grads = run(ctx.options, ctx.schedule, *saved[:7], grad_output, grad_lse, *saved[7:])
         of_query, of_key, of_value, of_mask, of_sinks = grads
         return None, None, of_query, of_key, of_value, of_mask, None, of_sinks, None
+
+
+class _SplitAttentionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise RuntimeError(
+            problem(
+                "a second derivative through attention that is split between processes",
+                "first derivatives",
+                "create_graph=False",
+            )
+        )
