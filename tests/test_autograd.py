@@ -100,14 +100,6 @@ def test_double_backward_is_refused_and_never_silently_wrong(mode, loss):
         differentiate_twice()
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-def test_vmap_is_refused(mode, frozen):
-    module = make_module(Case(mode)).requires_grad_(not frozen)
-    with pytest.raises(RuntimeError, match=r"torch\.func\.vmap"):
-        torch.func.vmap(lambda x: module(x)[0])(torch.randn(2, 5, 3, 4))
-
-
 @pytest.mark.parametrize("changed", ["input", "weight_hh_l0", "h0", "output"])
 @pytest.mark.parametrize("mode", MODES)
 def test_change_in_place_before_backward_is_detected(mode, changed):
