@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import attention_ops, autocast, autograd
-from .attention_checks import broadcasts, dtype_of_sums, raise_for_mask
+from .attention_checks import broadcasts, dtype_of_sums, raise_for_mask, refuse_trained_slopes
 from .checks import problem, require_tensor
 
 
@@ -490,12 +490,5 @@ def _per_head(name: str, given: Any, query: Tensor) -> Tensor:
 
 def _slopes(given: Any, query: Tensor) -> Tensor:
     slopes = _per_head("alibi_slopes", given, query)
-    if slopes.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            problem(
-                "alibi_slopes that require a gradient",
-                "constant slopes",
-                "alibi_slopes.detach(), or attn_mask for a bias that is trained",
-            )
-        )
+    refuse_trained_slopes(slopes)
     return slopes.unsqueeze(0) if slopes.dim() == 1 else slopes

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import autocast, autograd
 from .attention import scaled_dot_product_attention
@@ -405,7 +406,12 @@ def _stack(
 
     hidden = first[1].shape[0] // CELLS[mode].gates
     width = first[-1].shape[0] if len(first) in (3, 5) else hidden
-    batch = input.shape[1] if batch_sizes is None else _packed_batch(batch_sizes)
+    if batch_sizes is None:
+        batch = input.shape[1]
+    elif states and is_compiling():  # the kernels ask later whether batch_sizes agree
+        batch = states[0].shape[1]
+    else:
+        batch = _packed_batch(batch_sizes)
     for i, state in enumerate(states):
         shape = (len(weights), batch, hidden if i else width)
         check_like(_state_name(states, i), state, shape, "(layers * directions, batch, size)", input)
@@ -545,7 +551,9 @@ def _packed_batch(batch_sizes: Tensor) -> int:
     if batch_sizes.shape[0] == 0:
         raise RuntimeError(no_batch_sizes())
     batch = int(batch_sizes[0])
-    if batch < 0:
+    if is_compiling():  # what is in a tensor is not known yet
+        torch._check(batch >= 0)
+    elif batch < 0:
         raise RuntimeError(
             problem(f"batch_sizes that start with {batch}", "sizes of at least 0", "pack_padded_sequence")
         )

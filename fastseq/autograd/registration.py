@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import attention_ops, ops
+from ..attention_checks import Arguments, refuse_trained_slopes
 from ..checks import CELLS
 from ..dispatch import library, nobody_listens
 from . import dual
@@ -84,6 +85,7 @@ def _recurrent_dual_backward(*arguments: Any) -> list[Tensor]:
 
 def _attention(*arguments: Any) -> tuple[Tensor, ...]:
     *rest, average_weights, save = arguments
+    refuse_trained_slopes(Arguments(*arguments).alibi_slopes)
     output, lse, weights, remainder, normalizer = _Attention.apply_here(*rest, True)
     if average_weights:
         weights = weights.mean(dim=1, keepdim=True)
