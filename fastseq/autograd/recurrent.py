@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from .function import Backward, Function, gradients, needs_gradient, recording, refuse
+from .memory import RecurrentInWindows, keeps_gates
 
 
 def recurrent(
@@ -30,15 +31,20 @@ def recurrent(
     batch_first: bool,
     grad_clip: float | None,
     truncate: int,
+    memory: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: output (T, B, D*R), h_n (D, B, R), c_n (D, B, H), the last empty if the cell has none.
 
-    What the arguments are, fastseq.ops says of its operators.
+    What the arguments are, fastseq.ops says of its operators, and fastseq.windows of `memory`.
     """
     sequence = (input, batch_sizes, lengths, resets, h0, c0)
     layer = (mode, directions, bias)
     if recording() and needs_gradient(input, h0, c0, *weights):
-        result = _Recurrent.apply(*sequence, *layer, batch_first, grad_clip, truncate, *weights)
+        options = (batch_first, grad_clip, truncate)
+        if keeps_gates(memory, mode):
+            result = _Recurrent.apply(*sequence, *layer, *options, *weights)
+        else:
+            result = RecurrentInWindows.apply(*sequence, *layer, *options, memory, *weights)
     else:
         result = ops.recurrent(*sequence, weights, *layer, batch_first, "nothing")
     return result[0], result[1], result[2]
