@@ -167,7 +167,7 @@ class _Rows(NamedTuple):
         return near.reshape(-1, width)
 
     def first_of(self, before: Tensor | None, first: Tensor, begin: int, end: int, reverse: bool) -> Tensor:
-        """The states (rows, features) with which a window begins: `before` (B, or the rows of that step), which
+        """The states (rows, features) with which a window begins: `before` (B, or rows of one step), which
         the window before it in the order of the direction left, and `first` of rows that begin."""
         n = self.count(begin)
         if before is None:
