@@ -55,9 +55,10 @@ class RNN(RecurrentModule):
             nonlinearity.
         RuntimeError: wrong sizes of input or state, a state of another dtype, mixed devices, a sequence of no
             steps, batch_sizes that do not fit, lengths or resets of another shape or dtype or without
-            a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1; or a
-            second derivative, which does not exist yet.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
+            a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1; a third
+            derivative, forward mode over forward mode, or a second derivative with grad_clip.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
+            and second derivatives.
 
     Attributes:
         weight_ih_l[k]: (H, I), for layers k > 0 (H, D*H).
