@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from . import attention_ops, autograd
-from .attention_checks import broadcasts, dtype_of_sums, raise_for_mask
+from . import attention_ops, autocast, autograd
+from .attention_checks import broadcasts, dtype_of_sums, raise_for_mask, refuse_trained_slopes
 from .checks import problem, require_tensor
 
 
@@ -135,9 +135,9 @@ def scaled_dot_product_attention(
         >>> output.shape, lse.shape  # of one more token, which sees the last eight
         (torch.Size([2, 4, 1, 16]), torch.Size([2, 4, 1]))
     """
-    if torch._C._is_any_autocast_enabled():
+    if autocast.is_on():
         query, key, value, attn_mask = (
-            x if isinstance(x, CausalBias) else _as_autocast_does(x) for x in (query, key, value, attn_mask)
+            x if isinstance(x, CausalBias) else autocast.lowered(x) for x in (query, key, value, attn_mask)
         )
     if (
         attn_mask is None
@@ -416,21 +416,10 @@ def _number(name: str, given: Any) -> float:
     raise TypeError(problem(f"{name} of type {type(given).__name__}", "a number", f"{name}=float(...)"))
 
 
-def _as_autocast_does(given: Any) -> Any:
-    """In torch.autocast's dtype, as torch's own function has its arguments there; float64 stays."""
-    if not (isinstance(given, Tensor) and (given.is_cpu or given.is_cuda) and given.dtype in _AUTOCAST):
-        return given
-    device = given.device.type
-    return given.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else given
-
-
 def _seed(query: Tensor) -> Tensor:
     """From the generator of the device, so that a CUDA graph has another one each time it is replayed."""
     device = query.device if query.is_cuda else "cpu"
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-
-
-_AUTOCAST = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def _softcap(given: Any) -> float:
@@ -501,12 +490,5 @@ def _per_head(name: str, given: Any, query: Tensor) -> Tensor:
 
 def _slopes(given: Any, query: Tensor) -> Tensor:
     slopes = _per_head("alibi_slopes", given, query)
-    if slopes.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            problem(
-                "alibi_slopes that require a gradient",
-                "constant slopes",
-                "alibi_slopes.detach(), or attn_mask for a bias that is trained",
-            )
-        )
+    refuse_trained_slopes(slopes)
     return slopes.unsqueeze(0) if slopes.dim() == 1 else slopes

@@ -59,6 +59,17 @@ def dtype_of_sums(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def refuse_trained_slopes(slopes: Tensor | None) -> None:
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            problem(
+                "alibi_slopes that require a gradient",
+                "constant slopes",
+                "alibi_slopes.detach(), or attn_mask for a bias that is trained",
+            )
+        )
+
+
 def check_attention(a: Arguments) -> Attention:
     """The sizes; raises RuntimeError for what the kernels cannot take."""
     query, key, value, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, slopes, sinks, *_ = a

@@ -9,9 +9,8 @@ Recurrent layers have the entries behind the batch, because the rows of a sequen
 be looked at as (T * B, N) without a copy; attention has them before it, where vmap usually finds them. What
 all entries share is repeated.
 
-What has no batch cannot be folded into one: weights of each entry, packed sequences of other lengths. Then
-the operator is called for each entry. Gradients of shared weights for each entry (per-sample gradients) are
-the business of entry_gradients.py.
+What has no batch cannot be folded into one: weights of each entry, packed sequences of other lengths,
+gradients of shared weights for each entry. Then the operator is called for each entry.
 """
 
 from __future__ import annotations
@@ -21,11 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
 
 from . import attention_ops, dual_ops, ops  # noqa: F401  they define the operators
 from .dispatch import library
-from .entry_gradients import entry_gradients
 
 Named = Mapping[str, Any]  # an operator's arguments, or where vmap's dimension is in each, by name
 Result = tuple[Sequence[Tensor], Sequence[int | None]]  # results, and where vmap's dimension is in each
@@ -137,34 +134,12 @@ def _recurrent_dual_backward(op: Callable[..., Any], size: int, dims: Named, giv
     return at_once(op, size, dims, given, _recurrent_layout(dims, given, letters))
 
 
-# Of so few entries one by one is as fast.
-_FEW = 3
-
-
 def _recurrent_backward(op: Callable[..., Any], size: int, dims: Named, given: Named) -> Result:
     of_states, of_weights = given["wanted"][:3], given["wanted"][3:]
-    letters = "".join(letter for letter, want in zip("rss", of_states, strict=True) if want)
-    layout = _recurrent_layout(dims, given, letters)
-    if not any(of_weights):
-        return at_once(op, size, dims, given, layout)
-    if size < _FEW or not layout.folds(dims) or not _in_steps(dims, given):
+    if any(of_weights):  # a larger batch would sum them up over the entries
         return each_entry(op, size, dims, given)
-    grads = entry_gradients(op, size, layout.fold_all(size, dims, given))
-    states, where = layout.unfold_all(grads[: len(letters)], size)
-    weights = grads[len(letters) :]
-    return [*states, *weights], [*where, *[0] * len(weights)]
-
-
-def _in_steps(dims: Named, given: Named) -> bool:
-    """Whether gradients of weights may be made step by step: see entry_gradients."""
-    input, sizes = given["input"], given["batch_sizes"]
-    if input.dim() - (dims["input"] is not None) == 2 and sizes is None:
-        return False  # a cell has one step
-    return (
-        input.itemsize > 2  # or what goes from step to step would be rounded
-        and not torch._C._len_torch_dispatch_stack()  # nor may a graph that is traced grow with time
-        and not (sizes is not None and is_batchedtensor(sizes))
-    )
+    letters = "".join(letter for letter, want in zip("rss", of_states, strict=True) if want)
+    return at_once(op, size, dims, given, _recurrent_layout(dims, given, letters))
 
 
 # ------------------------------------------------------------------------------------------------- attention

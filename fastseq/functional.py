@@ -16,12 +16,13 @@ bfloat16 or float16.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from . import autograd
+from . import autocast, autograd
 from .attention import scaled_dot_product_attention
 from .checks import (
     CELLS,
@@ -274,12 +275,12 @@ def lstm_cell(
         if h0.dim() != 2 or c0.dim() != 2:
             _check_cell_ranks(("hx[0]", h0), ("hx[1]", c0))
     if input.dim() == 2:
-        result = autograd.recurrent_cell(input, h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
+        result = _step(input, h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
         return result[0], result[1]
     _check_cell_ranks(("input", input))
     if h0 is not None and c0 is not None:
         h0, c0 = h0.unsqueeze(0), c0.unsqueeze(0)
-    result = autograd.recurrent_cell(input.unsqueeze(0), h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
+    result = _step(input.unsqueeze(0), h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
     return result[0].squeeze(0), result[1].squeeze(0)
 
 
@@ -374,6 +375,7 @@ class Options(NamedTuple):
     memory: str = "fast"
 
 
+@autocast.layers
 def _stack(
     mode: str,
     input: Tensor,
@@ -416,7 +418,12 @@ def _stack(
 
     hidden = first[1].shape[0] // CELLS[mode].gates
     width = first[-1].shape[0] if len(first) in (3, 5) else hidden
-    batch = input.shape[1] if batch_sizes is None else _packed_batch(batch_sizes)
+    if batch_sizes is None:
+        batch = input.shape[1]
+    elif states and is_compiling():  # the kernels ask later whether batch_sizes agree
+        batch = states[0].shape[1]
+    else:
+        batch = _packed_batch(batch_sizes)
     for i, state in enumerate(states):
         shape = (len(weights), batch, hidden if i else width)
         check_like(_state_name(states, i), state, shape, "(layers * directions, batch, size)", input)
@@ -558,11 +565,20 @@ def _packed_batch(batch_sizes: Tensor) -> int:
     if batch_sizes.shape[0] == 0:
         raise RuntimeError(no_batch_sizes())
     batch = int(batch_sizes[0])
-    if batch < 0:
+    if is_compiling():  # what is in a tensor is not known yet
+        torch._check(batch >= 0)
+    elif batch < 0:
         raise RuntimeError(
             problem(f"batch_sizes that start with {batch}", "sizes of at least 0", "pack_padded_sequence")
         )
     return batch
+
+
+def _step(input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights_and_mode: Any) -> Sequence[Tensor]:
+    """The new h and, of an LSTM, the new c come first in the result."""
+    if autocast.is_on():
+        return autocast.cell(autograd.recurrent_cell, input, h0, c0, *weights_and_mode)
+    return autograd.recurrent_cell(input, h0, c0, *weights_and_mode)
 
 
 def _one_state_cell(
@@ -577,10 +593,10 @@ def _one_state_cell(
     if hx is not None and hx.dim() != 2:
         _check_cell_ranks(("hx", hx))
     if input.dim() == 2:
-        return autograd.recurrent_cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, mode)[0]
+        return _step(input, hx, None, w_ih, w_hh, b_ih, b_hh, mode)[0]
     _check_cell_ranks(("input", input))
     h0 = None if hx is None else hx.unsqueeze(0)
-    return autograd.recurrent_cell(input.unsqueeze(0), h0, None, w_ih, w_hh, b_ih, b_hh, mode)[0].squeeze(0)
+    return _step(input.unsqueeze(0), h0, None, w_ih, w_hh, b_ih, b_hh, mode)[0].squeeze(0)
 
 
 def _check_cell_ranks(*tensors: tuple[str, Tensor]) -> None:

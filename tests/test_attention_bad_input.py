@@ -450,8 +450,6 @@ def attend(query):
 
 REFUSED = {
     "a second derivative": lambda x: torch.autograd.functional.hessian(lambda x: attend(x).sum(), x),
-    "vmap": torch.func.vmap(attend),
-    "vmap, frozen": lambda x: torch.func.vmap(attend)(x.detach()),
     "forward mode": lambda x: torch.func.jvp(attend, (x,), (x,)),
     "forward mode, frozen": lambda x: torch.func.jvp(attend, (x.detach(),), (x.detach(),)),
 }

@@ -57,8 +57,8 @@ class Function(torch.autograd.Function):
 
 @cache
 def _of_one_level(function: type[Function]) -> type[Function]:
-    """The Function for one level of torch.func, which must not hide what the levels outside of it differentiate,
-    and whose tensors outlive it where its backward pass is called later, as by torch.func.vjp."""
+    """The Function for one level of torch.func: it does not hide what the levels outside of it differentiate,
+    and its tensors outlive it where its backward pass is called later, as by torch.func.vjp."""
 
     def forward(*args: Any) -> Any:
         with (

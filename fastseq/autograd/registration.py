@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import attention_ops, dual_ops, ops
+from ..attention_checks import Arguments, refuse_trained_slopes
 from ..checks import CELLS
-from ..dispatch import library
+from ..dispatch import library, nobody_listens
 from . import dual
 from .attention import _Attention, _AttentionBackward
 from .recurrent import _RecurrentAlong, _RecurrentBackwardAlong, _RecurrentCellAlong
@@ -26,8 +28,10 @@ def _wants_gradient(arguments: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
 
 
-def register(name: str, differentiable: Callable[..., Any]) -> None:
-    """Has the operator call differentiable(*arguments) where a graph is recorded, else its kernel."""
+def register(name: str, module: Any, differentiable: Callable[..., Any]) -> None:
+    """Has the operator call differentiable(*arguments) where a graph is recorded, else its kernel, that of
+    `module` at once where possible."""
+    kernel = getattr(module, name)
     op = getattr(torch.ops.fastseq, name).default
     defaults = tuple(a.default_value for a in op._schema.arguments)
     below = torch._C._after_autograd_keyset
@@ -37,7 +41,7 @@ def register(name: str, differentiable: Callable[..., Any]) -> None:
             # torch leaves out what is the default
             return differentiable(*arguments, *defaults[len(arguments) :])
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & below, *arguments)
+            return kernel(*arguments) if nobody_listens() else op.redispatch(keyset & below, *arguments)
 
     library.impl(name, call, "Autograd", with_keyset=True)
 
@@ -79,6 +83,7 @@ def _recurrent_dual_backward(*arguments: Any) -> list[Tensor]:
 
 def _attention(*arguments: Any) -> tuple[Tensor, ...]:
     *rest, average_weights, save = arguments
+    refuse_trained_slopes(Arguments(*arguments).alibi_slopes)
     output, lse, weights, remainder, normalizer = _Attention.apply_here(*rest, True)
     if average_weights:
         weights = weights.mean(dim=1, keepdim=True)
@@ -94,13 +99,9 @@ def _attention_backward(*arguments: Any) -> list[Tensor]:
     return list(_AttentionBackward.apply_here(*numbers, deterministic, wanted, *tensors))
 
 
-for _function in (
-    _recurrent,
-    _recurrent_cell,
-    _recurrent_backward,
-    _recurrent_dual,
-    _recurrent_dual_backward,
-    _attention,
-    _attention_backward,
-):
-    register(_function.__name__[1:], _function)
+for _function in (_recurrent, _recurrent_cell, _recurrent_backward):
+    register(_function.__name__[1:], ops, _function)
+for _function in (_recurrent_dual, _recurrent_dual_backward):
+    register(_function.__name__[1:], dual_ops, _function)
+for _function in (_attention, _attention_backward):
+    register(_function.__name__[1:], attention_ops, _function)
