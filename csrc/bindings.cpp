@@ -106,7 +106,7 @@ RecurrentArgs read_problem(Integers& from) {
   args.shape.steps = from.next(), args.shape.batch = from.next();
   args.shape.batch_sizes = from.pointer<const int64_t>();
   args.input_size = from.next(), args.hidden_size = from.next(), args.proj_size = from.next();
-  args.resets = from.pointer<const uint8_t>();
+  args.reversed = from.next(), args.resets = from.pointer<const uint8_t>();
   return args;
 }
 

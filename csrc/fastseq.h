@@ -103,6 +103,7 @@ struct RecurrentArgs : RecurrentTensors {
   int64_t hidden_size;  // H >= 1
   int64_t proj_size;    // 0: no projection
   int directions;       // D; direction 1 runs from the last step to the first
+  bool reversed;        // so does the only direction there is
   bool one_step;        // a cell's call: T = 1, one direction, no projection
   bool saves_states;    // the forward pass keeps c of every step, and no gates
   // [T, B], of a packed sequence [rows], or null: where not zero, no state and no gradient of one crosses

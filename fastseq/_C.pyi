@@ -20,6 +20,7 @@ def recurrent_forward(
     input_size: int,
     hidden_size: int,
     proj_size: int,
+    reversed: bool,
     resets: int,
     one_step: bool,
     saves_states: bool,
@@ -44,6 +45,7 @@ def recurrent_backward(
     input_size: int,
     hidden_size: int,
     proj_size: int,
+    reversed: bool,
     resets: int,
     grad_clip: float,  # below 0: none
     truncate: int,  # 0: none

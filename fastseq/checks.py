@@ -50,6 +50,7 @@ class Layer(NamedTuple):
     width: int  # R: proj_size if there is a projection, else hidden_size
     bias: bool
     projected: bool
+    reverse: bool = False  # whether the only direction runs from the last step to the first
 
 
 def problem(given: str, accepted: str, remedy: str) -> str:
@@ -105,14 +106,15 @@ def check_layer(
     one_step: bool = False,
 ) -> Layer:
     """Checks all that one layer is given and returns its sizes; `one_step` is a cell with input (B, I)."""
-    if mode not in CELLS or directions not in (1, 2):
+    if mode not in CELLS or directions not in (1, 2, -1):
         raise RuntimeError(
             problem(
                 f"mode {mode!r}, directions {directions}",
-                f"a mode of {list(CELLS)}, 1 or 2 directions",
+                f"a mode of {list(CELLS)}; 1 or 2 directions, or -1 for the backward one alone",
                 "one of these",
             )
         )
+    reverse, directions = directions < 0, abs(directions)
     cell = CELLS[mode]
     if input.dtype not in DTYPES:
         raise RuntimeError(
@@ -181,7 +183,7 @@ def check_layer(
         if not cell.cell_state:
             raise RuntimeError(problem(f"c0 for {mode}", "a cell state with LSTM only", "c0=None"))
         check_like("hx[1]", c0, (*lead, batch, hidden), meaning, input)
-    return Layer(cell, directions, steps, batch, rows, input_size, hidden, width, bias, projected)
+    return Layer(cell, directions, steps, batch, rows, input_size, hidden, width, bias, projected, reverse)
 
 
 def _check_weights(

@@ -55,6 +55,7 @@ def _problem(
         layer.input_size,
         layer.hidden_size,
         layer.width if layer.projected else 0,
+        layer.reverse,
         address(resets),
     )
 

@@ -30,7 +30,7 @@ from .checks import (
     unsupported,
 )
 from .dispatch import library, register
-from .ops import _allocate_gradients, _allocate_layer, _dense
+from .ops import _allocate_layer, _dense, allocate_gradients
 
 _ARGUMENTS = (
     "Tensor input, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, Tensor? h0, Tensor? c0, "
@@ -212,7 +212,7 @@ def _prepare_backward(*given: Any) -> tuple[Backward, Layer, list[list[Tensor | 
         for name, grad, like in zip(cotangents._fields, cotangents, shapes, strict=True):
             if grad is not None:
                 check_like(f"grad_{name}{suffix}", grad, like, meaning, input)
-    grads = [_allocate_gradients(input, values.h0, values.c0, values.weights, wanted) for wanted in a.wanted]
+    grads = [allocate_gradients(input, values.h0, values.c0, values.weights, wanted) for wanted in a.wanted]
     return a, layer, grads
 
 

@@ -33,6 +33,7 @@ from .checks import (
     problem,
     require_tensor,
 )
+from .windows import steps_of
 
 __all__ = [
     "gru",
@@ -59,6 +60,7 @@ def lstm(
     resets: Tensor | None = None,
     grad_clip: float | None = None,
     truncate: int | None = None,
+    memory: str = "fast",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The LSTM of :class:`fastseq.LSTM`, with its weights as an argument.
 
@@ -85,18 +87,23 @@ def lstm(
         truncate: in the backward pass no gradient of a state crosses between the steps t - 1 and t where t
             is a multiple of it, as if pieces of so many steps were fed with detached states between. All
             cross if None.
+        memory: what is kept for the backward pass; see there. "fast" keeps the gates of all steps. Less is
+            kept by "recompute", h and c of every step, and by "checkpoint:k", h and c every k steps: their
+            backward passes make the gates again, of a window of steps at a time.
 
     Returns:
         output (T, B, D*R), with the input's layout, and (h_n, c_n), with the shapes of `hx`.
 
     Raises:
-        ValueError: input of the wrong rank, or of another dtype than the weights.
+        ValueError: input of the wrong rank, or of another dtype than the weights; another `memory`.
         RuntimeError: wrong sizes, mixed dtypes or devices, no step at all, malformed batch_sizes; lengths or
             resets of another shape or dtype, or without a batch; lengths beside batch_sizes, or not in 0..T;
             grad_clip below 0, truncate below 1.
         NotImplementedError: a device or layout without a kernel.
 
-    Saved for the backward pass: input, weights, initial states, output; i, f, g, o, c of every step.
+    Saved for the backward pass: input, weights, initial states, output; i, f, g, o, c of every step. With
+    memory="recompute" c of every step instead of these; with "checkpoint:k" only input, weights, initial
+    states, and h and c every k steps.
 
     Example:
         >>> module = fastseq.LSTM(4, 5, num_layers=2, bidirectional=True)
@@ -110,7 +117,7 @@ def lstm(
             problem(f"hx with {len(hx)} tensors", "two states, (h_0, c_0)", "hx=(h_0, c_0), or None")
         )
     states = () if hx is None else tuple(hx)
-    options = Options(lengths, resets, grad_clip, truncate)
+    options = Options(lengths, resets, grad_clip, truncate, memory)
     output, h_n, c_n = _stack(
         "LSTM", input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training, options
     )
@@ -132,6 +139,7 @@ def gru(
     resets: Tensor | None = None,
     grad_clip: float | None = None,
     truncate: int | None = None,
+    memory: str = "fast",
 ) -> tuple[Tensor, Tensor]:
     """The GRU of :class:`fastseq.GRU`, with its weights as an argument.
 
@@ -142,8 +150,8 @@ def gru(
             bias_hh (3H); see the head of this module.
         hx: h_0 (L*D, B, H), without B if the input has no batch; zeros if None.
         reset_after: whether the reset gate acts after the recurrent product (torch) or before it.
-        batch_sizes, bidirectional, batch_first, dropout, training, lengths, resets, grad_clip, truncate: as
-            for :func:`lstm`.
+        batch_sizes, bidirectional, batch_first, dropout, training, lengths, resets, grad_clip, truncate,
+            memory: as for :func:`lstm`.
 
     Returns:
         output (T, B, D*H), with the input's layout, and h_n (L*D, B, H).
@@ -152,7 +160,8 @@ def gru(
         ValueError, RuntimeError, NotImplementedError: as :func:`lstm`.
 
     Saved for the backward pass: input, weights, initial state, output; r, z, n of every step, and the
-    recurrent part of n if `reset_after`.
+    recurrent part of n if `reset_after`. With memory="recompute" no gates; with "checkpoint:k" only input,
+    weights, initial state, and h every k steps.
 
     Example:
         >>> module = fastseq.GRU(4, 5)
@@ -162,7 +171,7 @@ def gru(
     """
     mode = "GRU" if reset_after else "GRU_RESET_BEFORE"
     states = () if hx is None else (hx,)
-    options = Options(lengths, resets, grad_clip, truncate)
+    options = Options(lengths, resets, grad_clip, truncate, memory)
     output, h_n, _ = _stack(
         mode, input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training, options
     )
@@ -184,6 +193,7 @@ def rnn(
     resets: Tensor | None = None,
     grad_clip: float | None = None,
     truncate: int | None = None,
+    memory: str = "fast",
 ) -> tuple[Tensor, Tensor]:
     """The Elman network of :class:`fastseq.RNN`, with its weights as an argument.
 
@@ -194,8 +204,8 @@ def rnn(
             bias_hh (H); see the head of this module.
         hx: h_0 (L*D, B, H), without B if the input has no batch; zeros if None.
         nonlinearity: "tanh" or "relu".
-        batch_sizes, bidirectional, batch_first, dropout, training, lengths, resets, grad_clip, truncate: as
-            for :func:`lstm`.
+        batch_sizes, bidirectional, batch_first, dropout, training, lengths, resets, grad_clip, truncate,
+            memory: as for :func:`lstm`.
 
     Returns:
         output (T, B, D*H), with the input's layout, and h_n (L*D, B, H).
@@ -203,7 +213,8 @@ def rnn(
     Raises:
         ValueError, RuntimeError, NotImplementedError: as :func:`lstm`; ValueError for another nonlinearity.
 
-    Saved for the backward pass: input, weights, initial state, output.
+    Saved for the backward pass: input, weights, initial state, output; with memory="checkpoint:k" instead of
+    the output h every k steps.
 
     Example:
         >>> module = fastseq.RNN(4, 5, nonlinearity="relu")
@@ -215,7 +226,7 @@ def rnn(
     if nonlinearity not in _RNN_MODES:
         raise ValueError(_unknown_nonlinearity(nonlinearity))
     mode, states = _RNN_MODES[nonlinearity], () if hx is None else (hx,)
-    options = Options(lengths, resets, grad_clip, truncate)
+    options = Options(lengths, resets, grad_clip, truncate, memory)
     output, h_n, _ = _stack(
         mode, input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training, options
     )
@@ -361,6 +372,7 @@ class Options(NamedTuple):
     resets: Tensor | None = None
     grad_clip: float | None = None
     truncate: int | None = None
+    memory: str = "fast"
 
 
 @autocast.layers
@@ -391,8 +403,8 @@ def _stack(
     unbatched = batch_sizes is None and input.dim() == 2
     batch_first = batch_first and batch_sizes is None and not unbatched
     _check_input(input, first[0].dtype, batch_sizes)
-    lengths, resets, grad_clip, truncate = options
-    if any(option is not None for option in options):
+    lengths, resets, grad_clip, truncate, memory = options
+    if memory != "fast" or any(option is not None for option in options[:4]):
         resets = _resets_of(options, unbatched, batch_sizes)
     _check_state_ranks(states, 2 if unbatched else 3)
     if unbatched:
@@ -445,6 +457,7 @@ def _stack(
             batch_first and last,
             grad_clip,
             truncate or 0,
+            memory,
         )
         h_n.append(h)
         c_n.append(c)
@@ -457,8 +470,9 @@ def _stack(
     return output.transpose(0, 1) if batch_first else output, h, c
 
 
-def check_options(*, grad_clip: float | None, truncate: int | None) -> None:
+def check_options(*, grad_clip: float | None, truncate: int | None, memory: str) -> None:
     """Raises for options that no call accepts; modules ask at once."""
+    steps_of(memory)
     check_bounds(grad_clip, 0 if truncate is None else truncate or -1)
 
 
@@ -485,7 +499,7 @@ def _resets_of(options: Options, unbatched: bool, batch_sizes: Tensor | None) ->
                 raise RuntimeError(
                     problem(f"{name} of an input without a batch", "a batch", "input.unsqueeze(1)")
                 )
-    check_options(grad_clip=options.grad_clip, truncate=options.truncate)
+    check_options(grad_clip=options.grad_clip, truncate=options.truncate, memory=options.memory)
     if options.resets is None or batch_sizes is None:
         return options.resets
     check_resets(options.resets, batch_sizes)

@@ -37,7 +37,7 @@ from .dispatch import READS_TENSORS, library, nobody_listens, plain_device, regi
 
 # weights: for each direction weight_ih, weight_hh, then bias_ih, bias_hh if `bias`, then weight_hr of a
 # projected LSTM. output is (T, B, D*R), in memory (B, T, D*R) if batch_first. c_n and saved are empty if
-# there are none.
+# there are none. directions is 1, 2, or -1 for one that runs from the last step to the first.
 #
 # lengths (B), int64 or int32 on any device, unsorted, 0 to T: row b has the steps t < lengths[b]. Its output
 # is zero after them, its last state that after them, and direction 1 begins with the last of them; what the
@@ -235,8 +235,8 @@ def _check_backward(a: _Backward) -> Layer:
         check_rows(input, a.batch_sizes, a.lengths, a.resets, layer)
     if a.grad_clip is not None or a.truncate:
         check_bounds(a.grad_clip, a.truncate)
-    lead = () if one_step else (a.directions,)
-    shape = (*input.shape[:-1], a.directions * layer.width)
+    lead = () if one_step else (layer.directions,)
+    shape = (*input.shape[:-1], layer.directions * layer.width)
     check_like("output", a.output, shape, "that of the forward pass", input)
     slots, rows, hidden = layer.cell.saved, layer.rows, layer.hidden_size
     check_like(
@@ -252,7 +252,7 @@ def _check_backward(a: _Backward) -> Layer:
     return layer
 
 
-def _allocate_gradients(
+def allocate_gradients(
     input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     grads: list[Tensor | None] = []
@@ -272,7 +272,7 @@ def _recurrent_backward_fake(*arguments: Any) -> list[Tensor]:
     *given, wanted = arguments
     a = _Backward(*given)
     _check_backward(a)
-    grads = _allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
+    grads = allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
     return [grad for grad in grads if grad is not None]
 
 
@@ -284,7 +284,7 @@ def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
     layer = _check_backward(a)
     if a.batch_sizes is not None:
         check_batch_sizes(a.batch_sizes, layer)
-    grads = _allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
+    grads = allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
     # As the forward pass made them, unless a hook on saved tensors laid them out anew.
     output = a.output if a.output.stride(-1) == 1 else a.output.contiguous()
     sequence = (_dense(a.batch_sizes), a.lengths, _dense(a.resets))

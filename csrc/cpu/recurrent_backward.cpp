@@ -80,6 +80,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
     const CellOps<S, O, kPlanes>& cell;
     const Steps& steps;
     const int d;
+    const bool reverse;  // runs from the last step to the first
     const Seat seat;
     const int rank, ranks;               // among the threads of this direction
     bool backwards = false;              // of the order of blocks
@@ -95,6 +96,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
           cell(pass.cell),
           steps(pass.steps),
           d(d),
+          reverse(pass.args.reversed || d == 1),
           seat(seat),
           rank(seat.rank),
           ranks(pass.plan.batch_parts * pass.plan.unit_parts),
@@ -105,7 +107,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
     const RecurrentDirection& tensors_of(int p) const { return pass.plane(p).direction[d]; }
     void meet() const { pass.meetings.of_units(seat); }
     void meet_direction() const { pass.meetings.of_direction(seat); }
-    int64_t time(int64_t step) const { return d == 0 ? step : args.shape.steps - 1 - step; }
+    int64_t time(int64_t step) const { return reverse ? args.shape.steps - 1 - step : step; }
 
     void run() {
       pack_weights();
@@ -115,7 +117,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
         do {
           rows += steps.rows(time(--begin));
         } while (begin > 0 && rows + steps.rows(time(begin - 1)) <= pass.chunk_rows);
-        const int64_t first = d == 0 ? begin : time(end - 1), last = d == 0 ? end : time(begin) + 1;
+        const int64_t first = reverse ? time(end - 1) : begin, last = reverse ? time(begin) + 1 : end;
         find_rows(first, last);
         meet_direction();
         for (int64_t step = end - 1; step >= begin; --step) {
@@ -187,7 +189,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
       const int64_t width = pass.width(), hidden = args.hidden_size, T = args.shape.steps;
       const int64_t saved_stride = pass.slots() * hidden;
       for (int64_t t = first + rank; t < last; t += ranks) {
-        const int64_t before = d == 0 ? t - 1 : t + 1;
+        const int64_t before = reverse ? t + 1 : t - 1;
         const int64_t continued = before >= 0 && before < T ? least(steps.rows(before), steps.rows(t)) : 0;
         const int64_t row = steps.offset(t) - steps.offset(first);
         const Crossing crossing = crossing_before(t);
@@ -229,7 +231,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
       bool cuts(int64_t b) const { return b < rows && (truncated || (reset && reset[b])); }
     };
     Crossing crossing_before(int64_t t) const {
-      const int64_t later = d == 0 ? t : t + 1;  // of the two steps
+      const int64_t later = reverse ? t + 1 : t;  // of the two steps
       if (later == args.shape.steps) return {0, nullptr, false};
       const bool truncated = args.truncate && later > 0 && later % args.truncate == 0;
       return {steps.rows(later), steps.resets(later), truncated};

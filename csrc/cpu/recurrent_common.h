@@ -311,7 +311,10 @@ struct RecurrentPass {
   int team_size() const { return plan.direction_parts * plan.batch_parts * plan.unit_parts; }
   bool two_products() const { return cell.first_gates < cell.gates; }
   int64_t width() const { return args.proj_size ? args.proj_size : args.hidden_size; }  // R
-  int slots() const { return args.saves_states ? 1 : cell.saved + (cell.cell_state ? 1 : 0); }
+  // Of what is kept of a unit and step; without a c, gates have them even where only states are kept.
+  int slots() const {
+    return args.saves_states && cell.cell_state ? 1 : cell.saved + (cell.cell_state ? 1 : 0);
+  }
   // Rows of a step that a batch part owns, at most. Parts of a packed sequence are cut by length, not by rows.
   int64_t most_rows() const {
     return args.shape.batch_sizes ? args.shape.batch : group_count(args.shape.batch, plan.batch_parts);

@@ -131,6 +131,7 @@ class Forward : RecurrentPass<S, O, kPlanes> {
     DirectionState& state;
     const Steps& steps;
     const int d;
+    const bool reverse;  // runs from the last step to the first
     const Seat seat;
     const Range own_rows, own_units, own_projected;  // rows; blocks of units and of projected columns
     Scalar* const projected_input;
@@ -146,6 +147,7 @@ class Forward : RecurrentPass<S, O, kPlanes> {
           state(pass.direction[d]),
           steps(pass.steps),
           d(d),
+          reverse(pass.args.reversed || d == 1),
           seat(seat),
           own_rows{steps.boundaries[seat.batch_part], steps.boundaries[seat.batch_part + 1]},
           own_units(share(pass.units.count(), pass.plan.unit_parts, seat.unit_part)),
@@ -159,7 +161,7 @@ class Forward : RecurrentPass<S, O, kPlanes> {
     const RecurrentDirection& tensors_of(int p) const { return pass.plane(p).direction[d]; }
     int part() const { return seat.direction_part * pass.plan.batch_parts + seat.batch_part; }
     void meet() const { pass.meetings.of_units(seat); }
-    int64_t time(int64_t step) const { return d == 0 ? step : args.shape.steps - 1 - step; }
+    int64_t time(int64_t step) const { return reverse ? args.shape.steps - 1 - step : step; }
     int64_t rows_at(int64_t step) const { return steps.rows(time(step), seat.batch_part).size(); }
 
     void run() {
@@ -172,11 +174,11 @@ class Forward : RecurrentPass<S, O, kPlanes> {
           rows += rows_at(end++);
         } while (end < args.shape.steps && rows + rows_at(end) <= pass.chunk_rows);
         project_input(begin, end, rows);
-        int64_t row = d == 0 ? 0 : rows;  // of the chunk; chunks lie in the order of time
+        int64_t row = reverse ? rows : 0;  // of the chunk; chunks lie in the order of time
         for (int64_t step = begin; step < end; ++step) {
-          if (d == 1) row -= rows_at(step);
+          if (reverse) row -= rows_at(step);
           take_step(time(step), row, rows);
-          if (d == 0) row += rows_at(step);
+          if (!reverse) row += rows_at(step);
         }
         begin = end;
       }
@@ -214,7 +216,7 @@ class Forward : RecurrentPass<S, O, kPlanes> {
       // Rows are dealt out among the threads that share them; everybody meets before the first step.
       const int64_t hidden = args.hidden_size, width = pass.width();
       for (int64_t b = own_rows.begin + seat.unit_part; b < own_rows.end; b += pass.plan.unit_parts) {
-        const bool reset = d == 0 && args.resets && args.resets[b];
+        const bool reset = !reverse && args.resets && args.resets[b];
         for (int p = 0; p < kPlanes; ++p) {
           const RecurrentDirection& t = tensors_of(p);
           const S* const h0 = t.h0 && !reset ? static_cast<const S*>(t.h0) + b * width : nullptr;
@@ -242,7 +244,7 @@ class Forward : RecurrentPass<S, O, kPlanes> {
 
     // Operand rows of the chunk's inputs: in place where they lie evenly and have the right type.
     std::pair<const O*, int64_t> input_rows(int64_t begin, int64_t end, int64_t rows) {
-      const int64_t first = d == 0 ? begin : time(end - 1), last = d == 0 ? end : time(begin) + 1;
+      const int64_t first = reverse ? time(end - 1) : begin, last = reverse ? time(begin) + 1 : end;
       const auto& input = args.input;
       if constexpr (kPlanes == 1 && sizeof(S) == sizeof(O) && Operand<O>::kPair == 1) {
         const int64_t between = steps.batch_sizes || steps.batch > 1 ? input.stride[1] : input.stride[0];
@@ -389,7 +391,7 @@ class Forward : RecurrentPass<S, O, kPlanes> {
     // The own units of the states that do not reach the next step become zero, and of tangents also where gradients
     // are truncated.
     void reset_states(int64_t t, Range rows, O* h_next) {
-      const int64_t later = d == 0 ? t + 1 : t;  // of the two steps
+      const int64_t later = reverse ? t : t + 1;  // of the two steps
       if (later == 0 || later == args.shape.steps) return;
       const uint8_t* const resets = steps.resets(later);
       const bool truncated = args.truncate && later % args.truncate == 0;
@@ -496,9 +498,8 @@ class Forward : RecurrentPass<S, O, kPlanes> {
 
     // The own columns of h_n, for the rows whose last step this is.
     void finish_rows(int64_t t, Range rows) {
-      const bool forward = d == 0;
-      if (!forward && t > 0) return;
-      const int64_t left = forward && t + 1 < args.shape.steps ? steps.rows(t + 1) : 0;
+      if (reverse && t > 0) return;
+      const int64_t left = !reverse && t + 1 < args.shape.steps ? steps.rows(t + 1) : 0;
       for (int p = 0; p < kPlanes; ++p) {
         for (int64_t b = most(rows.begin, left); b < rows.end; ++b) {
           finish_row(b, p, output_at(t, p) + b * pass.plane(p).output.stride[1]);

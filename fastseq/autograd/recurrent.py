@@ -19,6 +19,7 @@ from ..checks import CELLS, problem
 from ..dispatch import is_traced
 from . import dual
 from .function import Function, gradients, needs_gradient, recording
+from .memory import RecurrentInWindows, keeps_gates
 
 
 def recurrent(
@@ -35,21 +36,26 @@ def recurrent(
     batch_first: bool,
     grad_clip: float | None,
     truncate: int,
+    memory: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: output (T, B, D*R), h_n (D, B, R), c_n (D, B, H), the last empty if the cell has none.
 
-    What the arguments are, fastseq.ops says of its operators.
+    What the arguments are, fastseq.ops says of its operators, and fastseq.windows of `memory`.
     """
     sequence = (input, batch_sizes, lengths, resets, h0, c0)
     layer = (mode, directions, bias)
     bounded = grad_clip is not None or truncate  # of which the operator does not know
     if (bounded or not is_traced()) and _is_recorded(input, h0, c0, *weights):
+        options = (batch_first, grad_clip, truncate)
         result = None
         if _duals():
             result = dual.in_one_pass(sequence, weights, layer, batch_first, truncate, False)
-        if result is None:
-            function = _RecurrentAlong if _duals() else _Recurrent
-            result = function.apply(*sequence, *layer, batch_first, grad_clip, truncate, *weights)
+        if result is None and _duals():  # which keeps gates, whatever `memory` is
+            result = _RecurrentAlong.apply(*sequence, *layer, *options, *weights)
+        elif result is None and keeps_gates(memory, mode):
+            result = _Recurrent.apply(*sequence, *layer, *options, *weights)
+        elif result is None:
+            result = RecurrentInWindows.apply(*sequence, *layer, *options, memory, *weights)
     else:
         result = ops.recurrent(*sequence, weights, *layer, batch_first, "nothing")
     return result[0], result[1], result[2]

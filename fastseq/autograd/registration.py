@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import attention_ops, ops
+from .. import attention_ops, dual_ops, ops
 from ..attention_checks import Arguments, refuse_trained_slopes
 from ..checks import CELLS
 from ..dispatch import library, nobody_listens
@@ -28,10 +28,10 @@ def _wants_gradient(arguments: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
 
 
-def register(name: str, differentiable: Callable[..., Any], module: Any = None) -> None:
-    """Has the operator call differentiable(*arguments) where a graph is recorded, else its kernel; at once
-    where possible, if `module` has a function of its name."""
-    direct = getattr(module, name, None)
+def register(name: str, module: Any, differentiable: Callable[..., Any]) -> None:
+    """Has the operator call differentiable(*arguments) where a graph is recorded, else its kernel, that of
+    `module` at once where possible."""
+    kernel = getattr(module, name)
     op = getattr(torch.ops.fastseq, name).default
     defaults = tuple(a.default_value for a in op._schema.arguments)
     below = torch._C._after_autograd_keyset
@@ -41,9 +41,7 @@ def register(name: str, differentiable: Callable[..., Any], module: Any = None) 
             # torch leaves out what is the default
             return differentiable(*arguments, *defaults[len(arguments) :])
         with torch._C._AutoDispatchBelowAutograd():
-            if direct is not None and nobody_listens():
-                return direct(*arguments)
-            return op.redispatch(keyset & below, *arguments)
+            return kernel(*arguments) if nobody_listens() else op.redispatch(keyset & below, *arguments)
 
     library.impl(name, call, "Autograd", with_keyset=True)
 
@@ -102,8 +100,8 @@ def _attention_backward(*arguments: Any) -> list[Tensor]:
 
 
 for _function in (_recurrent, _recurrent_cell, _recurrent_backward):
-    register(_function.__name__[1:], _function, ops)
-for _function in (_attention, _attention_backward):
-    register(_function.__name__[1:], _function, attention_ops)
+    register(_function.__name__[1:], ops, _function)
 for _function in (_recurrent_dual, _recurrent_dual_backward):
-    register(_function.__name__[1:], _function)
+    register(_function.__name__[1:], dual_ops, _function)
+for _function in (_attention, _attention_backward):
+    register(_function.__name__[1:], attention_ops, _function)

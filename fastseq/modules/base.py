@@ -36,14 +36,16 @@ class RecurrentModule(RNNBase):
     # Modules that were pickled, or made of torch.nn's, before these were there have none of them.
     grad_clip: float | None = None
     truncate: int | None = None
+    memory: str = "fast"
 
-    def _set_options(self, grad_clip: float | None, truncate: int | None) -> None:
-        functional.check_options(grad_clip=grad_clip, truncate=truncate)
-        self.grad_clip, self.truncate = grad_clip, truncate
+    def _set_options(self, grad_clip: float | None, truncate: int | None, memory: str) -> None:
+        functional.check_options(grad_clip=grad_clip, truncate=truncate, memory=memory)
+        self.grad_clip, self.truncate, self.memory = grad_clip, truncate, memory
 
     def extra_repr(self) -> str:
         options = {"grad_clip": self.grad_clip, "truncate": self.truncate}
         more = [f", {name}={value!r}" for name, value in options.items() if value is not None]
+        more += [f", memory={self.memory!r}"] * (self.memory != "fast")
         return super().extra_repr() + "".join(more)
 
     def forward(
@@ -82,6 +84,7 @@ class RecurrentModule(RNNBase):
             "training": self.training,
             "grad_clip": self.grad_clip,
             "truncate": self.truncate,
+            "memory": self.memory,
         }
 
     def _weights(self) -> list[list[Tensor]]:

@@ -37,6 +37,7 @@ class GRU(RecurrentModule):
         grad_clip: bound of the gradients of h_t at every step of the backward pass; no bound if None.
         truncate: backpropagation through time goes over at most so many steps: no gradient of a state crosses
             between the steps t - 1 and t where t is a multiple of it. All cross if None.
+        memory: "fast", "recompute" or "checkpoint:k": what is kept for the backward pass, see below.
         reset_after: whether the reset gate acts after the recurrent product or before it. The parameters are
             the same; a model trained with one is not valid with the other.
 
@@ -56,11 +57,13 @@ class GRU(RecurrentModule):
         directions side by side; and the state after the last step, with the shape of hx.
 
     Raises:
-        ValueError: an input of the wrong rank, or of another dtype than the parameters.
+        ValueError: an input of the wrong rank, or of another dtype than the parameters; another `memory`.
         RuntimeError: wrong sizes of input or state, a state of another dtype, mixed devices, a sequence of no
             steps, batch_sizes that do not fit, lengths or resets of another shape or dtype or without
-            a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
+            a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1; a third
+            derivative, forward mode over forward mode, or a second derivative with grad_clip.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
+            and second derivatives.
 
     Attributes:
         weight_ih_l[k]: (3H, I), for layers k > 0 (3H, D*H); rows in the order r, z, n.
@@ -98,6 +101,7 @@ class GRU(RecurrentModule):
         reset_after: bool = True,
         grad_clip: float | None = None,
         truncate: int | None = None,
+        memory: str = "fast",
     ) -> None:
         if proj_size:
             raise ValueError(
@@ -116,7 +120,7 @@ class GRU(RecurrentModule):
             dtype=dtype,
         )
         self.reset_after = reset_after
-        self._set_options(grad_clip, truncate)
+        self._set_options(grad_clip, truncate, memory)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")

@@ -39,6 +39,7 @@ class LSTM(RecurrentModule):
         grad_clip: bound of the gradients of h_t and c_t at every step of the backward pass; no bound if None.
         truncate: backpropagation through time goes over at most so many steps: no gradient of a state crosses
             between the steps t - 1 and t where t is a multiple of it. All cross if None.
+        memory: "fast", "recompute" or "checkpoint:k": what is kept for the backward pass, see below.
 
     Inputs:
         input: (T, B, I); (B, T, I) if `batch_first`; (T, I) for one sequence without a batch; or a
@@ -57,11 +58,13 @@ class LSTM(RecurrentModule):
         both directions side by side; and the states after the last step, with the shapes of hx.
 
     Raises:
-        ValueError: an input of the wrong rank, or of another dtype than the parameters.
+        ValueError: an input of the wrong rank, or of another dtype than the parameters; another `memory`.
         RuntimeError: wrong sizes of input or states, states of another dtype, mixed devices, a sequence of no
             steps, batch_sizes that do not fit, lengths or resets of another shape or dtype or without
-            a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
+            a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1; a third
+            derivative, forward mode over forward mode, or a second derivative with grad_clip.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
+            and second derivatives.
 
     Attributes:
         weight_ih_l[k]: (4H, I), for layers k > 0 (4H, D*R); rows in the order i, f, g, o.
@@ -99,6 +102,7 @@ class LSTM(RecurrentModule):
         *,
         grad_clip: float | None = None,
         truncate: int | None = None,
+        memory: str = "fast",
     ) -> None:
         super().__init__(
             "LSTM",
@@ -113,7 +117,7 @@ class LSTM(RecurrentModule):
             device,
             dtype,
         )
-        self._set_options(grad_clip, truncate)
+        self._set_options(grad_clip, truncate, memory)
 
     def _run(
         self,

@@ -33,6 +33,7 @@ class RNN(RecurrentModule):
         grad_clip: bound of the gradients of h_t at every step of the backward pass; no bound if None.
         truncate: backpropagation through time goes over at most so many steps: no gradient of a state crosses
             between the steps t - 1 and t where t is a multiple of it. All cross if None.
+        memory: "fast", "recompute" or "checkpoint:k": what is kept for the backward pass, see below.
 
     Inputs:
         input: (T, B, I); (B, T, I) if `batch_first`; (T, I) for one sequence without a batch; or a
@@ -50,11 +51,14 @@ class RNN(RecurrentModule):
         directions side by side; and the state after the last step, with the shape of hx.
 
     Raises:
-        ValueError: an input of the wrong rank, or of another dtype than the parameters; another nonlinearity.
+        ValueError: an input of the wrong rank, or of another dtype than the parameters; another `memory` or
+            nonlinearity.
         RuntimeError: wrong sizes of input or state, a state of another dtype, mixed devices, a sequence of no
             steps, batch_sizes that do not fit, lengths or resets of another shape or dtype or without
-            a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
+            a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1; a third
+            derivative, forward mode over forward mode, or a second derivative with grad_clip.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
+            and second derivatives.
 
     Attributes:
         weight_ih_l[k]: (H, I), for layers k > 0 (H, D*H).
@@ -91,6 +95,7 @@ class RNN(RecurrentModule):
         *,
         grad_clip: float | None = None,
         truncate: int | None = None,
+        memory: str = "fast",
     ) -> None:
         if proj_size:
             raise ValueError(
@@ -113,7 +118,7 @@ class RNN(RecurrentModule):
             dtype=dtype,
         )
         self.nonlinearity = nonlinearity
-        self._set_options(grad_clip, truncate)
+        self._set_options(grad_clip, truncate, memory)
 
     def _run(
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, **rows: Tensor | None
