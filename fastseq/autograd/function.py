@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -82,7 +83,9 @@ def gradients(
     """The gradients of all that `wanted` tells of, None where not wanted."""
     if not is_compiling() and any(map(_is_batched, grad_outputs)):
         return _batched_gradients(function, grad_outputs, tensors, constants, wanted)
-    if torch.is_grad_enabled():  # create_graph=True
+    if not is_compiling():  # what torch.func.vjp has saved outlives its transform
+        tensors = unwrap_dead_wrappers(tuple(tensors))
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # create_graph=True, or tangents
         grads = function.apply(*constants, wanted, *grad_outputs, *tensors)
     else:
         grads = function.forward(*constants, wanted, *grad_outputs, *tensors)
