@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, attention_blocks
+from . import _C, attention_blocks, cpu_attention_dual
 from .attention_checks import Arguments, Attention, check_attention, dtype_of_sums, unsupported
 from .attention_ops import (
     NUMBERS,
@@ -28,6 +28,7 @@ from .attention_ops import (
     dense,
     require_like,
     result,
+    rows_of,
 )
 from .checks import problem
 from .dispatch import library, nobody_listens, plain_device, register
@@ -131,7 +132,15 @@ def _read(arguments: Sequence[Any]) -> tuple[Arguments, Attention, Tangents]:
     a = Arguments(*arguments[:10], *arguments[15:22], save=True)
     sizes, tangents = check_attention(a), Tangents(*arguments[10:15])
     _check_tangents(a, tangents)
-    return a, sizes, tangents
+    return a, sizes, _dense_tangents(tangents)
+
+
+def _dense_tangents(given: Tangents) -> Tangents:
+    """As the kernels take them: see attention_ops.dense."""
+    *_, attn_mask, sinks = given
+    query, key, value = (None if x is None or x._is_zerotensor() else rows_of(x) for x in given[:3])
+    attn_mask = None if attn_mask is None or attn_mask._is_zerotensor() else attn_mask
+    return Tangents(query, key, value, attn_mask, _contiguous(sinks))
 
 
 def _allocate(a: Arguments, sizes: Attention) -> DualResults:
@@ -198,13 +207,40 @@ def _read_backward(
     wanted, wanted_tangents = arguments[35:37]
     check_wanted("wanted", wanted, a)
     check_wanted("wanted_tangents", wanted_tangents, a)
-    return a, sizes, tangents, incoming, (wanted, wanted_tangents)
+    return a, sizes, _dense_tangents(tangents), incoming, (wanted, wanted_tangents)
 
 
 def _allocate_gradients(
     a: Arguments, sizes: Attention, wanted: tuple[Sequence[bool], Sequence[bool]]
 ) -> DualGradients:
-    return DualGradients(*(allocate_gradients(a, sizes, of) for of in wanted))
+    grads = (allocate_gradients(a, sizes, of) for of in wanted)
+    return DualGradients(*(of._replace(attn_mask=_zeros_for_mask(of.attn_mask, a)) for of in grads))
+
+
+def _zeros_for_mask(grad: Tensor | None, a: Arguments) -> Tensor | None:
+    """In the dtype of sums, whatever is broadcast."""
+    return None if grad is None else grad.new_zeros(grad.shape, dtype=dtype_of_sums(a.query.dtype))
+
+
+def _dense_incoming(incoming: DualIncoming) -> DualIncoming:
+    """As the kernels take them: see attention_ops.dense."""
+
+    def dense_of(x: Tensor | None) -> Tensor | None:
+        return None if x is None or x._is_zerotensor() else rows_of(x)
+
+    grads, grad_tangents, *rest = incoming
+    normalizer, lse_tangent = incoming.normalizer.contiguous(), incoming.lse_tangent.contiguous()
+    dense_grads = [
+        OfResults(dense_of(of.output), _contiguous(of.lse), dense_of(of.weights))
+        for of in (grads, grad_tangents)
+    ]
+    return DualIncoming(*dense_grads, *map(dense_of, rest))._replace(
+        normalizer=normalizer, lse_tangent=lse_tangent
+    )
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None or x._is_zerotensor() else x.contiguous()
 
 
 def _results(grads: DualGradients, a: Arguments) -> list[Tensor]:
@@ -225,7 +261,13 @@ def _run_backward(run: Callable[..., None], looks: bool, *arguments: Any) -> lis
     """Checks, allocates, has run(sizes, arguments, tangents, incoming, grads) fill the gradients."""
     a, sizes, tangents, incoming, wanted = _read_backward(arguments)
     grads = _allocate_gradients(a, sizes, wanted)
-    run(sizes, dense(a, sizes, looks), tangents, incoming, grads)
+    a = dense(a, sizes, looks)
+    if sizes.heads:
+        run(sizes, a, tangents, _dense_incoming(incoming), grads)
+    else:  # keys and values that no query head reads
+        for grad in (*grads.primal, *grads.tangent):
+            if grad is not None:
+                grad.zero_()
     return _results(grads, a)
 
 
@@ -249,7 +291,12 @@ def in_blocks(looks: bool) -> Kernels:
     )
 
 
-KERNELS = {"cpu": in_blocks(True)}
+KERNELS = {
+    "cpu": Kernels(
+        partial(_run, cpu_attention_dual.forward, True),
+        partial(_run_backward, cpu_attention_dual.backward, True),
+    )
+}
 if _C.cuda_info()["built"]:
     KERNELS["cuda"] = in_blocks(False)
 

@@ -54,7 +54,7 @@ library.define(
 )
 
 
-def _rows_of(tensor: Tensor) -> Tensor:
+def rows_of(tensor: Tensor) -> Tensor:
     """With features next to each other, as the kernels want them: a copy if they are not."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
@@ -105,7 +105,7 @@ def dense(a: Arguments, sizes: Attention, looks: bool) -> Arguments:
     somebody looks at them."""
     query, key, value = a.query, a.key, a.value
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
-        a = a._replace(query=_rows_of(query), key=_rows_of(key), value=_rows_of(value))
+        a = a._replace(query=rows_of(query), key=rows_of(key), value=rows_of(value))
     if a.key_lengths is not None or a.cu_seqlens_q is not None or a.sinks is not None:
         lengths = {
             name: getattr(a, name).to(torch.int64).contiguous()
@@ -138,7 +138,7 @@ def _run(run: Callable[..., None], looks: bool, *arguments: Any) -> tuple[Tensor
 class Incoming(NamedTuple):
     """What the backward pass has beside the arguments of the forward pass."""
 
-    grad_output: Tensor  # like output
+    grad_output: Tensor | None  # like output; None for zeros only over dual numbers
     grad_lse: Tensor | None  # like lse, less the row sums of weights * grad_weights
     grad_weights: Tensor | None  # (B, Hq, Sq, Sk)
     output: Tensor
@@ -259,17 +259,17 @@ def _deterministic(arguments: Sequence[Any]) -> bool:
 def _incoming(arguments: Sequence[Any]) -> Incoming:
     grad_output, grad_lse, grad_weights = arguments[:3]
     output, normalizer, weights, remainder = arguments[13:17]
-    grad_output = torch.zeros_like(output) if grad_output is None else _rows_of(grad_output)
+    grad_output = torch.zeros_like(output) if grad_output is None else rows_of(grad_output)
     if grad_weights is not None:
         # Of a hidden weight the gradient may be anything.
         shares = weights.to(normalizer.dtype) * grad_weights
         row_sums = shares.masked_fill(weights == 0, 0).sum(-1)
         grad_lse = -row_sums if grad_lse is None else grad_lse - row_sums
-        grad_weights = _rows_of(grad_weights)
+        grad_weights = rows_of(grad_weights)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     # output and normalizer as the forward pass made them, unless a hook on saved tensors laid them out anew.
-    remainder = None if remainder is None else _rows_of(remainder)
-    output, normalizer = _rows_of(output), normalizer.contiguous()
+    remainder = None if remainder is None else rows_of(remainder)
+    output, normalizer = rows_of(output), normalizer.contiguous()
     return Incoming(
         grad_output, grad_lse, grad_weights, output, normalizer, remainder, _deterministic(arguments)
     )
