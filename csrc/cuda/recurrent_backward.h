@@ -234,9 +234,10 @@ class BackwardPass : LoopPass<Traits> {
         Storage* const to = Base::gates_row(item);
         keep(to + C::Z * loop_.hidden_size, d[C::Z]);
         keep(to + C::N * loop_.hidden_size, d[C::N]);
+        if (cuts(item)) d[C::Z] = 0;
       }
       engine_.put(0, parity, 0, item.u, item.n, d[C::N]);
-      engine_.put(1, parity, C::Z, item.u, item.n, active(item) && cuts(item) ? Scalar(0) : d[C::Z]);
+      engine_.put(1, parity, C::Z, item.u, item.n, d[C::Z]);
     });
   }
 
@@ -247,7 +248,7 @@ class BackwardPass : LoopPass<Traits> {
       using C = decltype(cell);
       units_.for_each(begin, [&](int a, const Item& item) {
         const Values in(inputs_[a]);
-        const bool on = active(item), cut = on && cuts(item);
+        const bool on = active(item);
         const Scalar d_operand = on ? engine.sum(0, parity, item.u, item.n) : Scalar(0);
         Scalar d[C::kGrads] = {};
         if constexpr (C::kCellState) {
@@ -255,21 +256,25 @@ class BackwardPass : LoopPass<Traits> {
             Scalar unused = 0, dc = 0;
             C::step_grad(in.saved, Scalar(0), Scalar(0), in.previous, in.saved[C::kSaved], d_operand,
                          dc_at(item), d, unused, dc, clip());
-            dc_at(item) = cut ? Scalar(0) : dc;
+            dc_at(item) = dc;
           }
           FS_UNROLL
-          for (int g = 0; g < C::kGates; ++g) {
-            results_[a].d[g] = d[g];
-            engine.put(1, parity, g, item.u, item.n, cut ? Scalar(0) : d[g]);
+          for (int g = 0; g < C::kGates; ++g) results_[a].d[g] = d[g];
+          if (on && cuts(item)) {
+            dc_at(item) = 0;
+            for (Scalar& part : d) part = 0;
           }
+          FS_UNROLL
+          for (int g = 0; g < C::kGates; ++g) engine.put(1, parity, g, item.u, item.n, d[g]);
         } else {
           if (on) {
             Scalar direct = dh_at(item), unused = 0;
             C::first_grad(in.saved, in.previous, d_operand, d, direct, unused);
-            dh_at(item) = cut ? Scalar(0) : direct;
+            dh_at(item) = direct;
           }
           results_[a].d[C::R] = d[C::R];
-          engine.put(1, parity, C::R, item.u, item.n, cut ? Scalar(0) : d[C::R]);
+          if (on && cuts(item)) dh_at(item) = d[C::R] = 0;
+          engine.put(1, parity, C::R, item.u, item.n, d[C::R]);
         }
       });
     });
