@@ -29,6 +29,16 @@ class HostTimer:
         return function
 
 
+class ProcessTimer(HostTimer):
+    """The processor's time of this process alone: of use on one thread, beside other programs."""
+
+    def sample(self, function, repeats):
+        start = time.process_time()
+        for _ in range(repeats):
+            function()
+        return (time.process_time() - start) / repeats
+
+
 class CudaTimer:
     """CUDA events on the current stream, so that what is timed is the GPU's work and its gaps.
 

@@ -255,6 +255,15 @@ struct RecurrentLoopArgs {
   int64_t hidden_size;  // H >= 1
   int64_t proj_size;    // 0: no projection
   int directions;       // D; direction 1 runs from the last step to the first
+  bool reversed;        // so does the only direction there is
+  bool saves_states;    // the forward pass keeps c of every step, and no gates
+  // [B] or null; of a padded sequence. Row b has the steps t < lengths[b]. Of others nothing is read, nor written.
+  const int64_t* lengths;
+  // [T, B], packed [rows], or null; zero where `lengths` says that there is no step. As in RecurrentArgs, but that h0
+  // and c0 come as they are to be used.
+  const uint8_t* resets;
+  double grad_clip;  // as there, but infinite where nothing is bounded
+  int64_t truncate;
   LoopDirection direction[2];
 
   // [rows, D, G, H]: W x + b_ih, read by the forward pass; its gradient, written by the backward pass.
@@ -304,6 +313,8 @@ struct CellStepArgs {
   bool packed;
   bool
       wide;  // c and c_next are float, or double of float64: over many steps, what is rounded each time drifts
+  bool saves_states;  // these as in RecurrentLoopArgs
+  const int64_t* lengths;
   int64_t hidden_size;
   int directions;
   CellStepDirection direction[2];
@@ -341,7 +352,10 @@ struct CellGradArgs {
   DType dtype;
   StepPart part;
   bool packed;
-  bool wide;  // grad, grad_c, direct and grad_c_previous are float, or double of float64
+  bool wide;               // grad, grad_c, direct and grad_c_previous are float, or double of float64
+  const int64_t* lengths;  // these as in RecurrentLoopArgs
+  const uint8_t* resets;
+  double grad_clip;  // of `grad` and what is added to it, where there is one, and of grad_c
   int64_t hidden_size;
   int directions;
   CellGradDirection direction[2];

@@ -289,6 +289,10 @@ def loop_forward(
     batch_sizes: int,
     hidden_size: int,
     proj_size: int,
+    reversed: bool,
+    lengths: int,
+    resets: int,
+    saves_states: bool,
     pre: int,
     output: int,
     output_stride_t: int,
@@ -310,6 +314,11 @@ def loop_backward(
     batch_sizes: int,
     hidden_size: int,
     proj_size: int,
+    reversed: bool,
+    lengths: int,
+    resets: int,
+    grad_clip: float,  # infinite: none
+    truncate: int,
     grad_pre: int,
     output: int,
     output_stride_t: int,
@@ -327,8 +336,8 @@ def loop_backward(
 # One step of all directions. `common` and the directions' addresses are the same for all steps of a sequence;
 # rows are (t, offset, rows) of each direction's step, for the backward pass also those of the step before it.
 def cell_forward(
-    # cell, dtype, device, stream, part, packed, wide, hidden_size, pre, weight_hh, output, its strides of t
-    # and b
+    # cell, dtype, device, stream, part, packed, wide, hidden_size, saves_states, lengths, pre, weight_hh,
+    # output, its strides of t and b
     common: tuple[int, ...],
     # each: product, bias_hh, h, c, h_next, c_next, saved
     directions: tuple[tuple[int, ...], ...],
@@ -336,9 +345,9 @@ def cell_forward(
     /,
 ) -> None: ...
 def cell_backward(
-    # cell, dtype, device, stream, part, packed, wide, hidden_size, grad_pre, output, its strides of t and b,
-    # grad_output, its strides of t, b and feature
-    common: tuple[int, ...],
+    # cell, dtype, device, stream, part, packed, wide, hidden_size, lengths, resets, grad_clip, grad_pre,
+    # output, its strides of t and b, grad_output, its strides of t, b and feature
+    common: tuple[float, ...],
     # each: saved, h0, c0, grad, product, grad_c, grad_product, direct, grad_c_previous, previous,
     # grad_candidate, grad_hidden
     directions: tuple[tuple[int, ...], ...],

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import attention_ops, ops, plan_words
+from . import attention_ops, ops, plan_words, windows
 from .attention_checks import Arguments, Attention, check_attention
 from .checks import DTYPES, Layer, check_layer, problem
 from .integrations import torch_attention
-from .plan_words import amount
+from .plan_words import amount, many
 
 
 class Plan(NamedTuple):
@@ -60,6 +60,7 @@ class Call(NamedTuple):
     plan: Plan
     backward: Plan | None  # the plan of the backward pass for which this call saved; None if it saved nothing
     saved: dict[str, int]  # bytes of the tensors that are kept for the backward pass
+    options: tuple[str, ...] = ()  # what torch's networks do not have: "lengths", "grad_clip 0.5", ...
 
     @property
     def saved_bytes(self) -> int:
@@ -184,7 +185,10 @@ class _Recorder(TorchDispatchMode):
         # As from fastseq.autograd: in here the mode is off, so the kernel is found as it is outside.
         call, read = _READERS[name]
         results = call(*args)
-        self.calls.append(read(self.names, args, results))
+        if name == "recurrent_checkpoints":  # of the forward pass that was called last
+            self.calls[-1] = _with_checkpoints(self.calls[-1], args, results)
+        else:
+            self.calls.append(read(self.names, args, results))
         return results
 
 
@@ -230,8 +234,50 @@ def _read_layer(names: dict[int, str], arguments: Sequence[Any], results: Sequen
     output, _, _, gates = results
     kept = {"input": input, "batch_sizes": batch_sizes, "lengths": lengths, "resets": resets}
     kept |= {"h0": h0, "c0": c0, "output": output, save: gates}
-    keeps = kept if save != "nothing" else None
-    return _call("recurrent", names, mode, layer, input, weights, keeps, batch_sizes)
+    keeps, options = kept if save != "nothing" else None, _options(lengths, resets)
+    call = _call("recurrent", names, mode, layer, input, weights, keeps, batch_sizes, options=options)
+    return _in_windows(call, input, weights, "recompute", 0) if save == "states" else call
+
+
+def _options(
+    lengths: Tensor | None, resets: Tensor | None, grad_clip: float | None = None, truncate: int = 0
+) -> tuple[str, ...]:
+    words = ["lengths"] * (lengths is not None) + ["resets"] * (resets is not None)
+    if grad_clip is not None:
+        words.append(f"grad_clip {grad_clip:g}")
+    if truncate:
+        words.append(f"truncate {truncate}")
+    return tuple(words)
+
+
+def _in_windows(call: Call, input: Tensor, weights: Sequence[Tensor], memory: str, truncate: int) -> Call:
+    """A call whose backward pass makes the gates of some steps at a time."""
+    layer = call.layer
+    steps = windows.steps_of_window(layer, input.element_size(), memory)
+    count = windows.count_of(layer.steps, steps, truncate)
+    part = layer._replace(steps=steps, rows=-(-layer.rows * steps // max(1, layer.steps)))
+    plan = _plan(call.mode, part, input, weights, call.packed, False, True)
+    again = "as one step of all their rows" if memory == "recompute" else "by running their steps again"
+    words = f"{many(count, 'window')} of at most {many(steps, 'step')}, whose gates are made again {again}"
+    plan = plan._replace(words=(words, *plan.words))
+    title, options = f"{call.title}, memory {memory}", (*call.options, f"memory {memory}")
+    if call.backward is None:
+        return call._replace(title=title, options=options, plan=plan)
+    return call._replace(title=title, options=options, backward=plan)
+
+
+def _with_checkpoints(call: Call, arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
+    """The forward pass that kept the states between windows alone."""
+    *_, memory, truncate = arguments
+    saved = {name: size for name, size in call.saved.items() if name not in ("output", "states")}
+    saved |= {name: x.nbytes for name, x in zip(("h", "c"), results, strict=True) if x.nbytes}
+    title, options = call.title.replace("memory recompute", f"memory {memory}"), call.options[:-1]
+    size = windows.steps_of(memory)
+    count = windows.count_of(call.layer.steps, size, truncate)
+    words = f"{many(count, 'window')} of at most {many(size, 'step')}, whose gates are made again by running "
+    backward = call.backward._replace(words=(words + "their steps again", *call.backward.words[1:]))
+    options = (*options, f"memory {memory}")
+    return call._replace(title=title, options=options, saved=saved, backward=backward)
 
 
 def _read_cell(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
@@ -243,10 +289,21 @@ def _read_cell(names: dict[int, str], arguments: Sequence[Any], results: Sequenc
 
 
 def _read_gradients(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:
-    _, _, _, input, batch_sizes, _, _, h0, c0, weights, _, _, mode, directions, bias, *_ = arguments
-    one_step = batch_sizes is None and input.dim() == 2
-    layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias, one_step)
-    return _call("recurrent_backward", names, mode, layer, input, weights, None, batch_sizes, one_step)
+    a = ops.Backward(*arguments[:-1])
+    one_step = a.batch_sizes is None and a.input.dim() == 2
+    layer = check_layer(a.input, *a[4:5], *a[7:10], a.mode, a.directions, a.bias, one_step)
+    options = _options(a.lengths, a.resets, a.grad_clip, a.truncate)
+    rest = (a.batch_sizes, one_step, options)
+    return _call("recurrent_backward", names, a.mode, layer, a.input, a.weights, None, *rest)
+
+
+def _read_windows(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:
+    a = windows.Call(*arguments)
+    layer = windows.check(a)
+    options = _options(a.lengths, a.resets, a.grad_clip, a.truncate)
+    rest = (a.batch_sizes, False, options)
+    call = _call("recurrent_windows_backward", names, a.mode, layer, a.input, a.weights, None, *rest)
+    return _in_windows(call, a.input, a.weights, a.memory, a.truncate)
 
 
 def _read_attention(_: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
@@ -268,6 +325,8 @@ _READERS: dict[str, tuple[Callable[..., Any], Callable[..., Call]]] = {
     "recurrent": (ops.recurrent, _read_layer),
     "recurrent_cell": (ops.recurrent_cell, _read_cell),
     "recurrent_backward": (ops.recurrent_backward, _read_gradients),
+    "recurrent_checkpoints": (windows.recurrent_checkpoints, _with_checkpoints),
+    "recurrent_windows_backward": (windows.recurrent_windows_backward, _read_windows),
     "attention": (attention_ops.attention, _read_attention),
     "attention_backward": (attention_ops.attention_backward, _read_attention_gradients),
 }
@@ -283,6 +342,7 @@ def _call(
     kept: dict[str, Tensor | None] | None,
     batch_sizes: Tensor | None = None,
     one_step: bool = False,
+    options: tuple[str, ...] = (),
 ) -> Call:
     plan = partial(_plan, mode, layer, input, weights, batch_sizes is not None, one_step)
     saved = {name: x.nbytes for name, x in (kept or {}).items() if x is not None}
@@ -291,16 +351,17 @@ def _call(
     weight = names.get(_address(weights[1]), "")
     return Call(
         operator,
-        _title(operator, mode, weight, layer, input, batch_sizes is not None),
+        ", ".join([_title(operator, mode, weight, layer, input, batch_sizes is not None), *options]),
         mode,
         weight,
         layer,
         batch_sizes is not None,
         input.dtype,
         input.device,
-        plan(operator == "recurrent_backward"),
+        plan(operator.endswith("_backward")),
         plan(True) if kept is not None else None,
         {name: size for name, size in saved.items() if size},
+        options,
     )
 
 
@@ -457,7 +518,7 @@ def _wrap(text: str, begin: str) -> list[str]:
 
 
 def _title(operator: str, mode: str, weight: str, layer: Layer, input: Tensor, packed: bool) -> str:
-    words = ["the gradients of " * (operator == "recurrent_backward") + mode]
+    words = ["the gradients of " * operator.endswith("_backward") + mode]
     words += [f"{_of_dtype(input.dtype)} on {input.device}"]
     words += [f"T {layer.steps}"] * (operator != "recurrent_cell")
     words += [f"B {layer.batch}", f"I {layer.input_size}", f"H {layer.hidden_size}"]

@@ -10,6 +10,7 @@ are device memory. Nothing in here waits for the device.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +23,7 @@ from torch import Tensor
 from . import _C, precision, steps
 from .addresses import addresses, strides
 from .checks import DTYPES, Layer, problem
-from .steps import Gradients
+from .steps import Bounds, Gradients
 
 
 class Engine(NamedTuple):
@@ -193,17 +194,41 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
-def _refuse(**given: bool) -> None:
-    """Raises for the options that are given, which no kernel here has."""
-    if any(given.values()):
-        names = ", ".join(name for name, is_given in given.items() if is_given)
-        raise NotImplementedError(
-            problem(
-                f"{names}, on CUDA",
-                "on the CPU these, on CUDA a call without",
-                "module.cpu() and input.cpu()",
-            )
-        )
+class Rows(NamedTuple):
+    """Which rows have a step, and which states do not come from the step before, as the kernels take them."""
+
+    lengths: Tensor | None  # int64 (B), on the device
+    resets: Tensor | None  # bool like the rows; false where there is no step
+    at_start: Tensor | None  # bool (B): of step 0, whose states are not h0 and c0 in the forward direction
+    behind: Tensor | None  # bool (T, B): there is no step
+
+    def first(self, state: Tensor | None, layer: Layer) -> Tensor | None:
+        """h0 or c0 (D, B, size), zero where it is not used."""
+        if state is None or self.at_start is None or layer.reverse:
+            return state
+        state = state.clone()
+        state[0].masked_fill_(self.at_start.unsqueeze(1), 0)
+        return state
+
+    def finish(self, grad: Tensor | None, layer: Layer) -> None:
+        """The gradient of h0 or c0, which is zero where these are not used."""
+        if grad is not None and self.at_start is not None and not layer.reverse:
+            grad[0].masked_fill_(self.at_start.unsqueeze(1), 0)
+
+
+def _rows_of(layer: Layer, lengths: Tensor | None, resets: Tensor | None, device: torch.device) -> Rows:
+    behind = None
+    if lengths is not None:
+        lengths = lengths.to(device, torch.int64)
+        behind = torch.arange(layer.steps, device=device).unsqueeze(1) >= lengths
+        resets = None if resets is None else resets & ~behind
+    at_start = None if resets is None else resets.reshape(-1)[: layer.batch]
+    return Rows(lengths, resets, at_start, behind)
+
+
+def _without(tensor: Tensor, behind: Tensor | None) -> Tensor:
+    """(T, B, features) with zeros where there is no step, so that NaN there meets no factor of zero."""
+    return tensor if behind is None else tensor.masked_fill(behind.unsqueeze(2), 0)
 
 
 def _workspace(plan: Any, like: Tensor) -> Tensor:
@@ -229,9 +254,13 @@ def forward(
     saved: Tensor,
 ) -> None:
     """Fills output (T, B, D*R), h_n, c_n and saved; see ops.recurrent. All but the input is dense."""
-    _refuse(lengths=lengths is not None, resets=resets is not None, save=save == "states")
     if layer.rows == 0:
         return
+    given = _rows_of(layer, lengths, resets, input.device)
+    h0, c0 = given.first(h0, layer), given.first(c0, layer)
+    if lengths is not None:
+        output.zero_()
+        saved.zero_()  # what lies behind the ends is multiplied by gradients of zero
     of_rnn = precision.of_recurrent_networks(input.dtype)
     loop = _loop_of(layer, input.dtype, of_rnn, batch_sizes is not None, backward=False)
     plan = plan_of(engine, loop, input.device)
@@ -250,9 +279,13 @@ def forward(
         c = torch.empty_like(c_n, dtype=steps.wide_dtype(c_n)) if layer.cell.cell_state else None
         if c is not None:
             c.zero_() if c0 is None else c.copy_(c0)
-        kernels, layout = _cell_kernels(engine, layer, input), (layer.steps, layer.batch, batch_sizes)
+        kernels = _cell_kernels(engine, layer, input)
+        layout = steps.Layout(
+            layer.steps, layer.batch, batch_sizes, layer.reverse, given.lengths, given.resets
+        )
+        kept = (_if_any(saved), save == "states")
         with precision.products(of_rnn):
-            steps.forward(kernels, mode, layout, _weights(directions), pre, h_n, c, output, _if_any(saved))
+            steps.forward(kernels, mode, layout, _weights(directions), pre, h_n, c, output, *kept)
         if c is not None:
             c_n.copy_(c)
         return
@@ -269,6 +302,9 @@ def forward(
         *addresses(batch_sizes),
         loop.hidden_size,
         loop.proj_size,
+        layer.reverse,
+        *addresses(given.lengths, given.resets),
+        save == "states" and layer.cell.cell_state,
         pre.data_ptr(),
         output.data_ptr(),
         *strides(output, 2),
@@ -359,14 +395,15 @@ def backward(
 ) -> None:
     """Fills `grads`, of input, h0, c0 and the weights, each dense or None; see ops.recurrent_backward. Of the
     arguments, grad_output, input and output may have any strides, with features of output side by side."""
-    bounds = {"grad_clip": grad_clip is not None, "truncate": truncate > 0}
-    _refuse(lengths=lengths is not None, resets=resets is not None, **bounds)
     grad_input, grad_h0, grad_c0, *grad_weights = grads
     if layer.rows == 0:
         for grad in grads:
             if grad is not None:
                 grad.zero_()
         return
+    given = _rows_of(layer, lengths, resets, input.device)
+    input, (h0, c0) = _without(input, given.behind), (given.first(h0, layer), given.first(c0, layer))
+    bounds = Bounds(math.inf if grad_clip is None else grad_clip, truncate)
     one_step = batch_sizes is None and input.dim() == 2  # of a cell
     if one_step:
         states = (h0, c0, saved, grad_h_n, grad_c_n, grad_h0, grad_c0)
@@ -386,17 +423,26 @@ def backward(
     grad_candidate = input.new_empty((count, rows, hidden)) if candidate_wanted else None
     hr_wanted = any(w.weight_hr is not None for w in wanted)
     grad_hidden = input.new_empty((count, rows, width)) if hr_wanted else None
+    if lengths is not None:  # nothing is made behind the ends
+        for made_of_rows in (grad_pre, previous, grad_candidate, grad_hidden):
+            if made_of_rows is not None:
+                made_of_rows.zero_()
     made = Gradients(grad_pre, previous, grad_candidate, grad_hidden, grad_h0, grad_c0)
-    arguments = (grad_output, grad_h_n, grad_c_n, batch_sizes, h0, c0, directions, output, saved, made)
+    arguments = (grad_output, grad_h_n, grad_c_n, batch_sizes, given, h0, c0, directions, output, saved)
+    arguments = (*arguments, bounds, made)
     if in_steps:
         with precision.products(of_rnn):
             _backward_in_steps(engine, layer, mode, *arguments)
     else:
-        _backward_loop(engine, loop, plan, input.device, *arguments)
+        _backward_loop(engine, layer, loop, plan, input.device, *arguments)
+    given.finish(grad_h0, layer)
+    given.finish(grad_c0, layer)
     with precision.products(of_rnn):
         if grad_input is not None:
             weight_ih = _joined([d.weight_ih for d in directions])
             _product(grad_pre.view(rows, -1), weight_ih, grad_input)
+            if given.behind is not None:
+                grad_input.masked_fill_(given.behind.unsqueeze(2), 0)
         for i in range(count):
             d_h = None if grad_candidate is None else grad_candidate[i]
             h = None if previous is None else previous[i]
@@ -408,6 +454,7 @@ def backward(
 
 def _backward_loop(
     engine: Engine,
+    layer: Layer,
     loop: Loop,
     plan: Any,
     device: torch.device,
@@ -415,11 +462,13 @@ def _backward_loop(
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
     batch_sizes: Tensor | None,
+    given: Rows,
     h0: Tensor | None,
     c0: Tensor | None,
     directions: Sequence[_Direction],
     output: Tensor,
     saved: Tensor,
+    bounds: Bounds,
     made: Gradients,
 ) -> None:
     workspace, index = _workspace(plan, output), device.index or 0
@@ -435,6 +484,9 @@ def _backward_loop(
         *addresses(batch_sizes),
         loop.hidden_size,
         loop.proj_size,
+        layer.reverse,
+        *addresses(given.lengths, given.resets),
+        *bounds,
         made.pre.data_ptr(),
         output.data_ptr(),
         *strides(output, 2),
@@ -472,11 +524,13 @@ def _backward_in_steps(
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
     batch_sizes: Tensor | None,
+    given: Rows,
     h0: Tensor | None,
     c0: Tensor | None,
     directions: Sequence[_Direction],
     output: Tensor,
     saved: Tensor,
+    bounds: Bounds,
     made: Gradients,
 ) -> None:
     kernels = _cell_kernels(engine, layer, output)
@@ -488,9 +542,9 @@ def _backward_in_steps(
 
     grad_h = gradient(grad_h_n, layer.width)
     grad_c = gradient(grad_c_n, layer.hidden_size) if layer.cell.cell_state else None
-    layout, weights = (layer.steps, layer.batch, batch_sizes), _weights(directions)
-    arguments = (h0, c0, output, _if_any(saved), grad_output, grad_h, grad_c, made)
-    steps.backward(kernels, mode, layout, weights, *arguments)
+    layout = steps.Layout(layer.steps, layer.batch, batch_sizes, layer.reverse, given.lengths, given.resets)
+    arguments = (h0, c0, output, _if_any(saved), grad_output, grad_h, grad_c, bounds, made)
+    steps.backward(kernels, mode, layout, _weights(directions), *arguments)
 
 
 def _weight_gradients(

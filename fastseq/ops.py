@@ -205,7 +205,7 @@ def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, 
 # ------------------------------------------------------------------------------------------------ gradients
 
 
-class _Backward(NamedTuple):
+class Backward(NamedTuple):
     """The arguments of recurrent_backward but the last one, `wanted`."""
 
     grad_output: Tensor | None
@@ -227,7 +227,7 @@ class _Backward(NamedTuple):
     truncate: int
 
 
-def _check_backward(a: _Backward) -> Layer:
+def _check_backward(a: Backward) -> Layer:
     input = a.input
     one_step = a.batch_sizes is None and input.dim() == 2
     layer = check_layer(input, a.batch_sizes, a.h0, a.c0, a.weights, a.mode, a.directions, a.bias, one_step)
@@ -270,7 +270,7 @@ def allocate_gradients(
 
 def _recurrent_backward_fake(*arguments: Any) -> list[Tensor]:
     *given, wanted = arguments
-    a = _Backward(*given)
+    a = Backward(*given)
     _check_backward(a)
     grads = allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
     return [grad for grad in grads if grad is not None]
@@ -280,7 +280,7 @@ def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
     """Checks, allocates, has run(layer, mode, grad_output, ..., saved, grad_clip, truncate, grads) fill the
     gradients."""
     *given, wanted = arguments
-    a = _Backward(*given)
+    a = Backward(*given)
     layer = _check_backward(a)
     if a.batch_sizes is not None:
         check_batch_sizes(a.batch_sizes, layer)

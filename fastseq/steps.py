@@ -31,22 +31,67 @@ Operation = Callable[[Now], None]
 NOTHING = (0, 0, 0)
 
 
+class Layout(NamedTuple):
+    """The rows of a sequence; lengths and resets as loops.Rows has them."""
+
+    steps: int
+    batch: int
+    batch_sizes: Tensor | None
+    reverse: bool  # whether the only direction runs from the last step to the first
+    lengths: Tensor | None
+    resets: Tensor | None
+
+    @property
+    def packed(self) -> bool:
+        return self.batch_sizes is not None
+
+
 class Rows:
     """Which rows each step has: (t, offset, rows), those of step t being offset:offset + rows of all."""
 
-    def __init__(self, steps: int, batch: int, batch_sizes: Tensor | None) -> None:
-        sizes = [batch] * steps if batch_sizes is None else batch_sizes.tolist()
+    def __init__(self, layout: Layout) -> None:
+        steps, batch, sizes = layout.steps, layout.batch, layout.batch_sizes
+        sizes = [batch] * steps if sizes is None else sizes.tolist()
         self.steps = list(zip(range(steps), accumulate(sizes, initial=0), sizes, strict=False))
+        self.first = int(layout.reverse)
 
     def forward(self, directions: int) -> Iterator[Now]:
         """Direction 0 from the first step to the last, direction 1 from the last to the first."""
-        return zip(*(self.steps, self.steps[::-1])[:directions], strict=True)
+        ways = self.steps, self.steps[::-1]
+        return zip(*ways[self.first : self.first + directions], strict=True)
 
     def backward(self, directions: int) -> Iterator[Now]:
         """The other way round, each step with the one before it."""
         steps = self.steps[::-1], self.steps
         ways = [[a + b for a, b in zip(way, [*way[1:], NOTHING], strict=True)] for way in steps]
-        return zip(*ways[:directions], strict=True)
+        return zip(*ways[self.first : self.first + directions], strict=True)
+
+
+class Bounds(NamedTuple):
+    grad_clip: float  # of the gradients of states at each step; infinite: none
+    truncate: int  # the gradients do not cross before every such step; 0: they do
+
+
+class Cut:
+    """Clears the rows of `states` (D, B, size) that do not cross between two steps."""
+
+    def __init__(self, layout: Layout, truncate: int, *states: Tensor | None) -> None:
+        self.layout, self.truncate = layout, truncate
+        self.states = [state for state in states if state is not None]
+
+    def __call__(self, direction: int, t: int, rows: slice) -> None:
+        """Between t - 1 and t, whose rows lie there."""
+        everything = self.truncate and t % self.truncate == 0
+        if not everything and self.layout.resets is None:
+            return
+        count, lengths = rows.stop - rows.start, self.layout.lengths
+        if not everything:
+            cut = self.layout.resets.reshape(-1)[rows]
+        else:
+            cut = None if lengths is None else lengths[:count] > t
+        for state in self.states:
+            own = state[direction, :count]
+            own.zero_() if cut is None else own.masked_fill_(cut.unsqueeze(1), 0)
 
 
 class Product:
@@ -118,10 +163,12 @@ def forward_step(
     c_next: Tensor | None,
     output: Tensor | None,
     saved: Tensor | None,
+    saves_states: bool = False,
+    lengths: Tensor | None = None,
 ) -> list[Operation]:
     """What a step does: h (D, B, R) and c (D, B, H) before it, which may be None for zeros, h_next and c_next
     after it, which may be the same; c_next and c may be wide. pre (rows, D*G*H), output (T, B, D*R) and saved
-    (D, rows, slots, H)."""
+    (D, rows, slots, H), or if `saves_states` (D, rows, H) of c. What lies behind `lengths` is left alone."""
     directions, batch = h_next.shape[:2]
     hidden = weights.hh.shape[1] // CELLS[mode].gates
     operations: list[Operation] = []
@@ -143,8 +190,8 @@ def forward_step(
         output: Tensor | None,
     ) -> None:
         wide = any(state is not None and state.dtype is not h_next.dtype for state in (c, c_next))
-        common = (*kernels[1:], part, packed, wide, h_next.shape[2])
-        common += (*addresses(pre, None, output), *strides(output, 2))
+        common = (*kernels[1:], part, packed, wide, h_next.shape[2], saves_states)
+        common += (*addresses(lengths, pre, None, output), *strides(output, 2))
         tensors = (product, weights.bias_hh, h, c, h_next, c_next, saved)
         operations.append(Launch(kernels.module.cell_forward, common, directions, *tensors))
 
@@ -196,7 +243,8 @@ def cell(
     fused = h is not None and may_fuse(CELLS[mode], batch)
     product = None if fused or h is None else h @ weight_hh.t()
     of_output = (0, 0, 0)  # none beside h_next
-    common = (*kernels[1:], WHOLE, False, False, hidden, *addresses(pre, weight_hh if fused else None))
+    common = (*kernels[1:], WHOLE, False, False, hidden, False)
+    common += addresses(None, pre, weight_hh if fused else None)
     tensors = addresses(product, bias_hh, h, c, h_next, c_next, saved)
     kernels.module.cell_forward((*common, *of_output), (tensors,), now)
 
@@ -204,21 +252,32 @@ def cell(
 def forward(
     kernels: Kernels,
     mode: str,
-    layout: tuple[int, int, Tensor | None],
+    layout: Layout,
     weights: Weights,
     pre: Tensor,
     h: Tensor,
     c: Tensor | None,
     output: Tensor,
     saved: Tensor | None,
+    saves_states: bool,
 ) -> None:
-    """All steps; `layout`: steps, batch, batch_sizes. h (D, B, R) and c (D, B, H), wide, are the initial
-    states, and the last ones when it returns; the rest as in forward_step."""
-    packed = layout[2] is not None
-    operations = forward_step(kernels, mode, packed, weights, pre, h, c, h, c, output, saved)
-    for now in Rows(*layout).forward(len(h)):
+    """All steps. h (D, B, R) and c (D, B, H), wide, are the initial states, and the last ones afterwards;
+    the rest as in forward_step."""
+    states, kept = (h, c, h, c), (output, saved, saves_states, layout.lengths)
+    operations = forward_step(kernels, mode, layout.packed, weights, pre, *states, *kept)
+    rows, cut = Rows(layout), Cut(layout, 0, h, c)
+    for now in rows.forward(len(h)):
         for operation in operations:
             operation(now)
+        if layout.resets is None:
+            continue
+        for d, (t, offset, count) in enumerate(now):
+            if d == 1 or layout.reverse:
+                if t > 0:
+                    cut(d, t, slice(offset, offset + count))
+            elif t + 1 < layout.steps:
+                t, offset, count = rows.steps[t + 1]
+                cut(d, t, slice(offset, offset + count))
 
 
 class Gradients(NamedTuple):
@@ -235,7 +294,7 @@ class Gradients(NamedTuple):
 def backward(
     kernels: Kernels,
     mode: str,
-    layout: tuple[int, int, Tensor | None],
+    layout: Layout,
     weights: Weights,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -244,13 +303,14 @@ def backward(
     grad_output: Tensor | None,
     grad_h: Tensor,
     grad_c: Tensor | None,
+    bounds: Bounds,
     grads: Gradients,
 ) -> None:
     """All steps. grad_h (D, B, R) and grad_c (D, B, H), wide, are the gradients of the last states; what they
     hold when it returns is of no use."""
     directions, batch, width = grad_h.shape
     hidden = grads.pre.shape[2] // CELLS[mode].gates
-    packed, wide = layout[2] is not None, grad_h.dtype is not output.dtype
+    wide = grad_h.dtype is not output.dtype
     operations: list[Operation] = []
     grad_product = output.new_empty((directions, batch, grads.pre.shape[2]))
     # What the step before made, but for rows that it did not have: zeros, or what their last step left.
@@ -272,7 +332,8 @@ def backward(
         previous: Tensor | None,
         hidden: Tensor | None = None,
     ) -> None:
-        common = (*kernels[1:], part, packed, wide, units)
+        common = (*kernels[1:], part, layout.packed, wide, units)
+        common += (*addresses(layout.lengths, layout.resets), bounds.grad_clip)
         common += (*addresses(grads.pre, output), *strides(output, 2))
         common += (*addresses(grad_output), *strides(grad_output, 3))
         tensors = (saved, h0, c0, grad, product, grad_c, grad_product, direct, grad_c)
@@ -294,11 +355,17 @@ def backward(
     else:
         finish(WHOLE, hidden, grad_h, product, grad_output, grad_product, grad_h, grads.previous)
     operations.append(Product(*whole, product))
-    for s, now in enumerate(Rows(*layout).backward(directions)):
-        if s + 1 == layout[0] and grads.h0 is None:
+    cut = Cut(layout, bounds.truncate, grad_h, grad_c, product)
+    cuts = bounds.truncate or layout.resets is not None
+    for s, now in enumerate(Rows(layout).backward(directions)):
+        if s + 1 == layout.steps and grads.h0 is None:
             operations.pop()
         for operation in operations:
             operation(now)
+        for d, (t, offset, count, t_before, offset_before, count_before) in enumerate(now):
+            if cuts and count_before:
+                later = (t, offset, count) if t > t_before else (t_before, offset_before, count_before)
+                cut(d, later[0], slice(later[1], later[1] + min(count, count_before)))
     if grads.h0 is not None:
         grads.h0.copy_(grad_h.add_(product))
     if grads.c0 is not None and grad_c is not None:

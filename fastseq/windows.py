@@ -1,7 +1,7 @@
 """The backward pass of a layer that did not keep its gates, as operators torch.ops.fastseq.*:
 
-    recurrent_checkpoints    the states between windows, of those of all steps
-    recurrent_windows        the gradients
+    recurrent_checkpoints         the states between windows, of those of all steps
+    recurrent_windows_backward    the gradients
 
 The steps are cut into windows, which are taken in the order of the backward pass: the gates of a window are
 made again, then recurrent_backward runs on the window, with the gradients of the states that the window
@@ -40,7 +40,7 @@ library.define(
 # The arguments are those of recurrent_backward, but for kept_h and kept_c instead of output and saved: the
 # output and the states of all steps for "recompute", else what recurrent_checkpoints returns.
 library.define(
-    "recurrent_windows(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
+    "recurrent_windows_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
     "Tensor? batch_sizes, Tensor? lengths, Tensor? resets, Tensor? h0, Tensor? c0, Tensor[] weights, "
     "Tensor kept_h, Tensor kept_c, str mode, int directions, bool bias, float? grad_clip, int truncate, "
     "str memory, bool[] wanted) -> Tensor[]"
@@ -88,6 +88,11 @@ def steps_of_window(layer: Layer, itemsize: int, memory: str) -> int:
         return max(1, layer.steps)
     part = max(WINDOW_BYTES, of_all / WINDOW_PART) / of_all
     return max(1, min(layer.steps, int(layer.steps * part)))
+
+
+def count_of(steps: int, size: int, truncate: int) -> int:
+    """How many windows there are."""
+    return len(_bounds(steps, size, truncate)) - 1
 
 
 class _Rows(NamedTuple):
@@ -180,14 +185,19 @@ class _Rows(NamedTuple):
         return torch.cat([before[:m], first[m:n]]) if m < n else before[:m]
 
 
+def _gathers(device: torch.device) -> bool:
+    """Whether rows with lengths are made a packed sequence there; else kernels leave them out as they lie."""
+    return device.type == "cpu"
+
+
 def _rows_of(
     steps: int, batch: int, batch_sizes: Tensor | None, lengths: Tensor | None, device: torch.device
 ) -> _Rows:
-    there = packing(lengths, steps) if lengths is not None and device.type == "cpu" else None
+    there = packing(lengths, steps) if lengths is not None and _gathers(device) else None
     if there is not None:
         batch_sizes = there.batch_sizes
     if batch_sizes is None:
-        masked = None if lengths is None or device.type == "cpu" else lengths.to(device)
+        masked = None if lengths is None or _gathers(device) else lengths.to(device)
         return _Rows(None, [batch * t for t in range(steps + 1)], batch, None, None, masked)
     sizes = batch_sizes.tolist()
     return _Rows(sizes, [0, *accumulate(sizes)], sizes[0] if sizes else 0, batch_sizes, there, None)
@@ -267,8 +277,8 @@ class _Sum:
             self.sum.add_(part)
 
 
-class _Call(NamedTuple):
-    """The arguments of recurrent_windows."""
+class Call(NamedTuple):
+    """The arguments of recurrent_windows_backward."""
 
     grad_output: Tensor | None
     grad_h_n: Tensor | None
@@ -291,21 +301,21 @@ class _Call(NamedTuple):
     wanted: Sequence[bool]
 
 
-def _check(call: _Call) -> Layer:
+def check(call: Call) -> Layer:
     a = call
     return check_layer(a.input, a.batch_sizes, a.h0, a.c0, a.weights, a.mode, a.directions, a.bias)
 
 
 def _fake(*arguments: Any) -> list[Tensor]:
-    call = _Call(*arguments)
-    _check(call)
+    call = Call(*arguments)
+    check(call)
     grads = ops.allocate_gradients(call.input, call.h0, call.c0, call.weights, call.wanted)
     return [grad for grad in grads if grad is not None]
 
 
 def _run(*arguments: Any) -> list[Tensor]:
-    call = _Call(*arguments)
-    layer = _check(call)
+    call = Call(*arguments)
+    layer = check(call)
     grads = ops.allocate_gradients(call.input, call.h0, call.c0, call.weights, call.wanted)
     rows = _rows_of(layer.steps, layer.batch, call.batch_sizes, call.lengths, call.input.device)
     if rows.there is not None:
@@ -339,7 +349,7 @@ def _run(*arguments: Any) -> list[Tensor]:
 class _Direction:
     """The way back through one direction's windows."""
 
-    def __init__(self, call: _Call, layer: Layer, rows: _Rows, d: int, weights: Sequence[Tensor]) -> None:
+    def __init__(self, call: Call, layer: Layer, rows: _Rows, d: int, weights: Sequence[Tensor]) -> None:
         self.call, self.layer, self.rows, self.d, self.weights = call, layer, rows, d, weights
         self.reverse = d == 1 or layer.reverse
         self.cell_state = layer.cell.cell_state
@@ -475,4 +485,6 @@ _DEVICES = ("cpu", "cuda")
 recurrent_checkpoints = register(
     "recurrent_checkpoints", dict.fromkeys(_DEVICES, _checkpoints), _checkpoints_fake, unsupported
 )
-recurrent_windows = register("recurrent_windows", dict.fromkeys(_DEVICES, _run), _fake, unsupported)
+recurrent_windows_backward = register(
+    "recurrent_windows_backward", dict.fromkeys(_DEVICES, _run), _fake, unsupported
+)

@@ -29,6 +29,13 @@ const LoopPlan& read_arguments(Integers& from, const py::handle& plan, bool back
   args.shape.steps = from.next(), args.shape.batch = from.next();
   args.shape.batch_sizes = from.pointer<const int64_t>();
   args.hidden_size = from.next(), args.proj_size = from.next();
+  args.reversed = from.next();
+  args.lengths = from.pointer<const int64_t>(), args.resets = from.pointer<const uint8_t>();
+  if (backward) {
+    args.grad_clip = from.real(), args.truncate = from.next();
+  } else {
+    args.saves_states = from.next();
+  }
   args.pre = from.pointer<void>();
   read_sequence(from, 2, args.output);
   if (backward) read_sequence(from, 3, args.grad_output);
@@ -100,6 +107,7 @@ void run_cell_forward(const py::tuple& common, const py::tuple& directions, cons
   StepArguments from(common, directions, rows);
   CellStepArgs args = {};
   read_step(from.common, args);
+  args.saves_states = from.common.next(), args.lengths = from.common.pointer<const int64_t>();
   args.pre = from.common.pointer<void>(), args.weight_hh = from.common.pointer<void>();
   read_sequence(from.common, 2, args.output);
   from.for_directions(args, [](CellStepDirection& d, Integers& addresses, Integers& of_rows) {
@@ -121,6 +129,8 @@ void run_cell_backward(const py::tuple& common, const py::tuple& directions, con
   StepArguments from(common, directions, rows);
   CellGradArgs args = {};
   read_step(from.common, args);
+  args.lengths = from.common.pointer<const int64_t>(), args.resets = from.common.pointer<const uint8_t>();
+  args.grad_clip = from.common.real();
   args.grad_pre = from.common.pointer<void>();
   read_sequence(from.common, 2, args.output);
   read_sequence(from.common, 3, args.grad_output);

@@ -129,7 +129,7 @@ class BackwardPass : LoopPass<Traits> {
       for (int i = 0; i < kMostSaved; ++i) {
         if (i < slots_) inputs_[a].saved[i] = load_once(saved + i * loop_.hidden_size);
       }
-      const bool before = item.row < previous_.rows;  // a row of a reverse direction may begin at any step
+      const bool before = continues(item);
       const Storage* from;
       if (slots_ == 0) {
         from = output_row(now_, item);
@@ -139,9 +139,28 @@ class BackwardPass : LoopPass<Traits> {
       } else {
         from = before ? output_row(previous_, item) : initial(tensors().h0, item);
       }
+      if (slots_ > 0 && resets(item)) from = nullptr;
       inputs_[a].previous = from ? *from : Storage{};
     });
   }
+
+  // ---- what goes on to the step whose turn is next ----
+
+  // A row of a reverse direction may begin at any step.
+  FS_DEVICE bool continues(const Item& item) const { return has_step(loop_.lengths, previous_, item.row); }
+  // The states of this step did not come from that one.
+  FS_DEVICE bool resets(const Item& item) const {
+    if (!loop_.resets || !continues(item)) return false;
+    return loop_.resets[(Base::reverse() ? previous_ : now_).offset + item.row];
+  }
+  // No gradient of a state goes on.
+  FS_DEVICE bool cuts(const Item& item) const {
+    if (loop_.truncate && (Base::reverse() ? previous_ : now_).t % loop_.truncate == 0 && continues(item)) {
+      return true;
+    }
+    return resets(item);
+  }
+  FS_DEVICE Clip<Scalar> clip() const { return {Scalar(loop_.grad_clip)}; }
 
   // ---- what a round makes ----
 
@@ -162,16 +181,20 @@ class BackwardPass : LoopPass<Traits> {
       units_.for_each(begin, [&](int a, const Item& item) {
         const Values in(inputs_[a]);
         Scalar d[C::kGrads] = {};
-        const Scalar dh = gradient_of_state(item, parity, more) + in.grad;
+        const Scalar dh = clip()(gradient_of_state(item, parity, more) + in.grad);
         if (active(item)) {
           Scalar direct = 0, dc = 0;
           C::step_grad(in.saved, in.previous, in.previous, in.previous,
                        in.saved[C::kCellState ? C::kSaved : 0], dh, C::kCellState ? dc_at(item) : Scalar(0),
-                       d, direct, dc);
-          dh_at(item) = direct;
-          if constexpr (C::kCellState) dc_at(item) = dc;
+                       d, direct, dc, clip());
           FS_UNROLL
           for (int i = 0; i < C::kGrads; ++i) results_[a].d[i] = d[i];
+          if (cuts(item)) {
+            direct = dc = 0;
+            for (Scalar& part : d) part = 0;
+          }
+          dh_at(item) = direct;
+          if constexpr (C::kCellState) dc_at(item) = dc;
         }
         for_constants<C::kGates>([&](auto g) {
           constexpr int kGrad = C::kRecurrentGrad[g];
@@ -187,7 +210,7 @@ class BackwardPass : LoopPass<Traits> {
       auto* const grad_hidden = static_cast<Storage*>(tensors().grad_hidden);
       if (begin > 0) load(begin);
       outputs_.for_each(begin, [&](int a, const Item& item) {
-        const Scalar all = gradient_of_state(item, parity, more) + Scalar(widen(inputs_[a].grad));
+        const Scalar all = clip()(gradient_of_state(item, parity, more) + Scalar(widen(inputs_[a].grad)));
         const Scalar dh = active(item) ? all : Scalar(0);
         if (active(item)) {
           dh_at(item) = 0;
@@ -202,7 +225,7 @@ class BackwardPass : LoopPass<Traits> {
     units_.for_each(begin, [&](int a, const Item& item) {
       const Values in(inputs_[a]);
       Scalar d[C::kGrads] = {};
-      const Scalar dh = gradient_of_state(item, parity, more) + in.grad;
+      const Scalar dh = clip()(gradient_of_state(item, parity, more) + in.grad);
       if (active(item)) {
         Scalar direct = 0, unused = 0;
         C::step_grad(in.saved, in.previous, Scalar(0), Scalar(0), Scalar(0), dh, Scalar(0), d, direct,
@@ -211,6 +234,7 @@ class BackwardPass : LoopPass<Traits> {
         Storage* const to = Base::gates_row(item);
         keep(to + C::Z * loop_.hidden_size, d[C::Z]);
         keep(to + C::N * loop_.hidden_size, d[C::N]);
+        if (cuts(item)) d[C::Z] = 0;
       }
       engine_.put(0, parity, 0, item.u, item.n, d[C::N]);
       engine_.put(1, parity, C::Z, item.u, item.n, d[C::Z]);
@@ -231,14 +255,17 @@ class BackwardPass : LoopPass<Traits> {
           if (on) {
             Scalar unused = 0, dc = 0;
             C::step_grad(in.saved, Scalar(0), Scalar(0), in.previous, in.saved[C::kSaved], d_operand,
-                         dc_at(item), d, unused, dc);
+                         dc_at(item), d, unused, dc, clip());
             dc_at(item) = dc;
           }
           FS_UNROLL
-          for (int g = 0; g < C::kGates; ++g) {
-            results_[a].d[g] = d[g];
-            engine.put(1, parity, g, item.u, item.n, d[g]);
+          for (int g = 0; g < C::kGates; ++g) results_[a].d[g] = d[g];
+          if (on && cuts(item)) {
+            dc_at(item) = 0;
+            for (Scalar& part : d) part = 0;
           }
+          FS_UNROLL
+          for (int g = 0; g < C::kGates; ++g) engine.put(1, parity, g, item.u, item.n, d[g]);
         } else {
           if (on) {
             Scalar direct = dh_at(item), unused = 0;
@@ -246,6 +273,7 @@ class BackwardPass : LoopPass<Traits> {
             dh_at(item) = direct;
           }
           results_[a].d[C::R] = d[C::R];
+          if (on && cuts(item)) dh_at(item) = d[C::R] = 0;
           engine.put(1, parity, C::R, item.u, item.n, d[C::R]);
         }
       });

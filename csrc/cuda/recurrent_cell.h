@@ -125,8 +125,12 @@ FS_DEVICE void finish_step(const CellStepArgs& a, int direction, int64_t row, in
       saved[C::kSaved] = c_next;
       write_state<S>(a.wide, d.c_next, at, c_next);
     }
-    FS_UNROLL
-    for (int i = 0; i < kSlots; ++i) put_saved(kSlots, i, saved[i]);
+    if (a.saves_states) {
+      if constexpr (C::kCellState) put_saved(1, 0, c_next);
+    } else {
+      FS_UNROLL
+      for (int i = 0; i < kSlots; ++i) put_saved(kSlots, i, saved[i]);
+    }
     put_h(h_next);
   });
 }
@@ -143,7 +147,7 @@ struct CellKernel {
     const int last = reset_before && !rest ? 2 : rest && lstm ? 1 : gates;
     for_units(a, [&](int direction, int64_t row, int64_t unit) {
       const CellStepDirection& d = a.direction[direction];
-      if (row >= d.now.rows) return;
+      if (!has_step(a.lengths, d.now, row)) return;
       ScalarOf<S> u[kMostGates] = {};
       FS_UNROLL
       for (int g = 0; g < kMostGates; ++g) {
@@ -253,7 +257,8 @@ struct CellGradKernel {
     const CellGradDirection& d;
     const int direction;
     const int64_t row, unit, hidden, at, of_all;
-    const bool active;
+    const bool active, before,
+        resets;  // before: whether the row has the step before; resets: its states are zero
 
     FS_DEVICE Unit(const Args& a, int direction, int64_t row, int64_t unit)
         : a(a),
@@ -264,7 +269,10 @@ struct CellGradKernel {
           hidden(a.hidden_size),
           at(row * hidden + unit),
           of_all(d.now.offset + row),
-          active(row < d.now.rows) {}
+          active(has_step(a.lengths, d.now, row)),
+          before(has_step(a.lengths, d.before, row)),
+          resets(active && before && a.resets &&
+                 a.resets[(d.before.t > d.now.t ? d.before : d.now).offset + row]) {}
 
     FS_DEVICE void run() const {
       if (a.cell == CellKind::kLstm && a.part == StepPart::kFirst) {
@@ -281,16 +289,19 @@ struct CellGradKernel {
     FS_DEVICE T output(const StepRows& step) const {
       return T(widen(row_at<const S>(a.output, a.packed, step, row)[direction * hidden + unit]));
     }
-    FS_DEVICE T h_before() const { return row < d.before.rows ? output(d.before) : read<S>(d.h0, at); }
+    FS_DEVICE T h_before() const { return resets ? T(0) : before ? output(d.before) : read<S>(d.h0, at); }
     FS_DEVICE T saved(const StepRows& step, int slots, int i) const {
       return read<S>(d.saved, ((step.offset + row) * slots + i) * hidden + unit);
     }
     FS_DEVICE T grad_of_state() const { return read_state<S>(a.wide, d.grad, at) + read<S>(d.product, at); }
+    FS_DEVICE Clip<T> clip() const { return {T(a.grad_clip)}; }
     FS_DEVICE T grad_h() const {
-      const T dh = grad_of_state();
-      if (!a.grad_output.data) return dh;
-      const S* const from = row_at<const S>(a.grad_output, a.packed, d.now, row);
-      return dh + T(widen(from[(direction * hidden + unit) * a.grad_output.stride[2]]));
+      T dh = grad_of_state();
+      if (a.grad_output.data) {
+        const S* const from = row_at<const S>(a.grad_output, a.packed, d.now, row);
+        dh += T(widen(from[(direction * hidden + unit) * a.grad_output.stride[2]]));
+      }
+      return d.grad ? clip()(dh) : dh;
     }
 
     // ---- what it leaves ----
@@ -348,13 +359,14 @@ struct CellGradKernel {
       if (active) {
         for (int slot = 0; slot < kSlots; ++slot) of_gates[slot] = saved(d.now, kSlots, slot);
         // c before an LSTM's step, h before a GRU's, h after an RNN's, which saves nothing else.
-        const T state = C::kCellState && row < d.before.rows ? saved(d.before, kSlots, C::kSaved)
-                        : C::kCellState                      ? read<S>(d.c0, at)
-                        : kSlots == 0                        ? output(d.now)
-                                                             : h_before();
+        const T state = C::kCellState && resets   ? T(0)
+                        : C::kCellState && before ? saved(d.before, kSlots, C::kSaved)
+                        : C::kCellState           ? read<S>(d.c0, at)
+                        : kSlots == 0             ? output(d.now)
+                                                  : h_before();
         T direct = 0, dc = 0;
         C::step_grad(of_gates, state, state, state, of_gates[C::kCellState ? C::kSaved : 0], grad_h(),
-                     C::kCellState ? read_state<S>(a.wide, d.grad_c, at) : T(0), grads, direct, dc);
+                     C::kCellState ? read_state<S>(a.wide, d.grad_c, at) : T(0), grads, direct, dc, clip());
         for_constants<C::kGates>([&](auto gate) {
           constexpr int kGrad = C::kInputGrad[gate];
           put_pre(C::kGates, gate, grads[kGrad]);

@@ -99,6 +99,12 @@ class ForwardPass : LoopPass<Traits> {
     });
   }
 
+  // c of this step, where only states are kept.
+  FS_DEVICE Storage* state_row(const Item& item) const {
+    auto* const states = static_cast<Storage*>(tensors().saved);
+    return states + (now_.offset + item.row) * loop_.hidden_size + item.unit;
+  }
+
   // Gates [first, first + count) of the recurrent product, which makes them the first ones of product p.
   template <int kFirst, int kCount>
   FS_DEVICE void recurrent_gates(int p, int parity, const Item& item, Scalar* u) const {
@@ -108,6 +114,13 @@ class ForwardPass : LoopPass<Traits> {
     FS_UNROLL
     for (int g = 0; g < kCount; ++g)
       u[kFirst + g] = sums[g] + bias[(kFirst + g) * args_.layout.units + item.u];
+  }
+
+  // Whether none of the row's states reaches the step after this one.
+  FS_DEVICE bool resets(const Item& item) const {
+    if (!loop_.resets) return false;
+    const StepRows later = Base::reverse() ? now_ : rows_of(args_, now_.t + 1);
+    return later.t > 0 && item.row < later.rows && loop_.resets[later.offset + item.row];
   }
 
   FS_DEVICE void whole_step(int begin, int parity) {
@@ -121,13 +134,13 @@ class ForwardPass : LoopPass<Traits> {
           recurrent_gates<0, C::kGates>(0, parity, item, u);
           widen_all(inputs_[a].x, x);
           take_step<C>(x, u, h, c_at(item), saved, h_next, c_next);
-          if constexpr (C::kCellState) {
-            c_at(item) = c_next;
-            saved[C::kSaved] = c_next;
-          }
-          h_at(item) = h = results_[a].h = rounded<Storage>(h_next);
+          if constexpr (C::kCellState) saved[C::kSaved] = c_next;
+          h = results_[a].h = rounded<Storage>(h_next);
           FS_UNROLL
           for (int i = 0; i < C::kSaved + C::kCellState; ++i) results_[a].saved[i] = saved[i];
+          if (resets(item)) h = c_next = 0;
+          if constexpr (C::kCellState) c_at(item) = c_next;
+          h_at(item) = h;
         }
         engine_.put(0, 1 - parity, 0, item.u, item.n, h);
       });
@@ -148,12 +161,15 @@ class ForwardPass : LoopPass<Traits> {
           if constexpr (C::kCellState) {
             Scalar c_next = 0;
             take_step<C>(x, u, Scalar(0), c_at(item), saved, operand, c_next);
-            c_at(item) = saved[C::kSaved] = c_next;
+            saved[C::kSaved] = c_next;
+            c_at(item) = resets(item) ? Scalar(0) : c_next;
           } else {
             C::first(x, u, h_at(item), saved, operand);
             c_at(item) = saved[C::Z];
           }
-          if (tensors().saved) {
+          if (C::kCellState && loop_.saves_states) {
+            keep(state_row(item), saved[C::kSaved]);
+          } else if (tensors().saved) {
             Storage* const to = Base::saved_row(now_, item);
             FS_UNROLL
             for (int i = 0; i < (C::kCellState ? C::kSaved + 1 : C::kFirstGates); ++i) {
@@ -169,8 +185,10 @@ class ForwardPass : LoopPass<Traits> {
   FS_DEVICE void end_step(int begin, int parity) {
     if (projects()) {
       outputs_.for_each(begin, [&](int a, const Item& item) {
-        if (active(item))
-          h_at(item) = results_[a].h = rounded<Storage>(engine_.sum(1, parity, item.u, item.n));
+        if (active(item)) {
+          results_[a].h = rounded<Storage>(engine_.sum(1, parity, item.u, item.n));
+          h_at(item) = resets(item) ? Scalar(0) : results_[a].h;
+        }
         engine_.put(0, 1 - parity, 0, item.u, item.n, h_at(item));
       });
       return;
@@ -185,8 +203,10 @@ class ForwardPass : LoopPass<Traits> {
         saved[C::Z] = c_at(item);
         widen_all(inputs_[a].x, x);
         C::step(x, u, h, Scalar(0), saved, h_next, unused);
-        h_at(item) = h = results_[a].h = rounded<Storage>(h_next);
+        h = results_[a].h = rounded<Storage>(h_next);
         results_[a].saved[C::N] = saved[C::N];
+        if (resets(item)) h = 0;
+        h_at(item) = h;
       }
       engine_.put(0, 1 - parity, 0, item.u, item.n, h);
     });
@@ -199,6 +219,10 @@ class ForwardPass : LoopPass<Traits> {
       Storage* const output = row_at<Storage>(loop_.output, packed(), now_, item.row);
       keep(output + engine_.direction * width() + item.unit, results_[a].h);
       if (!tensors().saved || projects()) return;
+      if (loop_.saves_states) {
+        keep(state_row(item), results_[a].saved[kMostSaved - 1]);
+        return;
+      }
       Storage* const to = Base::saved_row(now_, item);
       FS_UNROLL
       for (int i = 0; i < kMostSaved; ++i) {
@@ -207,6 +231,8 @@ class ForwardPass : LoopPass<Traits> {
       }
     });
   }
+
+  static_assert(LSTM<float>::kSaved == kMostSaved - 1, "store() relies on it");
 
   Inputs inputs_[kAhead];
   Results results_[kAhead];

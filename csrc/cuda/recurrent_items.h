@@ -21,6 +21,18 @@ FS_DEVICE StepRows rows_of(const LoopKernelArgs& args, int64_t t) {
   return {t, offsets[t], offsets[t + 1] - offsets[t]};
 }
 
+// Whether a row has a step.
+FS_DEVICE bool has_step(const int64_t* lengths, const StepRows& step, int64_t row) {
+  return row < step.rows && (!lengths || step.t < lengths[row]);
+}
+
+// Bounds a gradient from both sides; NaN stays NaN.
+template <class T>
+struct Clip {
+  T bound;
+  FS_DEVICE T operator()(T x) const { return x > bound ? bound : x < -bound ? -bound : x; }
+};
+
 // A unit of a row. `inside`: both exist.
 struct Item {
   int u, n;  // of the block, of the tile

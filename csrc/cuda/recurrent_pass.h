@@ -29,10 +29,13 @@ class LoopPass {
   FS_DEVICE int width() const { return int(loop_.proj_size ? loop_.proj_size : loop_.hidden_size); }
   FS_DEVICE const LoopDirection& tensors() const { return engine_.tensors(); }
   FS_DEVICE bool packed() const { return loop_.shape.batch_sizes != nullptr; }
-  FS_DEVICE bool active(const Item& item) const { return item.inside && item.row < now_.rows; }
+  FS_DEVICE bool active(const Item& item) const {
+    return item.inside && has_step(loop_.lengths, now_, item.row);
+  }
+  FS_DEVICE bool reverse() const { return loop_.reversed || engine_.direction == 1; }
   // Step s in the order of time, or against it.
   FS_DEVICE int64_t time(int64_t s, bool against) const {
-    return (engine_.direction == 1) != against ? loop_.shape.steps - 1 - s : s;
+    return reverse() != against ? loop_.shape.steps - 1 - s : s;
   }
 
   // Two values of each unit and row, in shared memory; only the thread that has the item touches them.

@@ -103,13 +103,19 @@ struct PreviousKernel {
       const int direction = int(i % loop.directions);
       const LoopDirection& tensors = loop.direction[direction];
       const StepRows now = rows_of(args, i / loop.directions);
-      const StepRows before = rows_of(args, direction == 0 ? now.t - 1 : now.t + 1);
+      const bool reverse = loop.reversed || direction == 1;
+      const StepRows before = rows_of(args, reverse ? now.t + 1 : now.t - 1);
+      const uint8_t* const resets =
+          loop.resets && before.rows ? loop.resets + (reverse ? before : now).offset : nullptr;
       const auto* const h0 = static_cast<const Storage*>(tensors.h0);
       auto* const to = static_cast<Storage*>(tensors.previous) + now.offset * width;
       for (int64_t j = thread_index(); j < now.rows * width; j += thread_count()) {
         const int64_t row = j / width, unit = j % width;
         Storage h{};
-        if (row < before.rows) {
+        const bool continues = has_step(loop.lengths, before, row);
+        if (!has_step(loop.lengths, now, row) || (continues && resets && resets[row])) {
+          // zero
+        } else if (continues) {
           h = row_at<const Storage>(loop.output, packed, before, row)[direction * width + unit];
         } else if (h0) {
           h = h0[row * width + unit];

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import CELLS
-from ..windows import recurrent_checkpoints, recurrent_windows, steps_of
+from ..windows import recurrent_checkpoints, recurrent_windows_backward, steps_of
 from .function import Backward, Function, gradients, refuse
 
 
@@ -88,7 +88,9 @@ def _backward_op(
     layer, options = (mode, directions, bias), (grad_clip, truncate, memory)
     kept = (list(weights), kept_h, kept_c)
     return tuple(
-        recurrent_windows(grad_output, grad_h_n, grad_c_n, *sequence, *kept, *layer, *options, wanted)
+        recurrent_windows_backward(
+            grad_output, grad_h_n, grad_c_n, *sequence, *kept, *layer, *options, wanted
+        )
     )
 
 
