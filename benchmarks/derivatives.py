@@ -8,7 +8,7 @@ torch.nn's layers have second derivatives by the same formulas as such a loop, a
 multiplies all steps by W_ih at once, and each by W_hh. Three things are timed, in turn with the loop in one
 process:
 
-    double backward   the gradient of the input with create_graph, and gradients of its norm for parameters
+    double backward   the gradient of the input with create_graph, and those of its norm for the parameters
     jvp               torch.func.jvp along a direction of the input, the parameters constant
     HVP               forward over reverse: torch.func.jvp of torch.func.grad, for the parameters
 

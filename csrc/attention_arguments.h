@@ -75,6 +75,35 @@ inline AttentionArgs read_backward(Integers& from) {
   return a;
 }
 
+// attention_dual_forward: the numbers of attention_forward, then the tangents.
+inline AttentionDualArgs read_dual_forward(Integers& from) {
+  AttentionDualArgs a = {};
+  a.primal = read_forward(from);
+  a.query = read_head(from), a.key = read_head(from), a.value = read_head(from);
+  a.mask = read_mask(from);
+  a.sinks = from.pointer<const void>();
+  a.output = read_head(from), a.remainder = read_head(from), a.lse = read_rows(from);
+  return a;
+}
+
+// attention_dual_backward: the numbers of attention_backward, without grad_weights, then the tangents of all that it
+// reads and writes.
+inline AttentionDualArgs read_dual_backward(Integers& from) {
+  AttentionDualArgs a = {};
+  a.primal = read_backward(from);
+  a.query = read_head(from), a.key = read_head(from), a.value = read_head(from);
+  a.mask = read_mask(from);
+  a.sinks = from.pointer<const void>();
+  a.output = read_head(from), a.remainder = read_head(from), a.lse = read_rows(from);
+  a.grad_output = read_head(from), a.grad_lse = read_rows(from);
+  a.grad_query = read_head(from), a.grad_key = read_head(from), a.grad_value = read_head(from);
+  Integers mask = from.nested();
+  a.grad_mask = mask.pointer<void>();
+  for (int64_t& stride : a.primal.grad_mask_stride) stride = mask.next();
+  a.grad_sinks = from.pointer<void>();
+  return a;
+}
+
 // query, key, value and output of (B, heads, rows, features) on a type of device, is_causal, scale, enable_gqa: a call
 // without any other option. False if anything about the tensors is not as usual.
 inline bool read_plain(PyObject* const* arguments, int device_type, AttentionArgs& a) {

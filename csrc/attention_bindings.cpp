@@ -45,6 +45,24 @@ void backward(py::args numbers) {
   attention_backward(a);
 }
 
+void dual_forward(py::args numbers) {
+  Integers from(numbers);
+  AttentionDualArgs a = read_dual_forward(from);
+  read_forced_plan(a.primal.forced_plan);
+  if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
+  py::gil_scoped_release release;
+  attention_dual_forward(a);
+}
+
+void dual_backward(py::args numbers) {
+  Integers from(numbers);
+  AttentionDualArgs a = read_dual_backward(from);
+  read_forced_plan(a.primal.forced_plan);
+  if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
+  py::gil_scoped_release release;
+  attention_dual_backward(a);
+}
+
 // attention(threads, query, key, value, output, is_causal, scale, enable_gqa): attention without any other option, of
 // (B, heads, rows, features), and True. False, and nothing was done, if anything about the tensors is not as usual:
 // who calls then asks the operator, which says what.
@@ -90,6 +108,8 @@ void bind_attention(py::module_& m) {
   if (PyModule_AddFunctions(m.ptr(), g_fast_calls) != 0) throw py::error_already_set();
   m.def("attention_forward", forward);
   m.def("attention_backward", backward);
+  m.def("attention_dual_forward", dual_forward);
+  m.def("attention_dual_backward", dual_backward);
   m.def("attention_plan", plan);
 }
 

@@ -199,6 +199,26 @@ struct AttentionArgs {
   void* workspace;  // of the size that the plan says, 256-byte aligned
 };
 
+// Attention over dual numbers: a call as above, and the tangent of each of its tensors. Of arguments and incoming
+// gradients null is zeros; of results, and of gradients, not wanted. The CPU's engine alone has it.
+struct AttentionDualArgs {
+  AttentionArgs primal;
+  HeadTensor query, key, value;
+  AttentionMask mask;  // of the kind of the mask
+  const void* sinks;   // [Hq]
+  HeadTensor
+      output;  // [B, Hq, Sq, Dv]; written by the forward pass, read by the backward pass, like the next two
+  HeadTensor remainder;
+  HeadRows lse;
+
+  // The backward pass only.
+  HeadTensor grad_output;
+  HeadRows grad_lse;
+  HeadTensor grad_query, grad_key, grad_value;
+  void* grad_mask;  // in the dtype of sums, zero-filled, with the strides of primal.grad_mask_stride
+  void* grad_sinks;
+};
+
 // ---- the time loop alone, as the CUDA engine runs it ----
 //
 // Matrix products over all steps at once (W x before the loop, weight gradients and dx after it) are the

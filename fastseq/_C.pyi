@@ -201,6 +201,16 @@ def attention_backward(
     remainder: tuple[int, ...],
     /,
 ) -> None: ...
+
+# The numbers of attention_forward, without weights; then query, key and value of tangents, attn_mask and
+# sinks of these, and of the tangents of results output, remainder and lse.
+def attention_dual_forward(*numbers: Any) -> None: ...
+
+# The numbers of attention_backward, without grad_weights; then of tangents query, key, value, attn_mask,
+# sinks, output, remainder, lse, grad_output and grad_lse, and of the tangents that are written grad_query,
+# grad_key, grad_value, grad_mask and grad_sinks. Both grad_mask are in the dtype of sums and filled with
+# zeros, and have the same strides.
+def attention_dual_backward(*numbers: Any) -> None: ...
 def attention_plan(
     dtype: int,
     threads: int,

@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import attention_ops, autocast, autograd
-from .attention_checks import broadcasts, dtype_of_sums, raise_for_mask, refuse_trained_slopes
+from .attention_checks import (
+    broadcasts,
+    dtype_of_sums,
+    is_differentiated,
+    raise_for_mask,
+    refuse_trained_slopes,
+)
 from .checks import problem, require_tensor
 
 
@@ -108,16 +114,19 @@ def scaled_dot_product_attention(
 
     Raises:
         TypeError: what is no tensor, number or bool where one is expected; a scale or softcap that requires a
-            gradient.
+            gradient or has a tangent.
         RuntimeError: shapes that do not fit together, mixed dtypes or devices, lengths out of bounds on the
             CPU (on CUDA nobody looks at them before the kernels, which take the nearest that are not), heads
-            of more than 256 features on CUDA, alibi_slopes that require a gradient, dropout_p out of bounds.
+            of more than 256 features on CUDA, alibi_slopes with a gradient or a tangent, dropout_p out of
+            bounds; a third derivative.
         ValueError: a causal, window or softcap that is none of those above, is_causal beside
             causal="bottom_right".
         NotImplementedError: packed sequences with attn_mask, key_lengths or return_weights; nested tensors; a
             dtype, device or layout without a kernel.
 
-    There are first derivatives only: second ones, forward mode and vmap raise errors.
+    There are first and second derivatives, in reverse mode and, at most once, in forward mode: gradients of
+    gradients, torch.func.jvp, dual numbers, Hessian-vector products. Third ones raise an error. Forward mode
+    is one pass, of results and tangents; of second derivatives two, which save nothing of size Sq * Sk.
     Saved for the backward pass: the tensors that are given, output, in 16-bit dtypes what rounding took from
     it, two numbers for each query, and the weights if they are returned.
 
@@ -401,7 +410,7 @@ def _no_bool(name: str, given: object) -> TypeError:
 def _number(name: str, given: Any) -> float:
     if isinstance(given, (float, int)):
         return float(given)
-    if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
+    if isinstance(given, Tensor) and is_differentiated(given):
         raise TypeError(
             problem(
                 f"{name} that requires a gradient",

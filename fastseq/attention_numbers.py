@@ -16,6 +16,7 @@ from .attention_checks import Arguments, Attention
 from .checks import DTYPES, problem
 
 if TYPE_CHECKING:
+    from .attention_dual_ops import DualGradients, DualIncoming, DualResults, Tangents
     from .attention_ops import Gradients, Incoming
 
 _NO_HEAD = (0, 0, 0, 0)
@@ -63,8 +64,7 @@ def _broadcast_strides(tensor: Tensor) -> list[int]:
     return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
-def _mask(a: Arguments) -> tuple[int, ...]:
-    mask = a.attn_mask
+def _mask(mask: Tensor | None, a: Arguments) -> tuple[int, ...]:
     if mask is None:
         return _NO_MASK
     kind = 1 if mask.dtype is torch.bool else 2 if mask.dtype is a.query.dtype else 3
@@ -113,7 +113,7 @@ def of_forward(
         *_problem(sizes, a, output, threads, seed),
         _rows(lse),
         *_normalizer(normalizer),
-        _mask(a),
+        _mask(a.attn_mask, a),
         _alibi(a),
         address(a.sinks),
         _head(_for_every_head(weights, sizes)) if a.return_weights else _NO_HEAD,
@@ -121,14 +121,17 @@ def of_forward(
     )
 
 
+def _mask_gradient(grad: Tensor | None) -> tuple[int, ...]:
+    return _NO_GRAD_OF_MASK if grad is None else (grad.data_ptr(), *_broadcast_strides(grad))
+
+
 def of_backward(
     sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradients, threads: int, seed: int
 ) -> tuple[Any, ...]:
-    of_mask = grads.attn_mask
     return (
         *_problem(sizes, a, incoming.output, threads, seed),
         *_normalizer(incoming.normalizer),
-        _mask(a),
+        _mask(a.attn_mask, a),
         _alibi(a),
         address(a.sinks),
         _head(incoming.grad_output),
@@ -137,7 +140,60 @@ def of_backward(
         _head(grads.query),
         _head(grads.key),
         _head(grads.value),
-        _NO_GRAD_OF_MASK if of_mask is None else (of_mask.data_ptr(), *_broadcast_strides(of_mask)),
+        _mask_gradient(grads.attn_mask),
         address(grads.sinks),
         _head(incoming.remainder),
+    )
+
+
+def _tangents(tangents: Tangents, a: Arguments) -> tuple[Any, ...]:
+    return (
+        _head(tangents.query),
+        _head(tangents.key),
+        _head(tangents.value),
+        _mask(tangents.attn_mask, a),
+        address(tangents.sinks),
+    )
+
+
+def of_dual_forward(
+    sizes: Attention, a: Arguments, tangents: Tangents, results: DualResults, threads: int, seed: int
+) -> tuple[Any, ...]:
+    remainder = results.remainder_tangent
+    return (
+        *of_forward(sizes, a, results[:5], threads, seed),
+        *_tangents(tangents, a),
+        _head(results.output_tangent),
+        _head(remainder) if remainder.dim() > 1 else _NO_HEAD,
+        _rows(results.lse_tangent),
+    )
+
+
+def of_dual_backward(
+    sizes: Attention,
+    a: Arguments,
+    tangents: Tangents,
+    of_primal: Incoming,
+    incoming: DualIncoming,
+    grads: DualGradients,
+    threads: int,
+    seed: int,
+) -> tuple[Any, ...]:
+    """of_primal: what of incoming attention_backward has as well."""
+    primal, tangent = grads
+    of_mask = (address(tangent.attn_mask), *_mask_gradient(primal.attn_mask)[1:])
+    return (
+        *of_backward(sizes, a, of_primal, primal, threads, seed),
+        *_tangents(tangents, a),
+        _head(incoming.output_tangent),
+        _head(incoming.remainder_tangent),
+        _rows(incoming.lse_tangent),
+        _head(incoming.grad_tangents.output),
+        _rows(incoming.grad_tangents.lse),
+        _head(tangent.query),
+        _head(tangent.key),
+        _head(tangent.value),
+        # with the strides of both, which are the same
+        _mask_gradient(tangent.attn_mask) if primal.attn_mask is None else of_mask,
+        address(tangent.sinks),
     )

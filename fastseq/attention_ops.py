@@ -28,11 +28,11 @@ from .attention_checks import (
 )
 from .dispatch import READS_TENSORS, library, nobody_listens, plain_device, register
 
-_TENSORS = (
+TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed"
 )
-_NUMBERS = "float scale, float softcap, float dropout_p, int left, int right, bool bottom_right"
+NUMBERS = "float scale, float softcap, float dropout_p, int left, int right, bool bottom_right"
 # output is (B, Hq, Sq, Dv), in memory like query; lse (B, Hq, Sq) in the dtype of sums; weights (B, Hq, Sq,
 # Sk), or (B, 1, Sq, Sk) if averaged over the heads, empty if not asked for. Packed: (total_q, Hq, Dv) and
 # (Hq, total_q). remainder is like output, if `save` and the dtype has 16 bits, else empty: what rounding
@@ -41,7 +41,7 @@ _NUMBERS = "float scale, float softcap, float dropout_p, int left, int right, bo
 # exp(score - normalizer[0]) normalizer[1], the former in the engine's units, as exact as they were; empty
 # where neither `save` nor weights need it.
 library.define(
-    f"attention({_TENSORS}, {_NUMBERS}, bool return_weights, bool average_weights=False, "
+    f"attention({TENSORS}, {NUMBERS}, bool return_weights, bool average_weights=False, "
     "bool save=False) "
     "-> (Tensor output, Tensor lse, Tensor weights, Tensor remainder, Tensor normalizer)"
 )
@@ -49,12 +49,12 @@ library.define(
 # these are the same bits every time. weights are needed beside grad_weights only.
 library.define(
     "attention_backward(Tensor? grad_output, Tensor? grad_lse, Tensor? grad_weights, "
-    f"{_TENSORS}, Tensor output, Tensor normalizer, Tensor? weights, Tensor? remainder, {_NUMBERS}, "
+    f"{TENSORS}, Tensor output, Tensor normalizer, Tensor? weights, Tensor? remainder, {NUMBERS}, "
     "bool[] wanted, bool deterministic=True) -> Tensor[]"
 )
 
 
-def _rows_of(tensor: Tensor) -> Tensor:
+def rows_of(tensor: Tensor) -> Tensor:
     """With features next to each other, as the kernels want them: a copy if they are not."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
@@ -74,7 +74,7 @@ def _empty_like(like: Tensor, features: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------- forward
 
 
-def _allocate(a: Arguments, sizes: Attention) -> tuple[Tensor, ...]:
+def allocate(a: Arguments, sizes: Attention) -> tuple[Tensor, ...]:
     query, heads, queries = a.query, sizes.heads, sizes.queries
     output = _empty_like(query, sizes.value_size)
     rows, strides = (sizes.batch, heads, queries), (heads * queries, queries, 1)
@@ -97,15 +97,15 @@ def _shape_of_weights(a: Arguments, sizes: Attention) -> tuple[int, ...]:
 
 def _attention_fake(*arguments: Any) -> tuple[Tensor, ...]:
     a = Arguments(*arguments)
-    return _allocate(a, check_attention(a))
+    return allocate(a, check_attention(a))
 
 
-def _dense(a: Arguments, sizes: Attention, looks: bool) -> Arguments:
+def dense(a: Arguments, sizes: Attention, looks: bool) -> Arguments:
     """As the kernels take them: features next to each other, lengths as int64, without gaps, and checked if
     somebody looks at them."""
     query, key, value = a.query, a.key, a.value
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
-        a = a._replace(query=_rows_of(query), key=_rows_of(key), value=_rows_of(value))
+        a = a._replace(query=rows_of(query), key=rows_of(key), value=rows_of(value))
     if a.key_lengths is not None or a.cu_seqlens_q is not None or a.sinks is not None:
         lengths = {
             name: getattr(a, name).to(torch.int64).contiguous()
@@ -124,8 +124,8 @@ def _run(run: Callable[..., None], looks: bool, *arguments: Any) -> tuple[Tensor
     looks: whether values of lengths are checked, for which a GPU would have to be waited for."""
     a = Arguments(*arguments)
     sizes = check_attention(a)
-    results = _allocate(a, sizes)
-    a = _dense(a, sizes, looks)
+    results = allocate(a, sizes)
+    a = dense(a, sizes, looks)
     run(sizes, a, *results)
     if a.average_weights and not sizes.heads:
         results[2].fill_(torch.nan)
@@ -138,7 +138,7 @@ def _run(run: Callable[..., None], looks: bool, *arguments: Any) -> tuple[Tensor
 class Incoming(NamedTuple):
     """What the backward pass has beside the arguments of the forward pass."""
 
-    grad_output: Tensor  # like output
+    grad_output: Tensor | None  # like output; None for zeros only over dual numbers
     grad_lse: Tensor | None  # like lse, less the row sums of weights * grad_weights
     grad_weights: Tensor | None  # (B, Hq, Sq, Sk)
     output: Tensor
@@ -164,6 +164,31 @@ def forward_arguments(arguments: Sequence[Any]) -> Arguments:
     return Arguments(*arguments[3:13], *arguments[17:23], arguments[15] is not None)
 
 
+def require_like(
+    name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, of: str
+) -> None:
+    if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
+        raise RuntimeError(
+            problem(
+                f"{name} of shape {tuple(tensor.shape)} and dtype {tensor.dtype} on {tensor.device}",
+                f"shape {tuple(shape)} and dtype {dtype} on {device}, as of {of}",
+                f"check the sizes of {name}",
+            )
+        )
+
+
+def check_wanted(name: str, wanted: Sequence[bool], a: Arguments) -> None:
+    trained_mask = a.attn_mask is not None and a.attn_mask.dtype is not torch.bool
+    if len(wanted) != 5 or (wanted[3] and not trained_mask) or (wanted[4] and a.sinks is None):
+        raise RuntimeError(
+            problem(
+                f"{name}={list(wanted)}",
+                "a bool for each of query, key, value, attn_mask and sinks, true where there is one",
+                "False for a mask that is None or bool, and for sinks that are None",
+            )
+        )
+
+
 def _read_backward(arguments: Sequence[Any]) -> tuple[Arguments, Attention]:
     """The arguments of the forward pass, which are checked, as is what came from it."""
     weights = arguments[15]
@@ -181,26 +206,9 @@ def _read_backward(arguments: Sequence[Any]) -> tuple[Arguments, Attention]:
         ("grad_lse", arguments[1], lse, sums),
         ("grad_weights", arguments[2], (*lse, sizes.keys), dtype),
     ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype is not of or tensor.device != query.device:
-            raise RuntimeError(
-                problem(
-                    f"{name} of shape {tuple(tensor.shape)} and dtype {tensor.dtype} on {tensor.device}",
-                    f"shape {tuple(shape)} and dtype {of} on {query.device}, as of the forward pass",
-                    f"check the sizes of {name}",
-                )
-            )
-    wanted = arguments[23]
-    trained_mask = a.attn_mask is not None and a.attn_mask.dtype is not torch.bool
-    if len(wanted) != 5 or (wanted[3] and not trained_mask) or (wanted[4] and a.sinks is None):
-        raise RuntimeError(
-            problem(
-                f"wanted={list(wanted)}",
-                "a bool for each of query, key, value, attn_mask and sinks, true where there is one",
-                "False for a mask that is None or bool, and for sinks that are None",
-            )
-        )
+        if tensor is not None:
+            require_like(name, tensor, shape, of, query.device, "the forward pass")
+    check_wanted("wanted", arguments[23], a)
     if arguments[2] is not None and weights is None:
         raise RuntimeError(
             problem("grad_weights without weights", "the weights of the forward pass", "pass both, or none")
@@ -208,7 +216,7 @@ def _read_backward(arguments: Sequence[Any]) -> tuple[Arguments, Attention]:
     return a, sizes
 
 
-def _result(grad: Tensor, name: str, a: Arguments) -> Tensor:
+def result(grad: Tensor, name: str, a: Arguments) -> Tensor:
     """A gradient as the operator returns it."""
     if name == "attn_mask":
         assert a.attn_mask is not None
@@ -223,7 +231,7 @@ def _empty_for_mask(mask: Tensor, sizes: Attention, sums: torch.dtype) -> Tensor
     return mask.new_zeros(mask.shape, dtype=sums)
 
 
-def _allocate_gradients(a: Arguments, sizes: Attention, wanted: Sequence[bool]) -> Gradients:
+def allocate_gradients(a: Arguments, sizes: Attention, wanted: Sequence[bool]) -> Gradients:
     of_query, of_key, of_value, of_mask, of_sinks = wanted
     dtype, query = dtype_of_sums(a.query.dtype), a.query
     mask = a.attn_mask
@@ -238,9 +246,9 @@ def _allocate_gradients(a: Arguments, sizes: Attention, wanted: Sequence[bool]) 
 
 def _attention_backward_fake(*arguments: Any) -> list[Tensor]:
     a, sizes = _read_backward(arguments)
-    grads = _allocate_gradients(a, sizes, arguments[23])
+    grads = allocate_gradients(a, sizes, arguments[23])
     return [
-        _result(grad, name, a) for name, grad in zip(grads._fields, grads, strict=True) if grad is not None
+        result(grad, name, a) for name, grad in zip(grads._fields, grads, strict=True) if grad is not None
     ]
 
 
@@ -251,17 +259,17 @@ def _deterministic(arguments: Sequence[Any]) -> bool:
 def _incoming(arguments: Sequence[Any]) -> Incoming:
     grad_output, grad_lse, grad_weights = arguments[:3]
     output, normalizer, weights, remainder = arguments[13:17]
-    grad_output = torch.zeros_like(output) if grad_output is None else _rows_of(grad_output)
+    grad_output = torch.zeros_like(output) if grad_output is None else rows_of(grad_output)
     if grad_weights is not None:
         # Of a hidden weight the gradient may be anything.
         shares = weights.to(normalizer.dtype) * grad_weights
         row_sums = shares.masked_fill(weights == 0, 0).sum(-1)
         grad_lse = -row_sums if grad_lse is None else grad_lse - row_sums
-        grad_weights = _rows_of(grad_weights)
+        grad_weights = rows_of(grad_weights)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     # output and normalizer as the forward pass made them, unless a hook on saved tensors laid them out anew.
-    remainder = None if remainder is None else _rows_of(remainder)
-    output, normalizer = _rows_of(output), normalizer.contiguous()
+    remainder = None if remainder is None else rows_of(remainder)
+    output, normalizer = rows_of(output), normalizer.contiguous()
     return Incoming(
         grad_output, grad_lse, grad_weights, output, normalizer, remainder, _deterministic(arguments)
     )
@@ -270,14 +278,14 @@ def _incoming(arguments: Sequence[Any]) -> Incoming:
 def _run_backward(run: Callable[..., None], looks: bool, *arguments: Any) -> list[Tensor]:
     """Checks, allocates, has run(sizes, arguments, incoming, grads) fill the gradients."""
     a, sizes = _read_backward(arguments)
-    grads = _allocate_gradients(a, sizes, arguments[23])
-    a = _dense(a, sizes, looks)
+    grads = allocate_gradients(a, sizes, arguments[23])
+    a = dense(a, sizes, looks)
     if sizes.heads:
         run(sizes, a, _incoming(arguments), grads)
     else:  # keys and values that no query head reads
         grads = Gradients(*(None if grad is None else grad.zero_() for grad in grads))
     return [
-        _result(grad, name, a) for name, grad in zip(grads._fields, grads, strict=True) if grad is not None
+        result(grad, name, a) for name, grad in zip(grads._fields, grads, strict=True) if grad is not None
     ]
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import attention_ops, dual_ops, ops  # noqa: F401  they define the operators
+from . import attention_dual_ops, attention_ops, dual_ops, ops  # noqa: F401  they define the operators
 from .dispatch import library
 
 Named = Mapping[str, Any]  # an operator's arguments, or where vmap's dimension is in each, by name
@@ -194,6 +194,29 @@ def _attend(
     return at_once(op, size, dims, given, Layout(arguments, results, entries_first=True))
 
 
+_WITH_TANGENTS = _ATTENTION | {
+    name: 0 for of in ("query", "key", "value", *_INCOMING, "lse") for name in (of, f"{of}_tangent")
+}
+# Those that are broadcast, or that one row of a larger batch would not see as it does its own.
+_OF_ALL = ("cu_seqlens_q", "attn_mask", "alibi_slopes", "sinks", "seed")
+
+
+def _attention_dual(op: Callable[..., Any], size: int, dims: Named, given: Named) -> Result:
+    return _attend_along(op, size, dims, given, (0, 0, 0, 0, 1, 0, 0, 0, 0))
+
+
+def _attention_dual_backward(op: Callable[..., Any], size: int, dims: Named, given: Named) -> Result:
+    return _attend_along(op, size, dims, given, (0,) * 6)
+
+
+def _attend_along(
+    op: Callable[..., Any], size: int, dims: Named, given: Named, results: Sequence[int]
+) -> Result:
+    if any(given[name] is not None for name in _OF_ALL):
+        return each_entry(op, size, dims, given)
+    return at_once(op, size, dims, given, Layout(_WITH_TANGENTS, results, entries_first=True))
+
+
 def _rows(tensor: Tensor, mapped: int | None) -> int:
     """The size of the first dimension, as one entry sees it."""
     return tensor.shape[1 if mapped == 0 else 0]
@@ -225,5 +248,7 @@ for _rule in (
     _recurrent_dual_backward,
     _attention,
     _attention_backward,
+    _attention_dual,
+    _attention_dual_backward,
 ):
     _register(_rule.__name__[1:], _rule)

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from .attention_ops import Gradients, Incoming, Running
 
 
-def _threads_and_seed(a: Arguments) -> tuple[int, int]:
+def threads_and_seed(a: Arguments) -> tuple[int, int]:
     return torch.get_num_threads(), 0 if a.seed is None else int(a.seed.item())
 
 
 def forward(sizes: Attention, a: Arguments, *results: Tensor) -> None:
-    _C.attention_forward(*attention_numbers.of_forward(sizes, a, results, *_threads_and_seed(a)))
+    _C.attention_forward(*attention_numbers.of_forward(sizes, a, results, *threads_and_seed(a)))
 
 
 def backward(sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradients) -> None:
-    _C.attention_backward(*attention_numbers.of_backward(sizes, a, incoming, grads, *_threads_and_seed(a)))
+    _C.attention_backward(*attention_numbers.of_backward(sizes, a, incoming, grads, *threads_and_seed(a)))
 
 
 def plan_in_data(

@@ -95,7 +95,10 @@ def fresh_state():
 # Test files of what runs on the CPU and by CUDA kernels alike: each of their tests runs on every rung.
 LADDER = {
     f"test_attention{name}"
-    for name in ("", "_accuracy", "_dropout", "_gradcheck", "_masked", "_options", "_properties", "_weights")
+    for name in (
+        *("", "_accuracy", "_dropout", "_gradcheck", "_gradgradcheck", "_masked", "_options", "_properties"),
+        *("_tangents", "_weights"),
+    )
 }
 RUNGS = [
     "cpu",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cuda_host
-from fastseq import _C, attention_ops, loops, ops, precision
+from fastseq import _C, attention_dual_ops, attention_ops, loops, ops, precision
 from harness import (
     Case,
     assert_all_as_accurate_as_torch,
@@ -136,7 +136,9 @@ class Device:
         engine = loops.Engine(self.module, lambda index: facts, self.stream)
         kernels, reads_tensors = ops.KERNELS.get(self.where), ops.READS_TENSORS
         of_attention = attention_ops.KERNELS.get(self.where)
+        of_dual = attention_dual_ops.KERNELS.get(self.where)
         attention_ops.KERNELS[self.where] = attention_ops.cuda_kernels(engine)
+        attention_dual_ops.KERNELS[self.where] = attention_dual_ops.in_blocks(looks=False)
         attention_ops.READS_TENSORS = False
         before = {name: os.environ.get(name) for name in FORCED}
         allow_tf32 = torch.backends.cudnn.allow_tf32
@@ -149,6 +151,7 @@ class Device:
         finally:
             ops.KERNELS[self.where], ops.READS_TENSORS = kernels, reads_tensors
             attention_ops.KERNELS[self.where], attention_ops.READS_TENSORS = of_attention, reads_tensors
+            attention_dual_ops.KERNELS[self.where] = of_dual
             torch.backends.cudnn.allow_tf32 = allow_tf32
             for name, value in before.items():
                 os.environ.pop(name, None)
@@ -242,12 +245,17 @@ def carried_to_the_gpu():
         return type(results)(carried(x, "cpu") for x in results)
 
     kernels = (partial(run, of_gpu.attention), partial(run, of_gpu.attention_backward))
+    of_dual = attention_dual_ops.KERNELS["cpu"]
     attention_ops.KERNELS["cpu"] = attention_ops.Kernels(*kernels, of_gpu.plan)
+    attention_dual_ops.KERNELS["cpu"] = attention_dual_ops.Kernels(
+        *(partial(run, kernel) for kernel in attention_dual_ops.KERNELS["cuda"])
+    )
     attention_ops.READS_TENSORS, before = False, attention_ops.READS_TENSORS
     try:
         yield
     finally:
         attention_ops.KERNELS["cpu"], attention_ops.READS_TENSORS = of_cpu, before
+        attention_dual_ops.KERNELS["cpu"] = of_dual
 
 
 @contextmanager

@@ -246,7 +246,7 @@ class Forward {
                        group.keys + tile * kKeyTile * left_stride_, t.tile.products,
                        prefetch_masks<O>(scores_, rows, row_of));
       softmax_tile<O>(scores_, dropout_, u.b * a_.heads, rows, columns, first_key, t.tile);
-      rescale_output(rows, t.tile);
+      rescale_output(rows, t.tile, t.tile.output);
       add_weighted<S, O>(
           rows, columns, count, reinterpret_cast<const O*>(t.tile.products),
           kKeyTile * int64_t(sizeof(T) / sizeof(O)),
@@ -274,7 +274,7 @@ class Forward {
       multiply_directly(t.direct_left, rows.rows, u.s.template key_row<const S>(a_.key, u.kv_head, first_key),
                         a_.key.stride[2], a_.head_size, all, count, t.tile.products, kKeyTile);
       softmax_tile<T>(scores_, dropout_, u.b * a_.heads, rows, columns, first_key, t.tile);
-      rescale_output(rows, t.tile);
+      rescale_output(rows, t.tile, t.tile.output);
       add_directly(t.tile.products, kKeyTile, rows.rows, {all.begin, std::min(all.end, count)},
                    u.s.template key_row<const S>(a_.value, u.kv_head, first_key), a_.value.stride[2],
                    a_.value_size, t.tile.output, value_columns_);

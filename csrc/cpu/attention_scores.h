@@ -149,6 +149,9 @@ class Scores {
     }
   }
 
+  // The derivative by the product of what `kept` becomes there.
+  V bend(V product, V kept) const { return tanh(product * cap_scale_) * kept * V(-2 * cap_scale_); }
+
   // The same for columns that are not all within the row's visible ones.
   static V within(const ScoreRow<T>& row, V x, int64_t column) {
     const V at = lane_numbers<T>() + T(column);

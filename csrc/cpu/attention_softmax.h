@@ -118,13 +118,14 @@ void softmax_tile(const Scores<S, T>& scores, const Dropout& dropout, int64_t fi
   }
 }
 
+// Of the rows of a tile what has been summed up so far, in units of their highest weight: state.output, or another sum.
 template <class O, class T>
-void rescale_output(const RowTile<O>& rows, TileState<T>& state) {
+void rescale_output(const RowTile<O>& rows, const TileState<T>& state, T* sums) {
   using V = Vec<T>;
   for (int64_t g = 0; g < rows.groups; ++g) {
     for (int64_t r = rows.first_row[g]; r < rows.first_row[g + 1] && state.touched[g]; ++r) {
       if (state.rescale[r] == 1) continue;
-      T* const output = state.output + r * state.output_stride;
+      T* const output = sums + r * state.output_stride;
       for (int64_t i = 0; i < state.output_stride; i += V::kWidth) {
         store(output + i, load<V>(output + i) * V(state.rescale[r]));
       }

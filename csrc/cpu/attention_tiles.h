@@ -211,8 +211,9 @@ struct RowTile {
 };
 
 // products[rows][kKeyTile] = rows of a times a tile of transposed keys, where a group's columns say, but for hidden
-// panels. ahead(group, columns) is called before each register tile, to ask for what its scores will need.
-template <class O, class Ahead>
+// panels; added to what is there if kAdd. ahead(group, columns) is called before each register tile, to ask for what its
+// scores will need.
+template <class O, bool kAdd = false, class Ahead>
 void multiply_keys(const RowTile<O>& tile, const Range* columns, const bool* hidden, const O* left,
                    int64_t left_stride, int64_t features, const O* panels, typename Tiles<O>::T* products,
                    const Ahead& ahead) {
@@ -233,6 +234,7 @@ void multiply_keys(const RowTile<O>& tile, const Range* columns, const bool* hid
       t.panel_stride = K::kPanelKeys * K::kPair;
       t.c = products + tile.first_row[g] * K::kKeyTile + begin;
       t.c_stride = K::kKeyTile;
+      if constexpr (kAdd) t.init = t.c, t.init_stride = t.c_stride;
       multiply_rows<O, kScoreDepth>(tile.first_row[g + 1] - tile.first_row[g], (end - begin) / K::kWidth, t);
     }
   }

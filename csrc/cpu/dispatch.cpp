@@ -8,13 +8,15 @@
 #include "team.h"
 
 // FASTSEQ_ISA_LIST, from the build: X(portable) X(avx2) ..., slowest first.
-#define X(name)                                                        \
-  namespace fastseq::name {                                            \
-  bool recurrent_forward(const RecurrentArgs&, const RecurrentPlan&);  \
-  bool recurrent_backward(const RecurrentArgs&, const RecurrentPlan&); \
-  bool attention_forward(const AttentionArgs&, const AttentionPlan&);  \
-  bool attention_backward(const AttentionArgs&, const AttentionPlan&); \
-  double fma_peak(DType, double);                                      \
+#define X(name)                                                                 \
+  namespace fastseq::name {                                                     \
+  bool recurrent_forward(const RecurrentArgs&, const RecurrentPlan&);           \
+  bool recurrent_backward(const RecurrentArgs&, const RecurrentPlan&);          \
+  bool attention_forward(const AttentionArgs&, const AttentionPlan&);           \
+  bool attention_backward(const AttentionArgs&, const AttentionPlan&);          \
+  bool attention_dual_forward(const AttentionDualArgs&, const AttentionPlan&);  \
+  bool attention_dual_backward(const AttentionDualArgs&, const AttentionPlan&); \
+  double fma_peak(DType, double);                                               \
   }
 FASTSEQ_ISA_LIST
 #undef X
@@ -22,12 +24,14 @@ FASTSEQ_ISA_LIST
 namespace fastseq {
 namespace {
 
-#define X(name)              \
-  {#name,                    \
-   name::recurrent_forward,  \
-   name::recurrent_backward, \
-   name::attention_forward,  \
-   name::attention_backward, \
+#define X(name)                   \
+  {#name,                         \
+   name::recurrent_forward,       \
+   name::recurrent_backward,      \
+   name::attention_forward,       \
+   name::attention_backward,      \
+   name::attention_dual_forward,  \
+   name::attention_dual_backward, \
    name::fma_peak},
 const Engine kEngines[] = {FASTSEQ_ISA_LIST};
 #undef X
@@ -95,6 +99,14 @@ void attend_planned(Attend* attend, const AttentionArgs& a, bool backward) {
   attend(a, attention_plan(a, 1, backward));
 }
 
+template <class Attend>
+void attend_planned(Attend* attend, const AttentionDualArgs& args, bool backward) {
+  const AttentionArgs& a = args.primal;
+  if (a.batch == 0 || a.heads == 0) return;
+  if (attend(args, attention_plan(a, available_threads(a.threads), backward))) return;
+  attend(args, attention_plan(a, 1, backward));
+}
+
 }  // namespace
 
 const Engine& engine() {
@@ -116,6 +128,13 @@ void recurrent_backward(const RecurrentArgs& args) { run_planned(engine().recurr
 void attention_forward(const AttentionArgs& args) { attend_planned(engine().attention_forward, args, false); }
 void attention_backward(const AttentionArgs& args) {
   attend_planned(engine().attention_backward, args, true);
+}
+
+void attention_dual_forward(const AttentionDualArgs& args) {
+  attend_planned(engine().attention_dual_forward, args, false);
+}
+void attention_dual_backward(const AttentionDualArgs& args) {
+  attend_planned(engine().attention_dual_backward, args, true);
 }
 
 double fma_peak(DType dtype, int threads, double seconds) {

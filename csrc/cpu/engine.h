@@ -14,6 +14,8 @@ struct Engine {
   bool (*recurrent_backward)(const RecurrentArgs& args, const RecurrentPlan& plan);
   bool (*attention_forward)(const AttentionArgs& args, const AttentionPlan& plan);
   bool (*attention_backward)(const AttentionArgs& args, const AttentionPlan& plan);
+  bool (*attention_dual_forward)(const AttentionDualArgs& args, const AttentionPlan& plan);
+  bool (*attention_dual_backward)(const AttentionDualArgs& args, const AttentionPlan& plan);
   // Multiply-adds of a register-only loop, in operations per second, on the calling thread.
   double (*fma_peak)(DType dtype, double seconds);
 };
@@ -30,6 +32,8 @@ void recurrent_forward(const RecurrentArgs& args);
 void recurrent_backward(const RecurrentArgs& args);
 void attention_forward(const AttentionArgs& args);
 void attention_backward(const AttentionArgs& args);
+void attention_dual_forward(const AttentionDualArgs& args);
+void attention_dual_backward(const AttentionDualArgs& args);
 double fma_peak(DType dtype, int threads, double seconds);
 
 }  // namespace fastseq

@@ -1,4 +1,19 @@
-"""The gradients of attention, as an autograd Function around the operators of fastseq.attention_ops.
+"""The derivatives of attention: autograd Functions around its operators.
+
+With (y, y') = attention_dual(x, x') and (g, g') = attention_dual_backward(v, v', x, x'), where a prime marks
+a tangent and J is the Jacobian of attention at x:
+
+    y' = J x'        forward mode
+    g  = J^T v       reverse mode; v is the gradient of y
+    g' = what that changes by along (x', v')
+
+    forward mode of attention            attention_dual(x, x')
+    reverse mode of attention            attention_backward(x, v)
+    ... of that, for a gradient u of g   J u for v, as attention_dual(x, u); for x the g' of (v, 0, x, u)
+    forward mode of that                 the g' of (v, v', x, x')
+    reverse mode of forward mode, w      J^T w for x', the g of (w, 0, x, x'); for x its g'
+
+So two operators close first and second derivatives. Third ones raise an error, as does forward mode twice.
 
 Saved for the backward pass are all tensors that the operator takes, output, remainder, normalizer and, if
 asked for, weights; so none of these may be changed in place before the backward pass.
@@ -7,15 +22,24 @@ asked for, weights; so none of these may be changed in place before the backward
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from .. import attention_ops
+from .. import attention_dual_ops, attention_ops
 from ..attention_checks import Arguments
+from ..attention_dual_ops import DualResults
+from ..checks import problem
 from ..dispatch import is_traced
-from .function import Backward, Function, gradients, needs_gradient, recording, refuse
+from .function import Backward, Function, gradients, needs_gradient, recording
+
+_TENSORS = 10  # of Arguments
+_NUMBERS = 6  # of those that follow
+_AT = (0, 1, 2, 3, 8)  # of those that have derivatives: query, key, value, attn_mask and sinks
 
 
 def attention(*arguments: Any) -> tuple[Tensor, ...]:
@@ -31,8 +55,10 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
     ):
         return attention_ops.attention(*arguments[:-1])
     if is_compiling():
-        tensors = _each_once(tensors)
-    output, lse, weights, *saved = _Attention.apply(*tensors, *rest, deterministic)
+        output, lse, weights, *saved = _Attention.apply(*_each_once(tensors), *rest, deterministic)
+    else:
+        results = in_one_pass(tensors, rest)
+        output, lse, weights, *saved = EagerAttention.apply(*tensors, *rest, deterministic, *results)
     if average_weights:  # a gradient of the mean needs each head's
         weights = weights.mean(dim=1, keepdim=True)
     return output, lse, weights, *saved
@@ -46,6 +72,25 @@ def _each_once(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
             tensor = tensor.view_as(tensor)
         seen.append(tensor)
     return tuple(seen)
+
+
+def in_one_pass(tensors: Sequence[Tensor | None], rest: Sequence[Any]) -> Sequence[Tensor]:
+    """In forward mode all results with their tangents; none if no argument has a tangent that is seen here:
+    of transforms in one another, as in jvp of grad, the outer one's are seen by Function.jvp alone."""
+    if not (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()):
+        return ()
+    primals, tangents = [], []
+    for tensor in tensors:
+        primal, tangent = (None, None) if tensor is None else forward_ad.unpack_dual(tensor)
+        primals.append(primal)
+        tangents.append(tangent)
+    if all(tangent is None for tangent in tangents):
+        return ()
+    with torch.no_grad():
+        return attention_dual_ops.attention_dual(*primals, rest[0], *(tangents[i] for i in _AT), *rest[1:])
+
+
+# ------------------------------------------------------------------------------------------ first derivatives
 
 
 def _backward_op(
@@ -66,18 +111,25 @@ def _backward_op(
 
 
 class _Attention(Function):
+    """Its arguments are those of attention(); then the results of attention_dual may follow, if that was
+    asked already."""
+
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return attention_ops.attention(*arguments[:-1], False, True)
+        results = arguments[18:23]
+        if results:  # as tensors of their own: what a Function returns must not be one of its arguments
+            return tuple(result.clone() for result in results)
+        return attention_ops.attention(*arguments[:17], False, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         output, _, weights, remainder, normalizer = outputs
-        return_weights = Arguments(*inputs[:-1]).return_weights
+        return_weights = Arguments(*inputs[:17]).return_weights
         kept = weights if return_weights else None
         remainder_kept = remainder if remainder.dim() > 1 else None
         ctx.save_for_backward(*inputs[:10], output, normalizer, kept, remainder_kept)
-        ctx.constants = (*inputs[10:16], inputs[-1])
+        ctx.constants = inputs[10:16] + inputs[17:18]
+        ctx.given = len(inputs) - 10
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(remainder, normalizer, *([] if return_weights else [weights]))
 
@@ -90,16 +142,215 @@ class _Attention(Function):
         *_: Tensor | None,
     ) -> Any:
         needs = ctx.needs_input_grad
-        wanted = [needs[0], needs[1], needs[2], needs[3], needs[8]]
+        wanted = [needs[i] for i in _AT]
         incoming = (grad_output, grad_lse, grad_weights)
-        grads = gradients(_AttentionBackward, incoming, ctx.saved_tensors, ctx.constants, wanted)
-        of_query, of_key, of_value, of_mask, of_sinks = grads
-        return of_query, of_key, of_value, of_mask, None, None, None, None, of_sinks, *[None] * 9
+        function = _AttentionBackward if is_compiling() else EagerAttentionBackward
+        grads = gradients(function, incoming, ctx.saved_tensors, ctx.constants, wanted)
+        return (*_among_tensors(grads), *[None] * ctx.given)
+
+
+class EagerAttention(_Attention):
+    """With forward mode, which torch.compile does not take."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        _Attention.setup_context(ctx, inputs, outputs)
+        ctx.save_for_forward(*inputs[:10], *inputs[18:])
+        ctx.numbers = inputs[10:17]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        tensors, results = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+        of_arguments = [tangents[i] for i in _AT]
+        changed = DualResults(*Tangents.apply(*tensors, *of_arguments, *ctx.numbers, *results))
+        weights = changed.weights_tangent if ctx.numbers[-1] else None
+        return changed.output_tangent, changed.lse_tangent, weights, None, None
+
+
+def _among_tensors(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of query, key, value, attn_mask and sinks in their places among all tensors."""
+    places: list[Tensor | None] = [None] * _TENSORS
+    for i, grad in zip(_AT, grads, strict=True):
+        places[i] = grad
+    return tuple(places)
+
+
+def _raise(what: str) -> NoReturn:
+    raise RuntimeError(
+        problem(
+            f"{what} through attention",
+            "first and second derivatives, of these at most one in forward mode",
+            "torch.nn.functional.scaled_dot_product_attention within sdpa_kernel(SDPBackend.MATH)",
+        )
+    )
+
+
+def _third(what: str) -> Any:
+    """The backward pass, or forward mode, of what has no further derivative."""
+    return staticmethod(lambda ctx, *_: _raise(what))
 
 
 class _AttentionBackward(Backward):
     forward = staticmethod(_backward_op)
-    backward = refuse(
-        "attention",
-        "torch.nn.functional.scaled_dot_product_attention within sdpa_kernel(SDPBackend.MATH)",
-    )
+    backward = _third("a second derivative, compiled,")
+
+
+# ----------------------------------------------------------------------------------------- second derivatives
+
+
+class EagerAttentionBackward(_AttentionBackward):
+    """Its arguments: scale to deterministic, wanted, three gradients of results, ten tensors of arguments,
+    and what came from the forward pass."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        tensors = inputs[8:21]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.numbers, ctx.wanted = inputs[:_NUMBERS], inputs[7]
+        ctx.given = len(inputs) - 21
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        needs = ctx.needs_input_grad
+        saved = unwrap_dead_wrappers(ctx.saved_tensors)
+        of_results, tensors = saved[:3], saved[3:]
+        if all(grad is None for grad in grads):
+            return (None,) * len(needs)
+        remaining = iter(grads)
+        tangents = [next(remaining) if want else None for want in ctx.wanted]
+        return_weights = of_results[2] is not None
+        results = DualResults(*Tangents.apply(*tensors, *tangents, *ctx.numbers, return_weights))
+        changed = (results.output_tangent, results.lse_tangent, results.weights_tangent)
+        first = [x if needed else None for x, needed in zip(changed, needs[8:11], strict=True)]
+        wanted = [needs[11 + i] for i in _AT]
+        second = _changes(of_results, (None,) * 3, tensors, tangents, results, ctx.numbers, wanted)
+        return (*[None] * 8, *first, *_among_tensors(second), *[None] * ctx.given)
+
+    @staticmethod
+    def jvp(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
+        of_results, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        changes, tangents = given[8:11], [given[11 + i] for i in _AT]
+        return_weights = any(x is not None for x in (of_results[2], changes[2]))
+        results = DualResults(*Tangents.apply(*tensors, *tangents, *ctx.numbers, return_weights))
+        second = _changes(of_results, changes, tensors, tangents, results, ctx.numbers, ctx.wanted)
+        return tuple(x for x, want in zip(second, ctx.wanted, strict=True) if want)
+
+
+def _changes(
+    grads: Sequence[Tensor | None],
+    grad_tangents: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
+    results: DualResults,
+    numbers: Sequence[Any],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The tangents of the gradients of query, key, value, attn_mask and sinks; None where not wanted."""
+    if not any(wanted):
+        return [None] * len(wanted)
+    nothing = [False] * len(wanted)
+    given = (*_final(grads), *grad_tangents, *_final(tensors), *tangents, *_kept(results))
+    made = iter(SecondDerivatives.apply(*given, *numbers, nothing, wanted))
+    return [next(made) if want else None for want in wanted]
+
+
+def _kept(r: DualResults) -> tuple[Tensor | None, ...]:
+    """Of the results what attention_dual_backward takes, None for what is empty."""
+    made = (r.output, r.weights, r.remainder, r.normalizer)
+    made = (*made, r.output_tangent, r.lse_tangent, r.weights_tangent, r.remainder_tangent)
+    return tuple(x if x.dim() != 1 else None for x in made)
+
+
+class Tangents(Function):
+    """attention_dual: its arguments, and then its results if they are known; returned are all of them, and
+    the tangents of output, lse and weights have gradients."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        results = arguments[22:]
+        if results:
+            return tuple(result.clone() for result in results)
+        return tuple(attention_dual_ops.attention_dual(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:15], *outputs)
+        ctx.numbers, return_weights = inputs[15:21], inputs[21]
+        ctx.given = len(inputs) - 15
+        ctx.set_materialize_grads(False)
+        r = DualResults(*outputs)
+        constant = [r.output, r.lse, r.weights, r.remainder, r.normalizer, r.remainder_tangent]
+        ctx.mark_non_differentiable(*constant, *([] if return_weights else [r.weights_tangent]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        saved = unwrap_dead_wrappers(ctx.saved_tensors)
+        tensors, results = saved[:15], DualResults(*saved[15:])
+        needs = ctx.needs_input_grad
+        wanted, wanted_tangents = list(needs[10:15]), [needs[i] for i in _AT]
+        given = (*_final(grads[5:8]), *[None] * 3, *_final(tensors), *_kept(results))
+        made = iter(SecondDerivatives.apply(*given, *ctx.numbers, wanted, wanted_tangents))
+        of_tangents = [next(made) if want else None for want in wanted]
+        of_arguments = [next(made) if want else None for want in wanted_tangents]
+        return (*_among_tensors(of_arguments), *of_tangents, *[None] * ctx.given)
+
+    jvp = _third("a third derivative, or forward mode twice,")
+
+
+class SecondDerivatives(Function):
+    """attention_dual_backward. It is linear in the tangents of arguments and of gradients, and for these it
+    has a derivative: torch.autograd.functional.hvp asks for that. All else ends here, see _final."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(attention_dual_ops.attention_dual_backward(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:3], *inputs[6:16])
+        ctx.numbers, ctx.wanted, ctx.wanted_tangents = inputs[29:35], inputs[35], inputs[36]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        saved, needs = unwrap_dead_wrappers(ctx.saved_tensors), ctx.needs_input_grad
+        of_results, tensors = saved[:3], saved[3:]
+        of_grads = sum(ctx.wanted)
+        if any(grad is not None for grad in grads[:of_grads]):
+            _raise("a third derivative")
+        remaining = iter(grads[of_grads:])
+        along = [next(remaining) if want else None for want in ctx.wanted_tangents]
+        if all(x is None for x in along):
+            return (None,) * len(needs)
+        return_weights = of_results[2] is not None or needs[5]
+        results = DualResults(*Tangents.apply(*tensors, *along, *ctx.numbers, return_weights))
+        changed = (results.output_tangent, results.lse_tangent, results.weights_tangent)
+        first = [x if needed else None for x, needed in zip(changed, needs[3:6], strict=True)]
+        nothing = (None,) * 3
+        wanted = list(needs[16:21])
+        second = _changes(of_results, nothing, tensors, along, results, ctx.numbers, wanted)
+        return (*nothing, *first, *[None] * _TENSORS, *second, *[None] * 16)
+
+    jvp = _third("a third derivative")
+
+
+def _final(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same; a gradient that arrives there, of what SecondDerivatives is not linear in, is an error."""
+    if not torch.is_grad_enabled():
+        return list(tensors)
+    return [x if x is None or not x.requires_grad else _Final.apply(x) for x in tensors]
+
+
+class _Final(Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Tensor) -> None:
+        pass
+
+    backward = _third("a third derivative")
+    jvp = _third("a third derivative")

@@ -113,6 +113,8 @@ def gradients(
     """The gradients of all that `wanted` tells of, None where not wanted."""
     if not is_compiling() and any(map(is_batched, grad_outputs)):
         return each_entry(lambda entry: gradients(function, entry, tensors, constants, wanted), grad_outputs)
+    if not is_compiling():  # what torch.func.vjp has saved outlives its transform
+        tensors = unwrap_dead_wrappers(tuple(tensors))
     recording = torch.is_grad_enabled() or forward_ad._current_level >= 0  # create_graph=True, or a tangent
     if recording and not torch._C._are_functorch_transforms_active():
         grads = function.apply(*constants, wanted, *grad_outputs, *tensors)

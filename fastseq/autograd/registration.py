@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import attention_ops, dual_ops, ops
+from .. import attention_dual_ops, attention_ops, dual_ops, ops
 from ..attention_checks import Arguments, refuse_trained_slopes
 from ..checks import CELLS
 from ..dispatch import library, nobody_listens
 from . import dual
-from .attention import _Attention, _AttentionBackward
+from .attention import EagerAttention, EagerAttentionBackward, SecondDerivatives, Tangents, in_one_pass
 from .recurrent import _RecurrentAlong, _RecurrentBackwardAlong, _RecurrentCellAlong
 
 
@@ -84,7 +84,8 @@ def _recurrent_dual_backward(*arguments: Any) -> list[Tensor]:
 def _attention(*arguments: Any) -> tuple[Tensor, ...]:
     *rest, average_weights, save = arguments
     refuse_trained_slopes(Arguments(*arguments).alibi_slopes)
-    output, lse, weights, remainder, normalizer = _Attention.apply_here(*rest, True)
+    results = in_one_pass(rest[:9], rest[9:])
+    output, lse, weights, remainder, normalizer = EagerAttention.apply_here(*rest, True, *results)
     if average_weights:
         weights = weights.mean(dim=1, keepdim=True)
     if not save:
@@ -96,7 +97,15 @@ def _attention(*arguments: Any) -> tuple[Tensor, ...]:
 def _attention_backward(*arguments: Any) -> list[Tensor]:
     *tensors_and_numbers, wanted, deterministic = arguments
     tensors, numbers = tensors_and_numbers[:17], tensors_and_numbers[17:]
-    return list(_AttentionBackward.apply_here(*numbers, deterministic, wanted, *tensors))
+    return list(EagerAttentionBackward.apply_here(*numbers, deterministic, wanted, *tensors))
+
+
+def _attention_dual(*arguments: Any) -> tuple[Tensor, ...]:
+    return Tangents.apply_here(*arguments)
+
+
+def _attention_dual_backward(*arguments: Any) -> list[Tensor]:
+    return list(SecondDerivatives.apply_here(*arguments))
 
 
 for _function in (_recurrent, _recurrent_cell, _recurrent_backward):
@@ -105,3 +114,5 @@ for _function in (_recurrent_dual, _recurrent_dual_backward):
     register(_function.__name__[1:], dual_ops, _function)
 for _function in (_attention, _attention_backward):
     register(_function.__name__[1:], attention_ops, _function)
+for _function in (_attention_dual, _attention_dual_backward):
+    register(_function.__name__[1:], attention_dual_ops, _function)
