@@ -68,6 +68,17 @@ def recurrent_backward(
     directions: tuple[tuple[int, ...], ...],
     /,
 ) -> None: ...
+
+# The same of numbers and their tangents: the first eleven arguments of recurrent_forward, then those below. A
+# tangent's address is 0 where it is zero.
+def recurrent_dual_forward(*arguments: Any) -> None:
+    """..., one_step: False, saves_states: False, truncate, then for numbers and again for tangents input,
+    output, and directions, as recurrent_forward has them."""
+
+def recurrent_dual_backward(*arguments: Any) -> None:
+    """..., resets, grad_clip, truncate, then for numbers and again for tangents input, output, grad_output,
+    grad_input and directions, as recurrent_backward has them."""
+
 def use_tensors(tensor: type, parameter: type, /) -> bool: ...  # whether recurrent_cell can read them
 
 # False if the tensors are not dense ones on the CPU that fit together; then nothing was done.

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.library import opcheck
 
 import reference
 from fastseq import dual_ops, ops
@@ -18,6 +19,7 @@ from harness import (
 )
 from reference import MODES
 from sequence_options import ALL, EACH, Options
+from test_operators import Calls, trained
 from tolerances import DIFFERENCES, EPSILON, SAME_FLOAT32, SAME_FLOAT64
 
 SMALL = Case(steps=5, batch=3, input_size=4, hidden_size=7)
@@ -396,3 +398,20 @@ def test_a_tangent_that_does_not_fit_is_a_clear_error(call, words):
     with pytest.raises(RuntimeError, match=words) as error:
         call()
     assert all(word in str(error.value) for word in ("given:", "accepted:", "try:"))
+
+
+@pytest.mark.parametrize("options", [PLAIN, replace(ALL, grad_clip=False)], ids=str)
+@pytest.mark.parametrize(("mode", "proj_size"), LAYERS)
+def test_opcheck(mode, proj_size, options):
+    """Schema, fake results and registration; of the forward operator also gradients while it is traced."""
+    case = replace(SMALL, mode=mode, proj_size=proj_size, bidirectional=True)
+    with Calls() as run:
+        Layer(case, options).run()
+    assert [op for op, _ in run.calls] == [
+        dual_ops.recurrent_dual,
+        dual_ops.recurrent_dual_backward,
+    ]
+    for op, arguments in run.calls:
+        opcheck(op, arguments)
+    op, arguments = run.calls[0]
+    opcheck(op, trained(op, arguments))

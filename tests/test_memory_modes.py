@@ -194,15 +194,6 @@ def test_nothing_is_kept_where_no_gradient_is_needed():
     assert not output.requires_grad
 
 
-@pytest.mark.parametrize("memory", ["recompute", "checkpoint:4"])
-def test_a_second_derivative_is_an_error(memory):
-    module, data = make_module(CASE), make_data(CASE)
-    module.memory = memory
-    (grad,) = torch.autograd.grad(module(data["input"])[0].sum(), data["input"], create_graph=True)
-    with pytest.raises(RuntimeError, match='memory="fast"'):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     "memory", ["slow", "checkpoint", "checkpoint:", "checkpoint:0", "checkpoint:-2", "checkpoint:1.5", "", 3]
 )

@@ -219,6 +219,27 @@ def test_truncation_cuts_second_derivatives_where_detached_states_do(case):
         torch.testing.assert_close(a, b, **SAME_FLOAT64)
 
 
+@pytest.mark.parametrize("memory", ["recompute", "checkpoint:2"])
+@pytest.mark.parametrize("case", STACKED, ids=str)
+def test_second_derivatives_do_not_depend_on_what_is_kept(case, memory):
+    case = replace(case, steps=5)
+    module, data = make_module(case), make_data(case)
+    leaves = [*data.values(), *module.parameters()]
+    found = []
+    for kept in ("fast", memory):
+        module.memory = kept
+        outputs = list(call_module(case, module, data).values())
+        grads = torch.autograd.grad([x.sin().sum() for x in outputs], leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(x.square().sum() for x in grads), leaves))
+        with forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(x, torch.ones_like(x)) for name, x in data.items()}
+            tangents = [forward_ad.unpack_dual(x).tangent for x in call_module(case, module, duals).values()]
+        found[-1] = (*found[-1], *tangents)
+    for a, b in zip(*found, strict=True):
+        size = b.abs().max().clamp(min=1)
+        torch.testing.assert_close(a / size, b / size, **SAME_FLOAT64)
+
+
 @pytest.mark.parametrize("loss", [torch.sum, lambda x: x.square().sum()], ids=["sum", "sum of squares"])
 @pytest.mark.parametrize("mode", MODES)
 def test_second_derivative_through_one_of_many_paths(mode, loss):

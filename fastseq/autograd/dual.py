@@ -161,6 +161,8 @@ class RecurrentDual(Function):
         *tensors, output, saved, output_tangent, saved_tangent = ctx.saved_tensors
         sequence, weights, tangents = _split(tensors)
         of_results, of_tangents = list(grads[:3]), list(grads[4:7])
+        if not CELLS[layer[0]].cell_state:  # a graph has gradients even of what is not differentiable
+            of_results[2] = of_tangents[2] = None
         needs = ctx.needs_input_grad[6:]
         of_values = [needs[0], needs[4], needs[5], *needs[6 : 6 + len(weights)]]
         of_directions = list(needs[6 + len(weights) :])

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import ops
 from ..checks import CELLS
 from ..windows import recurrent_checkpoints, recurrent_windows_backward, steps_of
-from .function import Backward, Function, gradients, refuse
+from .function import Function, gradients
+from .second import Gradients
 
 
 def keeps_gates(memory: str, mode: str) -> bool:
@@ -94,6 +95,5 @@ def _backward_op(
     )
 
 
-class _WindowsBackward(Backward):
+class _WindowsBackward(Gradients):
     forward = staticmethod(_backward_op)
-    backward = refuse('a recurrent layer with memory="recompute" or "checkpoint:k"', 'memory="fast"')

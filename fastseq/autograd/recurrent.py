@@ -15,11 +15,12 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..checks import CELLS, problem
+from ..checks import CELLS
 from ..dispatch import is_traced
 from . import dual
 from .function import Function, gradients, needs_gradient, recording
 from .memory import RecurrentInWindows, keeps_gates
+from .second import Gradients
 
 
 def recurrent(
@@ -203,83 +204,8 @@ class _RecurrentCell(Function):
         return (*grads, *[None] * (8 - len(grads)))
 
 
-class _RecurrentBackward(Function):
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _backward_op(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        *ctx.constants, ctx.wanted = inputs[:6]
-        ctx.save_for_backward(*inputs[6:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        _, _, _, grad_clip, _ = ctx.constants
-        if grad_clip is not None:
-            raise RuntimeError(
-                problem(
-                    "a second derivative of a recurrent layer with grad_clip",
-                    "first derivatives, and second ones without grad_clip",
-                    "grad_clip=None, or torch.nn.utils.clip_grad_norm_ on the parameters",
-                )
-            )
-        remaining = iter(cotangents)
-        along = [next(remaining) if want else None for want in ctx.wanted]
-        # grad_output, grad_h_n, grad_c_n, the sequence, output, saved, *weights
-        needs = ctx.needs_input_grad[6:]
-        wanted = [*needs[:3], needs[3], needs[7], needs[8], *needs[11:]]
-        grads = gradients(_RecurrentSecond, along, ctx.saved_tensors, tuple(ctx.constants), wanted)
-        of_grads, (of_input, of_h0, of_c0, *of_weights) = grads[:3], grads[3:]
-        return (*[None] * 6, *of_grads, of_input, None, None, None, of_h0, of_c0, None, None, *of_weights)
-
-
-class _RecurrentSecond(Function):
-    """The vector-Jacobian product of _RecurrentBackward.
-
-    Where gradients are J(x)^T v, that of v for the cotangents u is J(x) u, and that of x the tangent of the
-    gradients along u.
-    """
-
-    @staticmethod
-    def forward(
-        mode: str,
-        directions: int,
-        bias: bool,
-        grad_clip: float | None,
-        truncate: int,
-        wanted: Sequence[bool],
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        count = (len(tensors) - 14) // 2 + 3  # arguments
-        along, tensors = tensors[:count], tensors[count:]
-        grads, sequence, weights = list(tensors[:3]), tensors[3:9], tensors[11:]
-        layer, of_arguments = (mode, directions, bias), any(wanted[3:])
-        made = dual.forward(sequence, weights, along, layer, False, truncate, of_arguments)
-        of_grads = list(made[4:7])
-        if dual.is_one_step(sequence):
-            of_grads = [made[4].squeeze(0), None, made[6].squeeze(0)]
-        results = [x for x, want in zip(of_grads, wanted, strict=False) if want]
-        if of_arguments:
-            states = (made[0], made[3], made[4], made[7])
-            nothing, none = [None] * 3, [False] * count
-            arguments = (sequence, weights, states, along, layer, None, truncate)
-            _, second = dual.backward(grads, nothing, *arguments, none, wanted[3:])
-            results += [x for x in second if x is not None]
-        return tuple(results)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        dual.refuse_more("a third derivative", dual.LOOP)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        dual.refuse_more("a third derivative", dual.LOOP)
+class _RecurrentBackward(Gradients):
+    forward = staticmethod(_backward_op)
 
 
 # ---- the same in forward mode ----
