@@ -22,7 +22,7 @@ ASAN_LIBS = $$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=li
 ASAN_TESTS = not seventy_thousand and not obeyed and not forked and not other_python_threads and not busy
 ASAN_ENV  = PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
-.PHONY: demo attention-map test asan benchmark gpu-report lint format build clean help
+.PHONY: demo attention-map test asan benchmark gpu-report docs lint format build clean help
 
 demo: $(BUILT)  ## train a character language model with torch.nn and with fastseq
 	$(BIN)/python examples/char_lm.py $(ARGS)
@@ -49,6 +49,10 @@ benchmark: $(BUILT)  ## the paired grid against torch, JSON and figures
 # With what is installed, not with .venv's torch: that need not be one for CUDA, and there may be no network.
 gpu-report:  ## on a machine with a GPU: build, test and time in under nine minutes, into OUT
 	PYTHON=$(PYTHON) scripts/gpu_report.sh $(OUT) $(ARGS)
+
+# Material for MkDocs tells at each build what will follow it one day.
+docs: $(BUILT)  ## the documentation's site, into build/site; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 lint: $(SETUP)  ## what the pre-commit hooks check
 	$(BIN)/ruff check .

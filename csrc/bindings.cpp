@@ -42,6 +42,7 @@ using fastseq::read_sequence;
 using fastseq::RecurrentArgs;
 using fastseq::RecurrentDirection;
 using fastseq::RecurrentPlan;
+using fastseq::RecurrentTensors;
 using fastseq::SequenceTensor;
 using fastseq::TensorView;
 
@@ -57,18 +58,27 @@ constexpr Named kDTypeNames[] = {{"float32", 0}, {"float64", 1}, {"bfloat16", 2}
 constexpr int kForwardPointers = 10, kPointers = 19;
 static_assert(sizeof(RecurrentDirection) == kPointers * sizeof(void*), "one address for each member");
 
-void read_directions(Integers& from, int pointers, RecurrentArgs& args) {
+// Returns how many directions there are.
+int read_tensors(Integers& from, bool backward, RecurrentTensors& tensors) {
+  read_sequence(from, 3, tensors.input);
+  read_sequence(from, 2, tensors.output);
+  if (backward) {
+    read_sequence(from, 3, tensors.grad_output);
+    read_sequence(from, 2, tensors.grad_input);
+  }
   Integers directions = from.nested();
-  args.directions = int(directions.left());
-  if (args.directions < 1 || args.directions > 2) throw py::value_error("directions: one or two");
-  for (int d = 0; d < args.directions; ++d) {
+  const int count = int(directions.left());
+  if (count < 1 || count > 2) throw py::value_error("directions: one or two");
+  for (int d = 0; d < count; ++d) {
     Integers direction = directions.nested();
     void* addresses[kPointers] = {};
-    for (int i = 0; i < pointers; ++i) addresses[i] = direction.pointer<void>();
+    for (int i = 0; i < (backward ? kPointers : kForwardPointers); ++i) {
+      addresses[i] = direction.pointer<void>();
+    }
     if (direction.left()) throw py::type_error("directions: too many addresses");
-    std::memcpy(&args.direction[d], addresses, sizeof addresses);
+    std::memcpy(&tensors.direction[d], addresses, sizeof addresses);
   }
-  if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
+  return count;
 }
 
 // FASTSEQ_PLAN=DxBxU or DxBxUxR forces the parts of the plan and the rows of a chunk. Read here, where the GIL
@@ -96,6 +106,7 @@ RecurrentArgs read_problem(Integers& from) {
   args.shape.steps = from.next(), args.shape.batch = from.next();
   args.shape.batch_sizes = from.pointer<const int64_t>();
   args.input_size = from.next(), args.hidden_size = from.next(), args.proj_size = from.next();
+  args.reversed = from.next(), args.resets = from.pointer<const uint8_t>();
   return args;
 }
 
@@ -114,29 +125,37 @@ void require_memory(const RecurrentArgs& args) {
   }
 }
 
+// Reads the tensors too, and of duals their tangents, and runs.
+void run(Integers& from, RecurrentArgs& args, bool backward, bool dual) {
+  args.directions = read_tensors(from, backward, args);
+  RecurrentTensors tangents = {};
+  if (dual) {
+    if (read_tensors(from, backward, tangents) != args.directions) {
+      throw py::value_error("directions: those of the tangents are others");
+    }
+    args.tangents = &tangents;
+  }
+  if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
+  require_memory(args);
+  py::gil_scoped_release release;
+  backward ? fastseq::recurrent_backward(args) : fastseq::recurrent_forward(args);
+}
+
+template <bool kDual>
 void recurrent_forward(const py::args& arguments) {
   Integers from(arguments);
   RecurrentArgs args = read_problem(from);
-  args.one_step = from.next();
-  read_sequence(from, 3, args.input);
-  read_sequence(from, 2, args.output);
-  read_directions(from, kForwardPointers, args);
-  require_memory(args);
-  py::gil_scoped_release release;
-  fastseq::recurrent_forward(args);
+  args.one_step = from.next(), args.saves_states = from.next();
+  if (kDual) args.truncate = from.next();
+  run(from, args, false, kDual);
 }
 
+template <bool kDual>
 void recurrent_backward(const py::args& arguments) {
   Integers from(arguments);
   RecurrentArgs args = read_problem(from);
-  read_sequence(from, 3, args.input);
-  read_sequence(from, 2, args.output);
-  read_sequence(from, 3, args.grad_output);
-  read_sequence(from, 2, args.grad_input);
-  read_directions(from, kPointers, args);
-  require_memory(args);
-  py::gil_scoped_release release;
-  fastseq::recurrent_backward(args);
+  args.grad_clip = from.real(), args.truncate = from.next();
+  run(from, args, true, kDual);
 }
 
 // recurrent_cell(cell, threads, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, h, c, saved): one step
@@ -198,7 +217,7 @@ py::dict recurrent_plan(int cell, int dtype, int threads, int64_t steps, int64_t
   read_forced_plan(forced_plan);
   const RecurrentPlan plan =
       fastseq::recurrent_plan({cell_of(cell), dtype_of(dtype), threads, steps, batch, input_size, hidden_size,
-                               proj_size, directions, backward, forced_plan});
+                               proj_size, directions, backward, 1, forced_plan});
   py::dict d;
   d["direction_parts"] = plan.direction_parts;
   d["batch_parts"] = plan.batch_parts;
@@ -239,8 +258,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MOST_FUSED_ROWS") = fastseq::kMostFusedRows;
   m.attr("UNIT_QUANTUM") = fastseq::kUnitQuantum;
 
-  m.def("recurrent_forward", &recurrent_forward);
-  m.def("recurrent_backward", &recurrent_backward);
+  m.def("recurrent_forward", &recurrent_forward<false>);
+  m.def("recurrent_backward", &recurrent_backward<false>);
+  m.def("recurrent_dual_forward", &recurrent_forward<true>);
+  m.def("recurrent_dual_backward", &recurrent_backward<true>);
   if (PyModule_AddFunctions(m.ptr(), g_fast_calls)) throw py::error_already_set();
   m.def("use_tensors",
         [](py::handle tensor, py::handle parameter) { return g_tensors.use(tensor.ptr(), parameter.ptr()); });

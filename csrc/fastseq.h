@@ -67,7 +67,7 @@ struct RecurrentDirection {
   void* c_n;              // [B, H]; LSTM only
   // What the backward pass needs beside the output, [rows, saved slots, H], rows as in the sequence;
   // null in inference. LSTM: i, f, g, o, c. GRU: r, z, n, U_n h + b_n. Reset-before GRU: r, z, n. RNN:
-  // nothing.
+  // nothing. Where args.saves_states, c alone: [rows, H]; null for cells without c.
   void* saved;
 
   const void* grad_h_n;  // [B, R] or null: zeros
@@ -81,7 +81,18 @@ struct RecurrentDirection {
   void* grad_c0;
 };
 
-struct RecurrentArgs {
+// The tensors of a layer; or their tangents, each of the shape and dtype of its tensor.
+struct RecurrentTensors {
+  RecurrentDirection direction[2];
+
+  SequenceTensor<const void*> input;  // [T, B, I]
+  // [T, B, D*R], feature stride 1; direction d owns the columns [d*R, (d+1)*R). The backward pass reads it.
+  SequenceTensor<void*> output;
+  SequenceTensor<const void*> grad_output;  // [T, B, D*R] or null: zeros
+  SequenceTensor<void*> grad_input;         // [T, B, I], feature stride 1, or null: not wanted
+};
+
+struct RecurrentArgs : RecurrentTensors {
   CellKind cell;
   DType dtype;  // of every tensor in here
   int threads;  // at most so many
@@ -92,14 +103,20 @@ struct RecurrentArgs {
   int64_t hidden_size;  // H >= 1
   int64_t proj_size;    // 0: no projection
   int directions;       // D; direction 1 runs from the last step to the first
+  bool reversed;        // so does the only direction there is
   bool one_step;        // a cell's call: T = 1, one direction, no projection
-  RecurrentDirection direction[2];
-
-  SequenceTensor<const void*> input;  // [T, B, I]
-  // [T, B, D*R], feature stride 1; direction d owns the columns [d*R, (d+1)*R). The backward pass reads it.
-  SequenceTensor<void*> output;
-  SequenceTensor<const void*> grad_output;  // [T, B, D*R] or null: zeros
-  SequenceTensor<void*> grad_input;         // [T, B, I], feature stride 1, or null: not wanted
+  bool saves_states;    // the forward pass keeps c of every step, and no gates
+  // [T, B], of a packed sequence [rows], or null: where not zero, no state and no gradient of one crosses
+  // between steps t - 1 and t of the row. Before step 0 that is h0, which direction 0 does not use there.
+  const uint8_t* resets;
+  // Of the backward pass. At every step the gradients of h_t and c_t are bounded to [-grad_clip, grad_clip]
+  // before they go on; less than 0: they are not. NaN stays NaN.
+  double grad_clip;
+  // No gradient of a state crosses between t - 1 and t where t is a multiple of it; 0: all cross.
+  int64_t truncate;
+  // The tangents of all these, or null: not wanted. What the passes read counts as zero where it is null, but for
+  // output and saved; h_n, c_n, output and, where args have them, saved are written too.
+  const RecurrentTensors* tangents;
 };
 
 // ---- attention ----

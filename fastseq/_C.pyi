@@ -20,7 +20,10 @@ def recurrent_forward(
     input_size: int,
     hidden_size: int,
     proj_size: int,
+    reversed: bool,
+    resets: int,
     one_step: bool,
+    saves_states: bool,
     input: int,
     input_stride_t: int,
     input_stride_b: int,
@@ -42,6 +45,10 @@ def recurrent_backward(
     input_size: int,
     hidden_size: int,
     proj_size: int,
+    reversed: bool,
+    resets: int,
+    grad_clip: float,  # below 0: none
+    truncate: int,  # 0: none
     input: int,
     input_stride_t: int,
     input_stride_b: int,

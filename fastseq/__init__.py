@@ -7,6 +7,7 @@
 torch.Size([5, 3, 16])
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
 import torch as _torch  # noqa: F401  before the compiled module, so that both share one pool of OpenMP threads
@@ -20,11 +21,13 @@ except ModuleNotFoundError as _error:
         "try: pip install . in the source directory, then import it from another directory"
     ) from _error
 
-from . import functional
+from . import functional, integrations
 from .attention import scaled_dot_product_attention
 from .config import show_config
+from .convert import convert, revert
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, MultiheadAttention, RNNCell
+from .patch import patched
 
 __version__ = _version("fastseq")
 __all__ = [
@@ -36,8 +39,19 @@ __all__ = [
     "MultiheadAttention",
     "RNNCell",
     "__version__",
+    "convert",
+    "distributed",
     "explain",
     "functional",
+    "integrations",
+    "patched",
+    "revert",
     "scaled_dot_product_attention",
     "show_config",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "distributed":  # imported when it is first used, for few need it
+        return _import_module("fastseq.distributed")
+    raise AttributeError(f"module 'fastseq' has no attribute {name!r}")

@@ -14,11 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from . import attention_ops, autograd
-from .attention_checks import broadcasts, dtype_of_sums, raise_for_mask
+from . import attention_ops, autocast, autograd
+from .attention_checks import (
+    broadcasts,
+    dtype_of_sums,
+    is_differentiated,
+    raise_for_mask,
+    refuse_trained_slopes,
+)
 from .checks import problem, require_tensor
 
 
@@ -139,9 +144,9 @@ def scaled_dot_product_attention(
         >>> output.shape, lse.shape  # of one more token, which sees the last eight
         (torch.Size([2, 4, 1, 16]), torch.Size([2, 4, 1]))
     """
-    if torch._C._is_any_autocast_enabled():
+    if autocast.is_on():
         query, key, value, attn_mask = (
-            x if isinstance(x, CausalBias) else _as_autocast_does(x) for x in (query, key, value, attn_mask)
+            x if isinstance(x, CausalBias) else autocast.lowered(x) for x in (query, key, value, attn_mask)
         )
     if (
         attn_mask is None
@@ -405,7 +410,7 @@ def _no_bool(name: str, given: object) -> TypeError:
 def _number(name: str, given: Any) -> float:
     if isinstance(given, (float, int)):
         return float(given)
-    if isinstance(given, Tensor) and _is_differentiated(given):
+    if isinstance(given, Tensor) and is_differentiated(given):
         raise TypeError(
             problem(
                 f"{name} that requires a gradient",
@@ -420,27 +425,10 @@ def _number(name: str, given: Any) -> float:
     raise TypeError(problem(f"{name} of type {type(given).__name__}", "a number", f"{name}=float(...)"))
 
 
-def _is_differentiated(given: Tensor) -> bool:
-    """Whether it requires a gradient, or has a tangent."""
-    tangent = forward_ad.unpack_dual(given).tangent if forward_ad._current_level >= 0 else None
-    return tangent is not None or (given.requires_grad and torch.is_grad_enabled())
-
-
-def _as_autocast_does(given: Any) -> Any:
-    """In torch.autocast's dtype, as torch's own function has its arguments there; float64 stays."""
-    if not (isinstance(given, Tensor) and (given.is_cpu or given.is_cuda) and given.dtype in _AUTOCAST):
-        return given
-    device = given.device.type
-    return given.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else given
-
-
 def _seed(query: Tensor) -> Tensor:
     """From the generator of the device, so that a CUDA graph has another one each time it is replayed."""
     device = query.device if query.is_cuda else "cpu"
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-
-
-_AUTOCAST = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def _softcap(given: Any) -> float:
@@ -511,12 +499,5 @@ def _per_head(name: str, given: Any, query: Tensor) -> Tensor:
 
 def _slopes(given: Any, query: Tensor) -> Tensor:
     slopes = _per_head("alibi_slopes", given, query)
-    if _is_differentiated(slopes):
-        raise RuntimeError(
-            problem(
-                "alibi_slopes that require a gradient",
-                "constant slopes",
-                "alibi_slopes.detach(), or attn_mask for a bias that is trained",
-            )
-        )
+    refuse_trained_slopes(slopes)
     return slopes.unsqueeze(0) if slopes.dim() == 1 else slopes

@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .checks import DTYPES, places_of, problem, tensors_with_kernels
 
@@ -57,6 +58,23 @@ class Attention(NamedTuple):
 def dtype_of_sums(dtype: torch.dtype) -> torch.dtype:
     """In which the kernels add, and in which lse, slopes and sinks are."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def is_differentiated(given: Tensor) -> bool:
+    """Whether it requires a gradient, or has a tangent."""
+    tangent = forward_ad.unpack_dual(given).tangent if forward_ad._current_level >= 0 else None
+    return tangent is not None or (given.requires_grad and torch.is_grad_enabled())
+
+
+def refuse_trained_slopes(slopes: Tensor | None) -> None:
+    if slopes is not None and is_differentiated(slopes):
+        raise RuntimeError(
+            problem(
+                "alibi_slopes that require a gradient",
+                "constant slopes",
+                "alibi_slopes.detach(), or attn_mask for a bias that is trained",
+            )
+        )
 
 
 def check_attention(a: Arguments) -> Attention:

@@ -50,6 +50,7 @@ class Layer(NamedTuple):
     width: int  # R: proj_size if there is a projection, else hidden_size
     bias: bool
     projected: bool
+    reverse: bool = False  # whether the only direction runs from the last step to the first
 
 
 def problem(given: str, accepted: str, remedy: str) -> str:
@@ -105,14 +106,15 @@ def check_layer(
     one_step: bool = False,
 ) -> Layer:
     """Checks all that one layer is given and returns its sizes; `one_step` is a cell with input (B, I)."""
-    if mode not in CELLS or directions not in (1, 2):
+    if mode not in CELLS or directions not in (1, 2, -1):
         raise RuntimeError(
             problem(
                 f"mode {mode!r}, directions {directions}",
-                f"a mode of {list(CELLS)}, 1 or 2 directions",
+                f"a mode of {list(CELLS)}; 1 or 2 directions, or -1 for the backward one alone",
                 "one of these",
             )
         )
+    reverse, directions = directions < 0, abs(directions)
     cell = CELLS[mode]
     if input.dtype not in DTYPES:
         raise RuntimeError(
@@ -181,7 +183,7 @@ def check_layer(
         if not cell.cell_state:
             raise RuntimeError(problem(f"c0 for {mode}", "a cell state with LSTM only", "c0=None"))
         check_like("hx[1]", c0, (*lead, batch, hidden), meaning, input)
-    return Layer(cell, directions, steps, batch, rows, input_size, hidden, width, bias, projected)
+    return Layer(cell, directions, steps, batch, rows, input_size, hidden, width, bias, projected, reverse)
 
 
 def _check_weights(
@@ -245,6 +247,72 @@ def check_batch_sizes(batch_sizes: Tensor, layer: Layer) -> None:
                 "batch_sizes that never increase, start with the batch and add up to the rows",
                 "torch.nn.utils.rnn.pack_padded_sequence, which returns both",
             )
+        )
+
+
+def check_rows(
+    input: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None, layer: Layer
+) -> None:
+    """Raises RuntimeError for lengths other than (B), resets other than (T, B) or packed (rows)."""
+    if lengths is not None:
+        if batch_sizes is not None:
+            raise RuntimeError(
+                problem(
+                    "lengths of a packed sequence",
+                    "one of both: lengths for a padded input, or batch_sizes for a packed one",
+                    "lengths=None, or pad_packed_sequence",
+                )
+            )
+        if lengths.shape != (layer.batch,) or lengths.dtype not in (torch.int64, torch.int32):
+            raise RuntimeError(
+                problem(
+                    f"lengths of shape {tuple(lengths.shape)} and dtype {lengths.dtype}",
+                    f"shape ({layer.batch},), one for each row of the batch, of torch.int64 or torch.int32",
+                    "lengths.long(), one for each row",
+                )
+            )
+    if resets is not None:
+        shape = (layer.steps, layer.batch) if batch_sizes is None else (layer.rows,)
+        if resets.shape != shape or resets.dtype != torch.bool:
+            meaning = "(steps, batch), whatever batch_first is" if batch_sizes is None else "(rows,)"
+            raise RuntimeError(
+                problem(
+                    f"resets of shape {tuple(resets.shape)} and dtype {resets.dtype}",
+                    f"shape {shape}, that is {meaning}, of torch.bool",
+                    "resets.t() of one that is (batch, steps); resets.bool()",
+                )
+            )
+        if resets.device != input.device:
+            raise RuntimeError(
+                problem(
+                    f"resets on device {resets.device} beside an input on device {input.device}",
+                    "the input's device",
+                    f"resets.to({str(input.device)!r})",
+                )
+            )
+
+
+def check_lengths(lengths: Sequence[int], steps: int) -> None:
+    """Raises RuntimeError unless all are in 0..steps. Asked where the values are at hand."""
+    if lengths and not 0 <= min(lengths) <= max(lengths) <= steps:
+        raise RuntimeError(
+            problem(
+                f"lengths from {min(lengths)} to {max(lengths)} for an input of {steps} steps",
+                f"lengths from 0 to {steps}",
+                f"lengths.clamp(0, {steps}), or a longer input",
+            )
+        )
+
+
+def check_bounds(grad_clip: float | None, truncate: int) -> None:
+    """Raises RuntimeError unless gradients can be bounded by the one, and cut every so many steps."""
+    if grad_clip is not None and not grad_clip >= 0:
+        raise RuntimeError(
+            problem(f"grad_clip={grad_clip}", "a number of at least 0, or None", "grad_clip=1.0, or None")
+        )
+    if truncate < 0:
+        raise RuntimeError(
+            problem(f"truncate={truncate}", "a number of steps, at least 1, or None", "truncate=64, or None")
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _C
 from .addresses import address, strides
 from .checks import DTYPES, Layer
+from .lengths import padded_backward, padded_forward
 
 
 def _state_addresses(tensors: Sequence[Tensor | None], directions: int) -> list[list[int]]:
@@ -40,7 +41,9 @@ def _weight_addresses(weights: Sequence[Tensor | None], layer: Layer) -> list[li
     return addresses
 
 
-def _problem(layer: Layer, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, ...]:
+def _problem(
+    layer: Layer, input: Tensor, batch_sizes: Tensor | None, resets: Tensor | None
+) -> tuple[int, ...]:
     """What every call of the kernels begins with."""
     return (
         layer.cell.code,
@@ -52,14 +55,37 @@ def _problem(layer: Layer, input: Tensor, batch_sizes: Tensor | None) -> tuple[i
         layer.input_size,
         layer.hidden_size,
         layer.width if layer.projected else 0,
+        layer.reverse,
+        address(resets),
     )
 
 
-def layer_forward(layer, _, input, batch_sizes, h0, c0, weights, output, h_n, c_n, saved) -> None:
+def layer_forward(
+    layer, mode, input, batch_sizes, lengths, resets, h0, c0, weights, save, output, h_n, c_n, saved
+) -> None:
+    if lengths is not None:
+        padded_forward(
+            layer_forward,
+            layer,
+            mode,
+            input,
+            lengths,
+            resets,
+            h0,
+            c0,
+            weights,
+            save,
+            output,
+            h_n,
+            c_n,
+            saved,
+        )
+        return
     states = _state_addresses((h0, c0, h_n, c_n, saved), layer.directions)
     _C.recurrent_forward(
-        *_problem(layer, input, batch_sizes),
+        *_problem(layer, input, batch_sizes, resets),
         False,
+        save == "states",
         input.data_ptr(),
         *strides(input),
         output.data_ptr(),
@@ -72,8 +98,9 @@ def cell_forward(layer, _, input, h0, c0, weights, h, c, saved) -> None:
     row, feature = input.stride()
     (weight_addresses,) = _weight_addresses(weights, layer)
     _C.recurrent_forward(
-        *_problem(layer, input, None),
+        *_problem(layer, input, None, None),
         True,
+        False,
         input.data_ptr(),
         0,
         row,
@@ -86,8 +113,45 @@ def cell_forward(layer, _, input, h0, c0, weights, h, c, saved) -> None:
 
 
 def backward(
-    layer, _, grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weights, output, saved, grads
+    layer,
+    mode,
+    grad_output,
+    grad_h_n,
+    grad_c_n,
+    input,
+    batch_sizes,
+    lengths,
+    resets,
+    h0,
+    c0,
+    weights,
+    output,
+    saved,
+    grad_clip,
+    truncate,
+    grads,
 ) -> None:
+    if lengths is not None:
+        padded_backward(
+            backward,
+            layer,
+            mode,
+            grad_output,
+            grad_h_n,
+            grad_c_n,
+            input,
+            lengths,
+            resets,
+            h0,
+            c0,
+            weights,
+            output,
+            saved,
+            grad_clip,
+            truncate,
+            grads,
+        )
+        return
     grad_input, grad_h0, grad_c0, *grad_weights = grads
     rows = zip(
         _weight_addresses(weights, layer),
@@ -97,7 +161,9 @@ def backward(
         strict=True,
     )
     _C.recurrent_backward(
-        *_problem(layer, input, batch_sizes),
+        *_problem(layer, input, batch_sizes, resets),
+        -1.0 if grad_clip is None else grad_clip,
+        truncate,
         input.data_ptr(),
         *strides(input),
         output.data_ptr(),

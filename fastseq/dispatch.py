@@ -4,14 +4,13 @@ without asking torch's dispatcher, which takes longer than small work does."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _C
-from .checks import problem
 
 library = torch.library.Library("fastseq", "DEF")
 
@@ -35,19 +34,7 @@ def register(
         "CompositeExplicitAutograd",
     )
     torch.library.register_fake(f"fastseq::{name}", fake, lib=library)
-    # Otherwise torch may call the operator for each entry, past the Functions that know its gradients.
-    torch.library.register_vmap(f"fastseq::{name}", refuse_vmap, lib=library)
     return getattr(torch.ops.fastseq, name).default
-
-
-def refuse_vmap(*_: Any) -> NoReturn:
-    raise RuntimeError(
-        problem(
-            "a call of fastseq within torch.func.vmap",
-            "calls outside of it",
-            "a batch dimension of the arguments, or a loop over the entries",
-        )
-    )
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -64,6 +51,12 @@ def nobody_listens() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     )
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.func see the calls. They know the operators' own gradients
+    and batching rules, and a graph has one operator where a Function has two graphs."""
+    return is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def plain_device(*tensors: Tensor | None) -> str:

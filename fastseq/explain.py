@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import attention_ops, ops, plan_words
 from .attention_checks import Arguments, Attention, check_attention
 from .checks import DTYPES, Layer, check_layer, problem
+from .integrations import torch_attention
 from .plan_words import amount
 
 
@@ -143,7 +144,8 @@ def explain(module_or_function: Callable[..., Any], /, *inputs: Any, **kwargs: A
             )
         )
     modules = _modules_of(module_or_function)
-    recorder, torchs = _Recorder(_names_of_weights(modules)), _TorchsAttention()
+    recorder = _Recorder(_names_of_weights(modules))
+    torchs = _TorchsAttention(recorder)
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(gpus), _nothing_compiles(), recorder, torchs:
         module_or_function(*inputs, **kwargs)
@@ -174,6 +176,9 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        if func.namespace == "aten" and (kernel := _in_place_of(name, args)):
+            with self:  # which calls fastseq's
+                return kernel(*args, **(kwargs or {}))
         if func.namespace != "fastseq" or name not in _READERS:
             return func(*args, **(kwargs or {}))
         # As from fastseq.autograd: in here the mode is off, so the kernel is found as it is outside.
@@ -183,18 +188,28 @@ class _Recorder(TorchDispatchMode):
         return results
 
 
+def _in_place_of(name: str, args: Sequence[Any]) -> Callable[..., Any] | None:
+    """What computes one of torch's operators, if fastseq does: see integrations/torch_attention.py."""
+    tensor = next((x for x in args if isinstance(x, Tensor)), None)
+    if tensor is None or not torch_attention.is_active():
+        return None
+    return torch_attention.OPERATORS.get(tensor.device.type, {}).get(name)
+
+
 class _TorchsAttention(TorchFunctionMode):
     """Runs everything as without it, and counts the calls of torch's attention that fastseq could make."""
 
-    def __init__(self) -> None:
+    def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
-        self.count = 0
+        self.count, self._recorder = 0, recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
+        before = len(self._recorder.calls)
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.scaled_dot_product_attention and len(self._recorder.calls) == before:
             query = args[0] if args else (kwargs or {}).get("query")
             self.count += isinstance(query, Tensor) and _has_kernel(query)
-        return func(*args, **(kwargs or {}))
+        return result
 
     def replaceable(self) -> tuple[str, ...]:
         if self.count == 0:
@@ -210,11 +225,13 @@ def _has_kernel(query: Tensor) -> bool:
 
 
 def _read_layer(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
-    input, batch_sizes, h0, c0, weights, mode, directions, bias, _, save = arguments
+    input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, _, save = arguments
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
     output, _, _, gates = results
-    kept = {"input": input, "batch_sizes": batch_sizes, "h0": h0, "c0": c0, "output": output, "gates": gates}
-    return _call("recurrent", names, mode, layer, input, weights, kept if save else None, batch_sizes)
+    kept = {"input": input, "batch_sizes": batch_sizes, "lengths": lengths, "resets": resets}
+    kept |= {"h0": h0, "c0": c0, "output": output, save: gates}
+    keeps = kept if save != "nothing" else None
+    return _call("recurrent", names, mode, layer, input, weights, keeps, batch_sizes)
 
 
 def _read_cell(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
@@ -226,7 +243,7 @@ def _read_cell(names: dict[int, str], arguments: Sequence[Any], results: Sequenc
 
 
 def _read_gradients(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:
-    _, _, _, input, batch_sizes, h0, c0, weights, _, _, mode, directions, bias, _ = arguments
+    _, _, _, input, batch_sizes, _, _, h0, c0, weights, _, _, mode, directions, bias, *_ = arguments
     one_step = batch_sizes is None and input.dim() == 2
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias, one_step)
     return _call("recurrent_backward", names, mode, layer, input, weights, None, batch_sizes, one_step)

@@ -16,13 +16,24 @@ bfloat16 or float16.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from . import autograd
+from . import autocast, autograd
 from .attention import scaled_dot_product_attention
-from .checks import CELLS, batch_sizes_elsewhere, check_like, no_batch_sizes, problem
+from .checks import (
+    CELLS,
+    batch_sizes_elsewhere,
+    check_bounds,
+    check_like,
+    no_batch_sizes,
+    problem,
+    require_tensor,
+)
+from .windows import steps_of
 
 __all__ = [
     "gru",
@@ -45,6 +56,11 @@ def lstm(
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    grad_clip: float | None = None,
+    truncate: int | None = None,
+    memory: str = "fast",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The LSTM of :class:`fastseq.LSTM`, with its weights as an argument.
 
@@ -59,16 +75,35 @@ def lstm(
         batch_first: whether input and output are (B, T, ...).
         dropout: probability of zeroing an element between two layers, if `training`.
         training: whether dropout is applied.
+        lengths: int64 or int32 (B), on any device, in any order, 0 to T: row b has the steps t < lengths[b].
+            Its output is zero after them, its last state is that after them (the initial one if there are
+            none), the backward direction begins with the last of them, and what the input holds there
+            reaches nothing.
+        resets: bool (T, B), also if `batch_first`: an episode begins at step t of row b. No state, and no
+            gradient of a state, crosses between the steps t - 1 and t: the state before step t is zero,
+            also before step 0, and in the backward direction that before step t - 1.
+        grad_clip: at every step of the backward pass, the gradients of h_t and c_t are bounded to
+            [-grad_clip, grad_clip] before they go through the step; NaN stays NaN. Not if None.
+        truncate: in the backward pass no gradient of a state crosses between the steps t - 1 and t where t
+            is a multiple of it, as if pieces of so many steps were fed with detached states between. All
+            cross if None.
+        memory: what is kept for the backward pass; see there. "fast" keeps the gates of all steps. Less is
+            kept by "recompute", h and c of every step, and by "checkpoint:k", h and c every k steps: their
+            backward passes make the gates again, of a window of steps at a time.
 
     Returns:
         output (T, B, D*R), with the input's layout, and (h_n, c_n), with the shapes of `hx`.
 
     Raises:
-        ValueError: input of the wrong rank, or of another dtype than the weights.
-        RuntimeError: wrong sizes, mixed dtypes or devices, no step at all, malformed batch_sizes.
+        ValueError: input of the wrong rank, or of another dtype than the weights; another `memory`.
+        RuntimeError: wrong sizes, mixed dtypes or devices, no step at all, malformed batch_sizes; lengths or
+            resets of another shape or dtype, or without a batch; lengths beside batch_sizes, or not in 0..T;
+            grad_clip below 0, truncate below 1.
         NotImplementedError: a device or layout without a kernel.
 
-    Saved for the backward pass: input, weights, initial states, output; i, f, g, o, c of every step.
+    Saved for the backward pass: input, weights, initial states, output; i, f, g, o, c of every step. With
+    memory="recompute" c of every step instead of these; with "checkpoint:k" only input, weights, initial
+    states, and h and c every k steps.
 
     Example:
         >>> module = fastseq.LSTM(4, 5, num_layers=2, bidirectional=True)
@@ -82,8 +117,9 @@ def lstm(
             problem(f"hx with {len(hx)} tensors", "two states, (h_0, c_0)", "hx=(h_0, c_0), or None")
         )
     states = () if hx is None else tuple(hx)
+    options = Options(lengths, resets, grad_clip, truncate, memory)
     output, h_n, c_n = _stack(
-        "LSTM", input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training
+        "LSTM", input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training, options
     )
     return output, (h_n, c_n)
 
@@ -99,6 +135,11 @@ def gru(
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    grad_clip: float | None = None,
+    truncate: int | None = None,
+    memory: str = "fast",
 ) -> tuple[Tensor, Tensor]:
     """The GRU of :class:`fastseq.GRU`, with its weights as an argument.
 
@@ -109,7 +150,8 @@ def gru(
             bias_hh (3H); see the head of this module.
         hx: h_0 (L*D, B, H), without B if the input has no batch; zeros if None.
         reset_after: whether the reset gate acts after the recurrent product (torch) or before it.
-        batch_sizes, bidirectional, batch_first, dropout, training: as for :func:`lstm`.
+        batch_sizes, bidirectional, batch_first, dropout, training, lengths, resets, grad_clip, truncate,
+            memory: as for :func:`lstm`.
 
     Returns:
         output (T, B, D*H), with the input's layout, and h_n (L*D, B, H).
@@ -118,7 +160,8 @@ def gru(
         ValueError, RuntimeError, NotImplementedError: as :func:`lstm`.
 
     Saved for the backward pass: input, weights, initial state, output; r, z, n of every step, and the
-    recurrent part of n if `reset_after`.
+    recurrent part of n if `reset_after`. With memory="recompute" no gates; with "checkpoint:k" only input,
+    weights, initial state, and h every k steps.
 
     Example:
         >>> module = fastseq.GRU(4, 5)
@@ -128,8 +171,9 @@ def gru(
     """
     mode = "GRU" if reset_after else "GRU_RESET_BEFORE"
     states = () if hx is None else (hx,)
+    options = Options(lengths, resets, grad_clip, truncate, memory)
     output, h_n, _ = _stack(
-        mode, input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training
+        mode, input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training, options
     )
     return output, h_n
 
@@ -145,6 +189,11 @@ def rnn(
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    grad_clip: float | None = None,
+    truncate: int | None = None,
+    memory: str = "fast",
 ) -> tuple[Tensor, Tensor]:
     """The Elman network of :class:`fastseq.RNN`, with its weights as an argument.
 
@@ -155,7 +204,8 @@ def rnn(
             bias_hh (H); see the head of this module.
         hx: h_0 (L*D, B, H), without B if the input has no batch; zeros if None.
         nonlinearity: "tanh" or "relu".
-        batch_sizes, bidirectional, batch_first, dropout, training: as for :func:`lstm`.
+        batch_sizes, bidirectional, batch_first, dropout, training, lengths, resets, grad_clip, truncate,
+            memory: as for :func:`lstm`.
 
     Returns:
         output (T, B, D*H), with the input's layout, and h_n (L*D, B, H).
@@ -163,7 +213,8 @@ def rnn(
     Raises:
         ValueError, RuntimeError, NotImplementedError: as :func:`lstm`; ValueError for another nonlinearity.
 
-    Saved for the backward pass: input, weights, initial state, output.
+    Saved for the backward pass: input, weights, initial state, output; with memory="checkpoint:k" instead of
+    the output h every k steps.
 
     Example:
         >>> module = fastseq.RNN(4, 5, nonlinearity="relu")
@@ -175,8 +226,9 @@ def rnn(
     if nonlinearity not in _RNN_MODES:
         raise ValueError(_unknown_nonlinearity(nonlinearity))
     mode, states = _RNN_MODES[nonlinearity], () if hx is None else (hx,)
+    options = Options(lengths, resets, grad_clip, truncate, memory)
     output, h_n, _ = _stack(
-        mode, input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training
+        mode, input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training, options
     )
     return output, h_n
 
@@ -223,12 +275,12 @@ def lstm_cell(
         if h0.dim() != 2 or c0.dim() != 2:
             _check_cell_ranks(("hx[0]", h0), ("hx[1]", c0))
     if input.dim() == 2:
-        result = autograd.recurrent_cell(input, h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
+        result = _step(input, h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
         return result[0], result[1]
     _check_cell_ranks(("input", input))
     if h0 is not None and c0 is not None:
         h0, c0 = h0.unsqueeze(0), c0.unsqueeze(0)
-    result = autograd.recurrent_cell(input.unsqueeze(0), h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
+    result = _step(input.unsqueeze(0), h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
     return result[0].squeeze(0), result[1].squeeze(0)
 
 
@@ -313,6 +365,17 @@ def _unknown_nonlinearity(nonlinearity: object) -> str:
     return problem(f"nonlinearity={nonlinearity!r}", "'tanh' or 'relu'", "nonlinearity='tanh'")
 
 
+class Options(NamedTuple):
+    """What torch's networks do not have; see lstm()."""
+
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
+    grad_clip: float | None = None
+    truncate: int | None = None
+    memory: str = "fast"
+
+
+@autocast.layers
 def _stack(
     mode: str,
     input: Tensor,
@@ -323,6 +386,7 @@ def _stack(
     batch_first: bool,
     dropout: float,
     training: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers: output, h_n and c_n, the last of no use if the cell has no cell state."""
     directions = 2 if bidirectional else 1
@@ -339,6 +403,9 @@ def _stack(
     unbatched = batch_sizes is None and input.dim() == 2
     batch_first = batch_first and batch_sizes is None and not unbatched
     _check_input(input, first[0].dtype, batch_sizes)
+    lengths, resets, grad_clip, truncate, memory = options
+    if memory != "fast" or any(option is not None for option in options[:4]):
+        resets = _resets_of(options, unbatched, batch_sizes)
     _check_state_ranks(states, 2 if unbatched else 3)
     if unbatched:
         input, states = input.unsqueeze(1), tuple(state.unsqueeze(1) for state in states)
@@ -351,7 +418,12 @@ def _stack(
 
     hidden = first[1].shape[0] // CELLS[mode].gates
     width = first[-1].shape[0] if len(first) in (3, 5) else hidden
-    batch = input.shape[1] if batch_sizes is None else _packed_batch(batch_sizes)
+    if batch_sizes is None:
+        batch = input.shape[1]
+    elif states and is_compiling():  # the kernels ask later whether batch_sizes agree
+        batch = states[0].shape[1]
+    else:
+        batch = _packed_batch(batch_sizes)
     for i, state in enumerate(states):
         shape = (len(weights), batch, hidden if i else width)
         check_like(_state_name(states, i), state, shape, "(layers * directions, batch, size)", input)
@@ -374,6 +446,8 @@ def _stack(
         output, h, c = autograd.recurrent(
             output,
             batch_sizes,
+            lengths,
+            resets,
             h0[layer],
             c0[layer],
             tensors,
@@ -381,6 +455,9 @@ def _stack(
             directions,
             len(first) >= 4,
             batch_first and last,
+            grad_clip,
+            truncate or 0,
+            memory,
         )
         h_n.append(h)
         c_n.append(c)
@@ -391,6 +468,43 @@ def _stack(
     if unbatched:
         return output.squeeze(1), h.squeeze(1), c.squeeze(1) if c.dim() == 3 else c
     return output.transpose(0, 1) if batch_first else output, h, c
+
+
+def check_options(*, grad_clip: float | None, truncate: int | None, memory: str) -> None:
+    """Raises for options that no call accepts; modules ask at once."""
+    steps_of(memory)
+    check_bounds(grad_clip, 0 if truncate is None else truncate or -1)
+
+
+def check_resets(resets: Tensor, batch_sizes: Tensor) -> None:
+    """Raises unless those of a packed sequence are (T, B)."""
+    require_tensor("resets", resets)
+    shape = (batch_sizes.shape[0], _packed_batch(batch_sizes))
+    if resets.shape != shape:
+        raise RuntimeError(
+            problem(
+                f"resets of shape {tuple(resets.shape)}",
+                f"shape {shape}, that is (steps, batch)",
+                "a value for every step and row, also for those that are not there",
+            )
+        )
+
+
+def _resets_of(options: Options, unbatched: bool, batch_sizes: Tensor | None) -> Tensor | None:
+    """Checks the options, and returns the resets, one for each row of a packed sequence."""
+    for name, rows in (("lengths", options.lengths), ("resets", options.resets)):
+        if rows is not None:
+            require_tensor(name, rows)
+            if unbatched:
+                raise RuntimeError(
+                    problem(f"{name} of an input without a batch", "a batch", "input.unsqueeze(1)")
+                )
+    check_options(grad_clip=options.grad_clip, truncate=options.truncate, memory=options.memory)
+    if options.resets is None or batch_sizes is None:
+        return options.resets
+    check_resets(options.resets, batch_sizes)
+    there = torch.arange(options.resets.shape[1]) < batch_sizes.unsqueeze(1)
+    return options.resets[there.to(options.resets.device)]
 
 
 def _check_input(input: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None) -> None:
@@ -451,11 +565,20 @@ def _packed_batch(batch_sizes: Tensor) -> int:
     if batch_sizes.shape[0] == 0:
         raise RuntimeError(no_batch_sizes())
     batch = int(batch_sizes[0])
-    if batch < 0:
+    if is_compiling():  # what is in a tensor is not known yet
+        torch._check(batch >= 0)
+    elif batch < 0:
         raise RuntimeError(
             problem(f"batch_sizes that start with {batch}", "sizes of at least 0", "pack_padded_sequence")
         )
     return batch
+
+
+def _step(input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights_and_mode: Any) -> Sequence[Tensor]:
+    """The new h and, of an LSTM, the new c come first in the result."""
+    if autocast.is_on():
+        return autocast.cell(autograd.recurrent_cell, input, h0, c0, *weights_and_mode)
+    return autograd.recurrent_cell(input, h0, c0, *weights_and_mode)
 
 
 def _one_state_cell(
@@ -470,10 +593,10 @@ def _one_state_cell(
     if hx is not None and hx.dim() != 2:
         _check_cell_ranks(("hx", hx))
     if input.dim() == 2:
-        return autograd.recurrent_cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, mode)[0]
+        return _step(input, hx, None, w_ih, w_hh, b_ih, b_hh, mode)[0]
     _check_cell_ranks(("input", input))
     h0 = None if hx is None else hx.unsqueeze(0)
-    return autograd.recurrent_cell(input.unsqueeze(0), h0, None, w_ih, w_hh, b_ih, b_hh, mode)[0].squeeze(0)
+    return _step(input.unsqueeze(0), h0, None, w_ih, w_hh, b_ih, b_hh, mode)[0].squeeze(0)
 
 
 def _check_cell_ranks(*tensors: tuple[str, Tensor]) -> None:

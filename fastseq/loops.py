@@ -193,6 +193,19 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
+def _refuse(**given: bool) -> None:
+    """Raises for the options that are given, which no kernel here has."""
+    if any(given.values()):
+        names = ", ".join(name for name, is_given in given.items() if is_given)
+        raise NotImplementedError(
+            problem(
+                f"{names}, on CUDA",
+                "on the CPU these, on CUDA a call without",
+                "module.cpu() and input.cpu()",
+            )
+        )
+
+
 def _workspace(plan: Any, like: Tensor) -> Tensor:
     return torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=like.device)
 
@@ -204,15 +217,19 @@ def forward(
     mode: str,
     input: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
+    save: str,
     output: Tensor,
     h_n: Tensor,
     c_n: Tensor,
     saved: Tensor,
 ) -> None:
     """Fills output (T, B, D*R), h_n, c_n and saved; see ops.recurrent. All but the input is dense."""
+    _refuse(lengths=lengths is not None, resets=resets is not None, save=save == "states")
     if layer.rows == 0:
         return
     of_rnn = precision.of_recurrent_networks(input.dtype)
@@ -329,15 +346,21 @@ def backward(
     grad_c_n: Tensor | None,
     input: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
     output: Tensor,
     saved: Tensor,
+    grad_clip: float | None,
+    truncate: int,
     grads: Sequence[Tensor | None],
 ) -> None:
     """Fills `grads`, of input, h0, c0 and the weights, each dense or None; see ops.recurrent_backward. Of the
     arguments, grad_output, input and output may have any strides, with features of output side by side."""
+    bounds = {"grad_clip": grad_clip is not None, "truncate": truncate > 0}
+    _refuse(lengths=lengths is not None, resets=resets is not None, **bounds)
     grad_input, grad_h0, grad_c0, *grad_weights = grads
     if layer.rows == 0:
         for grad in grads:

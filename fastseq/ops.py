@@ -22,15 +22,33 @@ import torch
 from torch import Tensor
 
 from . import _C, cpu, loops
-from .checks import CELLS, Layer, check_batch_sizes, check_layer, check_like, problem, unsupported
+from .checks import (
+    CELLS,
+    Layer,
+    check_batch_sizes,
+    check_bounds,
+    check_layer,
+    check_like,
+    check_rows,
+    problem,
+    unsupported,
+)
 from .dispatch import READS_TENSORS, library, nobody_listens, plain_device, register
 
 # weights: for each direction weight_ih, weight_hh, then bias_ih, bias_hh if `bias`, then weight_hr of a
 # projected LSTM. output is (T, B, D*R), in memory (B, T, D*R) if batch_first. c_n and saved are empty if
-# there are none.
+# there are none. directions is 1, 2, or -1 for one that runs from the last step to the first.
+#
+# lengths (B), int64 or int32 on any device, unsorted, 0 to T: row b has the steps t < lengths[b]. Its output
+# is zero after them, its last state that after them, and direction 1 begins with the last of them; what the
+# input holds there reaches nothing. resets (T, B), of a packed sequence (rows), bool: neither a state nor the
+# gradient of one crosses between the steps t - 1 and t of a row.
+#
+# save is "nothing", "gates", for the backward pass, or "states", c of an LSTM at every step: (D, rows, H).
+# With lengths the rows of saved, T*B whatever the lengths are, lie as the device's kernels like.
 library.define(
-    "recurrent(Tensor input, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, str mode, "
-    "int directions, bool bias, bool batch_first, bool save) "
+    "recurrent(Tensor input, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, Tensor? h0, Tensor? c0, "
+    "Tensor[] weights, str mode, int directions, bool bias, bool batch_first, str save) "
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)"
 )
 # Returns [h, c of an LSTM, saved if `save`].
@@ -38,13 +56,19 @@ library.define(
     "recurrent_cell(Tensor input, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, "
     "Tensor? bias_ih, Tensor? bias_hh, str mode, bool save) -> Tensor[]"
 )
-# For a cell input is (B, I) and batch_sizes None. `wanted` says for which of [input, h0, c0, *weights] to
-# return a gradient.
+# For a cell input is (B, I) and batch_sizes None; saved holds gates. `wanted` says for which of [input, h0,
+# c0, *weights] to return a gradient. At every step the gradients of h_t and c_t are bounded to [-grad_clip,
+# grad_clip] before they go on; no gradient of a state crosses between t - 1 and t where t is a multiple of
+# truncate, if that is not 0.
 library.define(
     "recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
-    "Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor output, Tensor saved, str mode, "
-    "int directions, bool bias, bool[] wanted) -> Tensor[]"
+    "Tensor? batch_sizes, Tensor? lengths, Tensor? resets, Tensor? h0, Tensor? c0, Tensor[] weights, "
+    "Tensor output, Tensor saved, str mode, int directions, bool bias, float? grad_clip, int truncate, "
+    "bool[] wanted) -> Tensor[]"
 )
+
+
+SAVES = ("nothing", "states", "gates")
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -55,7 +79,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _allocate_layer(
-    input: Tensor, layer: Layer, batch_first: bool, save: bool
+    input: Tensor, layer: Layer, batch_first: bool, save: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cell, steps, batch, hidden = layer.cell, layer.steps, layer.batch, layer.hidden_size
     directions, features = layer.directions, layer.directions * layer.width
@@ -69,30 +93,49 @@ def _allocate_layer(
         c_n = input.new_empty(0)
     else:
         c_n = input.new_empty((directions, batch, hidden)) if layer.projected else torch.empty_like(h_n)
-    if save and cell.saved:
+    if save == "gates" and cell.saved:
         saved = input.new_empty((directions, layer.rows, cell.saved, hidden))
+    elif save == "states" and cell.cell_state:
+        saved = input.new_empty((directions, layer.rows, hidden))
     else:
         saved = input.new_empty(0) if cell.cell_state else torch.empty_like(c_n)
     return output, h_n, c_n, saved
 
 
-def _recurrent_fake(
-    input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, save
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _check_recurrent(
+    input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, save
+) -> Layer:
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
+    if lengths is not None or resets is not None:
+        check_rows(input, batch_sizes, lengths, resets, layer)
+    if save not in SAVES:
+        raise RuntimeError(problem(f"save {save!r}", ", ".join(map(repr, SAVES)), "one of these"))
+    return layer
+
+
+def _recurrent_fake(
+    input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, batch_first, save
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layer = _check_recurrent(
+        input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, save
+    )
     return _allocate_layer(input, layer, batch_first, save)
 
 
 def _run_layer(
-    run, input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, save
+    run, input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, batch_first, save
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Checks, allocates, has run(layer, mode, input, ..., output, h_n, c_n, saved) fill the results."""
-    layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
+    """Checks, allocates, has run(layer, mode, input, ..., weights, save, output, h_n, c_n, saved) fill the
+    results."""
+    layer = _check_recurrent(
+        input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, save
+    )
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, layer)
     results = _allocate_layer(input, layer, batch_first, save)
     weights = [weight.contiguous() for weight in weights]
-    run(layer, mode, input, _dense(batch_sizes), _dense(h0), _dense(c0), weights, *results)
+    sequence = (_dense(batch_sizes), lengths, _dense(resets))
+    run(layer, mode, input, *sequence, _dense(h0), _dense(c0), weights, save, *results)
     return results
 
 
@@ -170,6 +213,8 @@ class _Backward(NamedTuple):
     grad_c_n: Tensor | None
     input: Tensor
     batch_sizes: Tensor | None
+    lengths: Tensor | None
+    resets: Tensor | None
     h0: Tensor | None
     c0: Tensor | None
     weights: Sequence[Tensor]
@@ -178,14 +223,20 @@ class _Backward(NamedTuple):
     mode: str
     directions: int
     bias: bool
+    grad_clip: float | None
+    truncate: int
 
 
 def _check_backward(a: _Backward) -> Layer:
     input = a.input
     one_step = a.batch_sizes is None and input.dim() == 2
     layer = check_layer(input, a.batch_sizes, a.h0, a.c0, a.weights, a.mode, a.directions, a.bias, one_step)
-    lead = () if one_step else (a.directions,)
-    shape = (*input.shape[:-1], a.directions * layer.width)
+    if a.lengths is not None or a.resets is not None:
+        check_rows(input, a.batch_sizes, a.lengths, a.resets, layer)
+    if a.grad_clip is not None or a.truncate:
+        check_bounds(a.grad_clip, a.truncate)
+    lead = () if one_step else (layer.directions,)
+    shape = (*input.shape[:-1], layer.directions * layer.width)
     check_like("output", a.output, shape, "that of the forward pass", input)
     slots, rows, hidden = layer.cell.saved, layer.rows, layer.hidden_size
     check_like(
@@ -201,7 +252,7 @@ def _check_backward(a: _Backward) -> Layer:
     return layer
 
 
-def _allocate_gradients(
+def allocate_gradients(
     input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     grads: list[Tensor | None] = []
@@ -221,24 +272,39 @@ def _recurrent_backward_fake(*arguments: Any) -> list[Tensor]:
     *given, wanted = arguments
     a = _Backward(*given)
     _check_backward(a)
-    grads = _allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
+    grads = allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
     return [grad for grad in grads if grad is not None]
 
 
 def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
-    """Checks, allocates, has run(layer, mode, grad_output, ..., saved, grads) fill the gradients."""
+    """Checks, allocates, has run(layer, mode, grad_output, ..., saved, grad_clip, truncate, grads) fill the
+    gradients."""
     *given, wanted = arguments
     a = _Backward(*given)
     layer = _check_backward(a)
     if a.batch_sizes is not None:
         check_batch_sizes(a.batch_sizes, layer)
-    grads = _allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
+    grads = allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
     # As the forward pass made them, unless a hook on saved tensors laid them out anew.
     output = a.output if a.output.stride(-1) == 1 else a.output.contiguous()
-    states = (_dense(a.batch_sizes), _dense(a.h0), _dense(a.c0))
+    sequence = (_dense(a.batch_sizes), a.lengths, _dense(a.resets))
+    states = (_dense(a.h0), _dense(a.c0))
+    bounds = (a.grad_clip, a.truncate)
     grads_of_states = (a.grad_output, _dense(a.grad_h_n), _dense(a.grad_c_n))
     weights = [weight.contiguous() for weight in a.weights]
-    run(layer, a.mode, *grads_of_states, a.input, *states, weights, output, a.saved.contiguous(), grads)
+    run(
+        layer,
+        a.mode,
+        *grads_of_states,
+        a.input,
+        *sequence,
+        *states,
+        weights,
+        output,
+        a.saved.contiguous(),
+        *bounds,
+        grads,
+    )
     return [grad for grad in grads if grad is not None]
 
 
@@ -299,15 +365,17 @@ def _kernels(*tensors: Tensor | None) -> Any:
 def recurrent(
     input: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torch.ops.fastseq.recurrent, without the dispatcher where possible: see recurrent_cell."""
-    # batch_sizes is on the CPU wherever the rest is.
-    kernels = _kernels(input, h0, c0, *weights)
-    return kernels.recurrent(input, batch_sizes, h0, c0, weights, *options)
+    # batch_sizes is on the CPU wherever the rest is, lengths anywhere.
+    kernels = _kernels(input, resets, h0, c0, *weights)
+    return kernels.recurrent(input, batch_sizes, lengths, resets, h0, c0, weights, *options)
 
 
 def recurrent_backward(
@@ -316,6 +384,8 @@ def recurrent_backward(
     grad_c_n: Tensor | None,
     input: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
@@ -324,6 +394,6 @@ def recurrent_backward(
     *options: Any,
 ) -> list[Tensor]:
     """torch.ops.fastseq.recurrent_backward, without the dispatcher where possible: see recurrent_cell."""
-    kernels = _kernels(grad_output, grad_h_n, grad_c_n, input, h0, c0, *weights, output, saved)
-    tensors = (grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0)
+    kernels = _kernels(grad_output, grad_h_n, grad_c_n, input, resets, h0, c0, *weights, output, saved)
+    tensors = (grad_output, grad_h_n, grad_c_n, input, batch_sizes, lengths, resets, h0, c0)
     return kernels.recurrent_backward(*tensors, weights, output, saved, *options)

@@ -71,6 +71,29 @@ def step(mode: str, x: Tensor, h: Tensor, c: Tensor | None, weights: Weights) ->
     raise ValueError(mode)
 
 
+class Crossing(NamedTuple):
+    """What happens to states, and to their gradients, between the steps t - 1 and t."""
+
+    resets: Tensor | None = None  # [T, B]: the state, also that before step 0, is a new zero
+    truncate: int | None = None  # no gradient crosses where t is a multiple of it
+    grad_clip: float | None = None  # bounds the gradient of the state that a step makes
+
+    def before(self, state: Tensor, t: int, alive: Tensor) -> Tensor:
+        """The state [B, R] of those rows for which step t is there, others unchanged."""
+        if self.truncate and t > 0 and t % self.truncate == 0:
+            state = torch.where(alive[:, None], state.detach(), state)
+        if self.resets is not None:
+            state = torch.where((alive & self.resets[t])[:, None], torch.zeros_like(state), state)
+        return state
+
+    def made(self, state: Tensor) -> None:
+        if self.grad_clip is not None and state.requires_grad:
+            state.register_hook(lambda grad: grad.clamp(-self.grad_clip, self.grad_clip))
+
+
+PLAIN = Crossing()
+
+
 def layer(
     mode: str,
     input: Tensor,
@@ -79,6 +102,7 @@ def layer(
     c: Tensor | None,
     weights: Weights,
     reverse: bool,
+    crossing: Crossing = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One direction of one layer over input [T, B, I].
 
@@ -87,7 +111,15 @@ def layer(
     """
     outputs: list[Tensor] = [None] * len(input)
     for t in reversed(range(len(input))) if reverse else range(len(input)):
+        later = t + 1 if reverse else t
+        if later < len(input):
+            alive = torch.ones(len(h), dtype=torch.bool) if lengths is None else later < lengths
+            h = crossing.before(h, later, alive)
+            c = None if c is None else crossing.before(c, later, alive)
         h_next, c_next = step(mode, input[t], h, c, weights)
+        for state in (h_next, c_next):
+            if state is not None:
+                crossing.made(state)
         if lengths is None:
             outputs[t], h, c = h_next, h_next, c_next
         else:
@@ -105,6 +137,7 @@ def recurrent(
     c0: Tensor | None,
     layers: list[list[Weights]],
     lengths: Tensor | None = None,
+    crossing: Crossing = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Layers, each a list of one or two directions: input [T, B, I], h0 [L*D, B, R], c0 [L*D, B, H].
 
@@ -116,7 +149,7 @@ def recurrent(
         for reverse, weights in enumerate(directions):
             k = len(h_n)
             half, h, c = layer(
-                mode, input, lengths, h0[k], None if c0 is None else c0[k], weights, bool(reverse)
+                mode, input, lengths, h0[k], None if c0 is None else c0[k], weights, bool(reverse), crossing
             )
             halves.append(half)
             h_n.append(h)

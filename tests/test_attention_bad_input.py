@@ -477,8 +477,6 @@ REFUSED = {
         x, torch.func.grad(lambda x: torch.func.grad(lambda x: attend(x).square().sum())(x).square().sum())
     ),
     "forward mode twice": lambda x: along(x, along),
-    "vmap": torch.func.vmap(attend),
-    "vmap, frozen": lambda x: torch.func.vmap(attend)(x.detach()),
     "alibi_slopes": along_slopes,
     "scale": along_scale,
 }

@@ -280,12 +280,14 @@ def test_operators_check_batch_sizes_themselves(kind):
         batch_sizes = KINDS_OF_TENSOR[kind](torch.tensor(sizes, dtype=torch.int64))
         for recurrent in (ops.recurrent, torch.ops.fastseq.recurrent):
             with pytest.raises(RuntimeError, match="batch_sizes"):
-                recurrent(x, batch_sizes, h0, None, weights, "RNN_TANH", 1, False, False, False)
+                recurrent(
+                    x, batch_sizes, None, None, h0, None, weights, "RNN_TANH", 1, False, False, "nothing"
+                )
         for backward in (ops.recurrent_backward, torch.ops.fastseq.recurrent_backward):
             grad = output = torch.randn(6, 5)
-            tensors = (grad, None, None, x, batch_sizes, h0, None, weights, output, saved)
+            tensors = (grad, None, None, x, batch_sizes, None, None, h0, None, weights, output, saved)
             with pytest.raises(RuntimeError, match="batch_sizes"):
-                backward(*tensors, "RNN_TANH", 1, False, [True, False, False, True, True])
+                backward(*tensors, "RNN_TANH", 1, False, None, 0, [True, False, False, True, True])
 
 
 @pytest.mark.parametrize("layout", ["sparse", "mkldnn"])

@@ -486,7 +486,7 @@ def packed_arguments(device):
     """Of torch.ops.fastseq.recurrent for a packed sequence of rows of 3 and 1 steps."""
     input, h0 = torch.randn(4, 3, device=device.where), torch.randn(1, 2, 5, device=device.where)
     weights = [torch.randn(shape, device=device.where) for shape in [(15, 3), (15, 5), (15,), (15,)]]
-    return [input, torch.tensor([2, 1, 1]), h0, None, weights, "GRU", 1, True, False, True]
+    return [input, torch.tensor([2, 1, 1]), None, None, h0, None, weights, "GRU", 1, True, False, "gates"]
 
 
 BATCH_SIZES = {
@@ -518,7 +518,7 @@ def test_bad_batch_sizes(device, what):
         for call in (
             lambda: ops.recurrent(*arguments),
             lambda: ops.recurrent_backward(
-                *gradients, *arguments[:5], output, saved, *arguments[5:8], wanted
+                *gradients, *arguments[:7], output, saved, *arguments[7:10], None, 0, wanted
             ),
         ):
             error = error_of(call)

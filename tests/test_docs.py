@@ -21,7 +21,7 @@ FUNCTIONS = [
     getattr(fastseq.functional, name) for name in ("rnn", "lstm", "gru", "rnn_cell", "lstm_cell", "gru_cell")
 ]
 ATTENTION = [fastseq.MultiheadAttention, fastseq.scaled_dot_product_attention]
-TOOLS = [fastseq.explain, fastseq.show_config]
+TOOLS = [fastseq.explain, fastseq.show_config, fastseq.convert, fastseq.revert, fastseq.patched]
 
 
 def source_modules():

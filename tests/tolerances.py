@@ -43,6 +43,9 @@ DIFFERENT_NETWORKS = 1e-3
 # Finite differences of size eps in float64 leave an error of eps^2 and of rounding / eps; torch's own choice.
 # Two calls of one backward pass are the same bits.
 GRADCHECK = {"eps": 1e-6, "rtol": 1e-3, "atol": 1e-5, "nondet_tol": 0}
+# float64, central differences of that size: an error of its square, and of rounding divided by it.
+EPSILON = 1e-6
+DIFFERENCES = {"rtol": 1e-6, "atol": 1e-7}
 
 
 def largest(x: torch.Tensor) -> float:

@@ -30,7 +30,8 @@ struct GRU {
     h_next = (1 - carry[Z]) * n + carry[Z] * h;
   }
 
-  FS_HD static void step_grad(const V* saved, V h, V, V, V, V dh, V, V* d, V& dh_direct, V&) {
+  template <class Clip = Unclipped>
+  FS_HD static void step_grad(const V* saved, V h, V, V, V, V dh, V, V* d, V& dh_direct, V&, Clip = {}) {
     d[N]      = dh * (1 - saved[Z]) * (1 - saved[N] * saved[N]);
     d[U]      = d[N] * saved[R];
     d[R]      = d[N] * saved[U] * saved[R] * (1 - saved[R]);
@@ -58,7 +59,8 @@ struct GRUResetBefore {
     h_next   = (1 - saved[Z]) * saved[N] + saved[Z] * h;
   }
 
-  FS_HD static void step_grad(const V* saved, V h, V, V, V, V dh, V, V* d, V& dh_direct, V&) {
+  template <class Clip = Unclipped>
+  FS_HD static void step_grad(const V* saved, V h, V, V, V, V dh, V, V* d, V& dh_direct, V&, Clip = {}) {
     d[N]      = dh * (1 - saved[Z]) * (1 - saved[N] * saved[N]);
     d[Z]      = dh * (h - saved[N]) * saved[Z] * (1 - saved[Z]);
     dh_direct = dh * saved[Z];

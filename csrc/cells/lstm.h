@@ -33,9 +33,11 @@ struct LSTM {
   // h' before the projection, if there is one.
   FS_HD static V output(V o, V c_next) { return o * tanh(c_next); }
 
-  FS_HD static void step_grad(const V* gate, V, V, V c, V c_next, V dh, V dc, V* d, V&, V& dc_prev) {
+  template <class Clip = Unclipped>
+  FS_HD static void step_grad(const V* gate, V, V, V c, V c_next, V dh, V dc, V* d, V&, V& dc_prev,
+                              Clip clip = {}) {
     const V tanh_c   = tanh(c_next);
-    const V dc_total = dc + dh * gate[O] * (1 - tanh_c * tanh_c);
+    const V dc_total = clip(dc + dh * gate[O] * (1 - tanh_c * tanh_c));
     d[I]             = dc_total * gate[G] * gate[I] * (1 - gate[I]);
     d[F]             = dc_total * c * gate[F] * (1 - gate[F]);
     d[G]             = dc_total * gate[I] * (1 - gate[G] * gate[G]);

@@ -23,7 +23,8 @@ struct RNN {
     }
   }
 
-  FS_HD static void step_grad(const V*, V, V h_next, V, V, V dh, V, V* d, V&, V&) {
+  template <class Clip = Unclipped>
+  FS_HD static void step_grad(const V*, V, V h_next, V, V, V dh, V, V* d, V&, V&, Clip = {}) {
     if constexpr (kRelu) {
       d[0] = relu_grad(h_next, dh);
     } else {

@@ -74,10 +74,18 @@ const Engine& choose() {
 using Run = bool(const RecurrentArgs&, const RecurrentPlan&);
 
 void run_planned(Run* run, const RecurrentArgs& a, bool backward) {
-  RecurrentProblem problem{a.cell,        a.dtype,       available_threads(a.threads),
-                           a.shape.steps, a.shape.batch, a.input_size,
-                           a.hidden_size, a.proj_size,   a.directions,
-                           backward,      a.forced_plan};
+  RecurrentProblem problem{a.cell,
+                           a.dtype,
+                           available_threads(a.threads),
+                           a.shape.steps,
+                           a.shape.batch,
+                           a.input_size,
+                           a.hidden_size,
+                           a.proj_size,
+                           a.directions,
+                           backward,
+                           a.tangents ? 2 : 1,
+                           a.forced_plan};
   if (run(a, recurrent_plan(problem))) return;
   problem.threads = 1;
   run(a, recurrent_plan(problem));

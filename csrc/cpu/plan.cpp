@@ -21,7 +21,7 @@ double cost(const RecurrentProblem& p, int directions, int batch_parts, int unit
   const double width = p.proj_size ? p.proj_size : p.hidden_size, slowdown = element_bytes(p.dtype) / 4;
   const double quanta = double((p.hidden_size + kUnitQuantum - 1) / kUnitQuantum);
   const double share = double(int64_t(quanta + unit_parts - 1) / unit_parts) / quanta;
-  const double rows = double((p.batch + batch_parts - 1) / batch_parts);
+  const double rows = double(p.planes * ((p.batch + batch_parts - 1) / batch_parts));
   const double weights = facts_of(p.cell).gates * double(p.hidden_size) * width * share;
   const double bytes = weights * element_bytes(p.dtype);
   const double product = std::max(2 * weights * rows * slowdown / kFlopsPerNs,
@@ -41,11 +41,13 @@ int64_t chunk_rows(const RecurrentProblem& p) {
     // Each chunk reads and writes all weight gradients: the more of them, the longer the chunks.
     const double width = p.proj_size ? p.proj_size : p.hidden_size;
     const double gradients = facts_of(p.cell).gates * double(p.hidden_size) * (width + double(p.input_size));
-    return gradients * element_bytes(p.dtype) > kFarBytes ? 1024 : 512;
+    return (gradients * element_bytes(p.dtype) > kFarBytes ? 1024 : 512) / p.planes;
   }
   // The projected inputs of a chunk stay in the cache until their steps are done.
-  const int64_t row_bytes = facts_of(p.cell).gates * p.hidden_size * int64_t(element_bytes(p.dtype));
-  return std::clamp<int64_t>((int64_t(1) << 20) / std::max<int64_t>(row_bytes, 1), 48, 256);
+  const int64_t row_bytes =
+      p.planes * facts_of(p.cell).gates * p.hidden_size * int64_t(element_bytes(p.dtype));
+  return std::clamp<int64_t>((int64_t(1) << 20) / std::max<int64_t>(row_bytes, 1), 48 / p.planes,
+                             256 / p.planes);
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ struct RecurrentProblem {
   int64_t steps, batch, input_size, hidden_size, proj_size;
   int directions;
   bool backward;
+  int planes;              // rows of the kernel for each row: 2 with tangents
   const int* forced_plan;  // [4], see RecurrentArgs
 };
 

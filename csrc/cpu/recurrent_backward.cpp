@@ -15,17 +15,21 @@
 // What it costs, a row and step: 4 G H (I + R) operations; packed U^T read once a step from L2 or L3; d
 // written and read in the cache; saved values, h and x read from memory once, dW read and written once a
 // chunk.
+#include <limits>
+
 #include "recurrent_backward_layout.h"
 
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
-template <class S, class O>
-class Backward : BackwardLayout<S, O> {
-  using Layout = BackwardLayout<S, O>;
+template <class S, class O, int kPlanes>
+class Backward : BackwardLayout<S, O, kPlanes> {
+  using Layout = BackwardLayout<S, O, kPlanes>;
   using Layout::args, Layout::plan, Layout::steps, Layout::meetings, Layout::direction, Layout::team_size;
+  using Layout::plane;
   using typename Layout::DirectionState, typename Layout::Element, typename Layout::Scalar;
   using V = Vec<Scalar>;
+  using P = Planes<kPlanes, V>;
   static constexpr int kWidth = V::kWidth;
 
  public:
@@ -42,19 +46,24 @@ class Backward : BackwardLayout<S, O> {
     for (int d = seat.direction_part; d < args.directions; d += plan.direction_parts) {
       Worker(*this, d, seat, thread).run();
     }
-    if (direction[args.directions - 1].input_sum) {
+    bool beside = false;
+    for (const Scalar* sum : direction[args.directions - 1].input_sum) beside = beside || sum;
+    if (beside) {
       meetings.of_all(thread);
-      add_second_direction(thread);
+      for (int p = 0; p < kPlanes; ++p) {
+        if (direction[1].input_sum[p]) add_second_direction(thread, p);
+      }
     }
   }
 
   // dx of the first direction += dx of the second.
-  void add_second_direction(int thread) {
-    const Scalar* const second = direction[1].input_sum;
+  void add_second_direction(int thread, int p) {
+    const Scalar* const second = direction[1].input_sum[p];
+    const auto& first = plane(p).grad_input;
     for (int64_t t = thread; t < steps.steps; t += team_size()) {
-      S* const to = steps.template at<S>(args.grad_input, t);
+      S* const to = steps.template at<S>(first, t);
       for (int64_t b = 0; b < steps.rows(t); ++b) {
-        S* const row = to + b * args.grad_input.stride[1];
+        S* const row = to + b * first.stride[1];
         const Scalar* const add = second + (steps.offset(t) + b) * args.input_size;
         for_each_vector<kWidth>(1, args.input_size, [&](int64_t, int64_t i, int64_t n) FS_BODY {
           store_upto(row + i, load_upto<V>(row + i, n) + load_upto<V>(add + i, n), n);
@@ -68,9 +77,10 @@ class Backward : BackwardLayout<S, O> {
     const RecurrentArgs& args;
     const RecurrentDirection& tensors;
     DirectionState& state;
-    const CellOps<S, O>& cell;
+    const CellOps<S, O, kPlanes>& cell;
     const Steps& steps;
     const int d;
+    const bool reverse;  // runs from the last step to the first
     const Seat seat;
     const int rank, ranks;               // among the threads of this direction
     bool backwards = false;              // of the order of blocks
@@ -86,6 +96,7 @@ class Backward : BackwardLayout<S, O> {
           cell(pass.cell),
           steps(pass.steps),
           d(d),
+          reverse(pass.args.reversed || d == 1),
           seat(seat),
           rank(seat.rank),
           ranks(pass.plan.batch_parts * pass.plan.unit_parts),
@@ -93,9 +104,10 @@ class Backward : BackwardLayout<S, O> {
           own_outputs(share(pass.outputs.count(), pass.plan.unit_parts, seat.unit_part)),
           left(pass.left + thread * pass.left_size) {}
 
+    const RecurrentDirection& tensors_of(int p) const { return pass.plane(p).direction[d]; }
     void meet() const { pass.meetings.of_units(seat); }
     void meet_direction() const { pass.meetings.of_direction(seat); }
-    int64_t time(int64_t step) const { return d == 0 ? step : args.shape.steps - 1 - step; }
+    int64_t time(int64_t step) const { return reverse ? args.shape.steps - 1 - step : step; }
 
     void run() {
       pack_weights();
@@ -105,14 +117,16 @@ class Backward : BackwardLayout<S, O> {
         do {
           rows += steps.rows(time(--begin));
         } while (begin > 0 && rows + steps.rows(time(begin - 1)) <= pass.chunk_rows);
-        const int64_t first = d == 0 ? begin : time(end - 1), last = d == 0 ? end : time(begin) + 1;
+        const int64_t first = reverse ? time(end - 1) : begin, last = reverse ? time(begin) + 1 : end;
         find_rows(first, last);
         meet_direction();
         for (int64_t step = end - 1; step >= begin; --step) {
           take_step(time(step), steps.offset(time(step)) - steps.offset(first));
         }
         meet_direction();
-        if (args.grad_input.data) input_gradient(first, rows);
+        for (int p = 0; p < kPlanes; ++p) {
+          if (pass.plane(p).grad_input.data) input_gradient(first, rows, p);
+        }
         for (int64_t k = 0; k < rows; k += pass.depth) {
           weight_gradients(k, least(pass.depth, rows - k));
           first_chunk = false;
@@ -130,26 +144,31 @@ class Backward : BackwardLayout<S, O> {
           panels.pack_columns(j, static_cast<const S*>(weight), first_segment);
         }
       };
-      deal(state.recurrent_first, tensors.weight_hh, 0);
-      if (pass.two_products()) deal(state.recurrent_rest, tensors.weight_hh, cell.first_gates);
-      deal(state.input, tensors.weight_ih, 0);
-      deal(state.projection, tensors.weight_hr, 0);
+      for (int p = 0; p < kPlanes; ++p) {
+        const RecurrentDirection& t = tensors_of(p);
+        if (t.weight_hh) deal(state.recurrent_first[p], t.weight_hh, 0);
+        if (t.weight_hh && pass.two_products()) deal(state.recurrent_rest[p], t.weight_hh, cell.first_gates);
+        if (t.weight_ih) deal(state.input[p], t.weight_ih, 0);
+        if (t.weight_hr) deal(state.projection[p], t.weight_hr, 0);
+      }
     }
 
     void start_gradients() {
       const int64_t hidden = args.hidden_size, width = pass.width();
       for (int64_t b = rank; b < args.shape.batch; b += ranks) {
-        const auto start = [&](Scalar* to, int64_t stride, const void* from, int64_t n) {
+        const auto start = [&](Scalar* to, int64_t stride, const void* from, int64_t n, int p) {
           const S* const row = from ? static_cast<const S*>(from) + b * n : nullptr;
           for (int64_t i = 0; i < stride; i += kWidth) {
-            store(to + b * stride + i, load_strided<V>(row ? row + i : nullptr, 1, n - i));
+            store(to + (b * kPlanes + p) * stride + i, load_strided<V>(row ? row + i : nullptr, 1, n - i));
           }
         };
-        start(state.dh, pass.width_stride, tensors.grad_h_n, width);
-        if (cell.cell_state) start(state.dc, pass.hidden_stride, tensors.grad_c_n, hidden);
+        for (int p = 0; p < kPlanes; ++p) {
+          start(state.dh, pass.width_stride, tensors_of(p).grad_h_n, width, p);
+          if (cell.cell_state) start(state.dc, pass.hidden_stride, tensors_of(p).grad_c_n, hidden, p);
+        }
       }
       if (Operand<O>::kPair == 2) {  // odd rows are read in pairs
-        for (int64_t row = rank; row < pass.chunk_rows; row += ranks) {
+        for (int64_t row = rank; row < kPlanes * pass.chunk_rows; row += ranks) {
           std::memset(static_cast<void*>(state.d + row * pass.d_stride), 0,
                       size_t(pass.d_stride) * sizeof(O));
           if (args.proj_size) {
@@ -158,8 +177,8 @@ class Backward : BackwardLayout<S, O> {
           }
         }
       }
-      if (rank == 0) {
-        std::memset(static_cast<void*>(state.bias_sum), 0,
+      for (int p = 0; p < kPlanes && rank == 0; ++p) {
+        std::memset(static_cast<void*>(state.bias_sum[p]), 0,
                     size_t(cell.grads * pass.hidden_stride) * sizeof(double));
       }
     }
@@ -170,156 +189,223 @@ class Backward : BackwardLayout<S, O> {
       const int64_t width = pass.width(), hidden = args.hidden_size, T = args.shape.steps;
       const int64_t saved_stride = pass.slots() * hidden;
       for (int64_t t = first + rank; t < last; t += ranks) {
-        const int64_t before = d == 0 ? t - 1 : t + 1;
+        const int64_t before = reverse ? t + 1 : t - 1;
         const int64_t continued = before >= 0 && before < T ? least(steps.rows(before), steps.rows(t)) : 0;
         const int64_t row = steps.offset(t) - steps.offset(first);
-        for (int64_t b = 0; b < steps.rows(t); ++b) {
-          const S *h, *c = nullptr;
-          if (b < continued) {
-            h = steps.template at<const S>(args.output, before) + b * args.output.stride[1] + d * width;
-            if (cell.cell_state) {
-              c = static_cast<const S*>(tensors.saved) + (steps.offset(before) + b) * saved_stride +
-                  cell.saved * hidden;
+        const Crossing crossing = crossing_before(t);
+        for (int p = 0; p < kPlanes; ++p) {
+          const RecurrentDirection& of_plane = tensors_of(p);
+          const auto& output = pass.plane(p).output;
+          const auto& input = pass.plane(p).input;
+          for (int64_t b = 0; b < steps.rows(t); ++b) {
+            const S *h, *c = nullptr;
+            if (crossing.resets(b)) {
+              h = nullptr;
+            } else if (p == 1 && crossing.cuts(b)) {
+              h = nullptr;
+            } else if (b < continued) {
+              h = steps.template at<const S>(output, before) + b * output.stride[1] + d * width;
+              if (cell.cell_state) {
+                c = static_cast<const S*>(of_plane.saved) + (steps.offset(before) + b) * saved_stride +
+                    cell.saved * hidden;
+              }
+            } else {
+              h = of_plane.h0 ? static_cast<const S*>(of_plane.h0) + b * width : nullptr;
+              c = of_plane.c0 ? static_cast<const S*>(of_plane.c0) + b * hidden : nullptr;
             }
-          } else {
-            h = tensors.h0 ? static_cast<const S*>(tensors.h0) + b * width : nullptr;
-            c = tensors.c0 ? static_cast<const S*>(tensors.c0) + b * hidden : nullptr;
+            const S* const x = steps.template at<const S>(input, t) + b * input.stride[1];
+            state.h_rows.set(row + b, p, h);
+            state.c_rows.set(row + b, p, c);
+            state.x_rows.set(row + b, p, p == 0 || input.data ? x : nullptr);
           }
-          state.h_rows[row + b] = h;
-          state.c_rows[row + b] = c;
-          state.x_rows[row + b] = steps.template at<const S>(args.input, t) + b * args.input.stride[1];
         }
       }
     }
 
+    // What goes back from step t to the one before it, in the order of this direction.
+    struct Crossing {
+      int64_t rows;          // those that have such a step, or begin with a reset
+      const uint8_t* reset;  // for each of them, or null
+      bool truncated;        // no gradient of them crosses
+      bool resets(int64_t b) const { return reset && b < rows && reset[b]; }
+      bool cuts(int64_t b) const { return b < rows && (truncated || (reset && reset[b])); }
+    };
+    Crossing crossing_before(int64_t t) const {
+      const int64_t later = reverse ? t + 1 : t;  // of the two steps
+      if (later == args.shape.steps) return {0, nullptr, false};
+      const bool truncated = args.truncate && later > 0 && later % args.truncate == 0;
+      return {steps.rows(later), steps.resets(later), truncated};
+    }
+
     void take_step(int64_t t, int64_t chunk_row) {
       const Range rows = steps.rows(t, seat.batch_part);
+      const Crossing crossing = crossing_before(t);
       if (args.proj_size) {
         sum_output_gradient(t, rows, chunk_row);
         meet();
-        product(state.projection, own_units, rows, state.d_output + chunk_row * pass.width_stride,
-                pass.width_stride, 0, state.dm, pass.hidden_stride, false);
+        product(state.projection, kOnly, own_units, rows,
+                state.d_output + chunk_row * kPlanes * pass.width_stride, pass.width_stride, state.dm,
+                pass.hidden_stride, false);
       }
       run_cell(t, rows, chunk_row);
       meet();
-      O* const gradients = state.d + chunk_row * pass.d_stride;
+      O* const gradients = state.d + chunk_row * kPlanes * pass.d_stride;
       if (pass.two_products()) {
         run_first(t, rows, chunk_row);
         meet();
       }
       // Before the first step there is only h0.
-      if (time(t) > 0 || tensors.grad_h0) {
-        product(state.recurrent_first, own_outputs, rows, gradients, pass.d_stride, 0, state.dh,
-                pass.width_stride, cell.direct);
+      const bool none_cross = crossing.truncated && rows.end <= crossing.rows;
+      const bool of_h0 = tensors.grad_h0 || tensors_of(kPlanes - 1).grad_h0;
+      if ((time(t) > 0 || of_h0) && !none_cross) {
+        product(state.recurrent_first, cell.recurrent_grad, own_outputs, rows, gradients, pass.d_stride,
+                state.dh, pass.width_stride, cell.direct);
       }
+      if (crossing.truncated || crossing.reset) cut_states(crossing, rows);
       backwards = !backwards;
     }
 
-    // to = (to +) sum over the panels' segments of d[segment] * U, for own columns.
-    void product(const Panels<O>& panels, Range own, Range rows, const O* from, int64_t from_stride,
-                 int first_gate, Scalar* to, int64_t to_stride, bool add) {
-      for_each_block(own, backwards, [&](int64_t j) {
-        multiply_segments(panels, j, rows, from, from_stride, first_gate,
-                          to + rows.begin * to_stride + panels.blocks.begin(j), to_stride, add);
-      });
-    }
-
-    void multiply_segments(const Panels<O>& panels, int64_t j, Range r, const O* from, int64_t from_stride,
-                           int first_gate, Scalar* sums, int64_t sums_stride, bool add) {
-      for (int64_t g = 0, end; g < panels.segments; g = end) {
-        // Segments that follow one another without padding are one product.
-        const int64_t block = grad_block(panels, first_gate + int(g));
-        end = g + 1;
-        while (pass.hidden_stride == panels.depth && end < panels.segments &&
-               grad_block(panels, first_gate + int(end)) == block + end - g) {
-          ++end;
+    // The own columns of the gradients of states that end here become zero.
+    void cut_states(const Crossing& crossing, Range rows) {
+      const auto clear = [&](Scalar* to, int64_t stride, const Blocks& blocks, Range own, int64_t b) {
+        const int64_t begin = least(blocks.begin(own.begin), stride),
+                      end = least(blocks.begin(own.end), stride);
+        for (int64_t row = b * kPlanes; row < (b + 1) * kPlanes; ++row) {
+          std::memset(to + row * stride + begin, 0, size_t(end - begin) * sizeof(Scalar));
         }
-        const O* const a = from + r.begin * from_stride + block * pass.hidden_stride;
-        multiply<O>(panels.cut(j), r.size(),
-                    {pairs<O>(panels.depth) * (end - g), elements(a), row_elements<O>(from_stride), 1,
-                     panels.at(j, g), sums, sums_stride, add || g > 0 ? sums : nullptr, sums_stride});
+      };
+      for (int64_t b = rows.begin; b < rows.end; ++b) {
+        if (!crossing.cuts(b)) continue;
+        clear(state.dh, pass.width_stride, pass.outputs, own_outputs, b);
+        if (cell.cell_state) clear(state.dc, pass.hidden_stride, pass.units, own_units, b);
       }
     }
 
-    // Where in d the gradient that multiplies a gate's rows of this weight lies.
-    int64_t grad_block(const Panels<O>& panels, int gate) const {
-      if (&panels == &state.projection) return 0;
-      return &panels == &state.input ? cell.input_grad[gate] : cell.recurrent_grad[gate];
+    static constexpr int kOnly[] = {0};  // of a weight of one segment
+
+    // to = (to +) sum over the panels' segments of d[segment] * U, for own columns; block[segment] is where the
+    // segment's gradient lies in d.
+    void product(const Panels<O> (&panels)[kPlanes], const int* block, Range own, Range rows, const O* from,
+                 int64_t from_stride, Scalar* to, int64_t to_stride, bool add) {
+      for_each_block(own, backwards, [&](int64_t j) {
+        multiply_both(panels, block, j, rows, from, from_stride,
+                      to + rows.begin * kPlanes * to_stride + panels[0].blocks.begin(j), to_stride, add);
+      });
     }
 
-    const S* grad_output_at(int64_t t) const {
-      if (!args.grad_output.data) return nullptr;
-      return steps.template at<const S>(args.grad_output, t) + d * pass.width() * args.grad_output.stride[2];
+    // Of `rows`, each with its planes.
+    void multiply_both(const Panels<O> (&panels)[kPlanes], const int* block, int64_t j, Range r,
+                       const O* from, int64_t from_stride, Scalar* sums, int64_t sums_stride, bool add) {
+      const O* const a = from + r.begin * kPlanes * from_stride;
+      multiply_segments(panels[0], block, j, kPlanes * r.size(), a, from_stride, sums, sums_stride, add);
+      if constexpr (kPlanes == 2) {  // d' U + d U'
+        if (!panels[1].data) return;
+        multiply_segments(panels[1], block, j, r.size(), a, 2 * from_stride, sums + sums_stride,
+                          2 * sums_stride, true);
+      }
+    }
+
+    void multiply_segments(const Panels<O>& panels, const int* block, int64_t j, int64_t rows, const O* from,
+                           int64_t from_stride, Scalar* sums, int64_t sums_stride, bool add) {
+      for (int64_t g = 0, end; g < panels.segments; g = end) {
+        // Segments that follow one another without padding are one product.
+        end = g + 1;
+        while (pass.hidden_stride == panels.depth && end < panels.segments &&
+               block[end] == block[g] + end - g) {
+          ++end;
+        }
+        multiply<O>(panels.cut(j), rows,
+                    {pairs<O>(panels.depth) * (end - g), elements(from + block[g] * pass.hidden_stride),
+                     row_elements<O>(from_stride), 1, panels.at(j, g), sums, sums_stride,
+                     add || g > 0 ? sums : nullptr, sums_stride});
+      }
+    }
+
+    const S* grad_output_at(int64_t t, int p) const {
+      const auto& grad_output = pass.plane(p).grad_output;
+      if (!grad_output.data) return nullptr;
+      return steps.template at<const S>(grad_output, t) + d * pass.width() * grad_output.stride[2];
     }
 
     // With a projection: the whole gradient of h_t, own columns.
     void sum_output_gradient(int64_t t, Range rows, int64_t chunk_row) {
-      const S* const grad_output = grad_output_at(t);
-      const int64_t stride = args.grad_output.stride[2];
+      const bool clips = args.grad_clip >= 0;
+      const Clip<V> clip{V(Scalar(args.grad_clip))};
       for (int64_t j = own_outputs.begin; j < own_outputs.end; ++j) {
         const int64_t column = pass.outputs.begin(j);
         for (int64_t b = rows.begin; b < rows.end; ++b) {
           for_each_vector<kWidth>(1, pass.outputs.size(j), [&](int64_t, int64_t i, int64_t n) FS_BODY {
-            V sum = load<V>(state.dh + b * pass.width_stride + column + i);
-            if (grad_output) {
-              const S* const row = grad_output + b * args.grad_output.stride[1] + (column + i) * stride;
-              sum = sum + load_strided<V>(row, stride, n);
-            }
-            store_upto(state.d_output + (chunk_row + b) * pass.width_stride + column + i, sum, n);
+            auto sum = P::of([&](int p) FS_BODY {
+              V sum = load<V>(state.dh + (b * kPlanes + p) * pass.width_stride + column + i);
+              if (const S* const grad_output = grad_output_at(t, p)) {
+                const int64_t* const stride = pass.plane(p).grad_output.stride;
+                sum = sum +
+                      load_strided<V>(grad_output + b * stride[1] + (column + i) * stride[2], stride[2], n);
+              }
+              return sum;
+            });
+            if (clips) sum = clip(sum);
+            P::each(sum, [&](int p, V v) FS_BODY {
+              const int64_t row = (chunk_row + b) * kPlanes + p;
+              store_upto(state.d_output + row * pass.width_stride + column + i, v, n);
+            });
           });
         }
       }
     }
 
-    StepGradTile<S, O> tile(int64_t t, Range r, int64_t chunk_row, int64_t j) const {
+    StepGradTile<S, O, kPlanes> tile(int64_t t, Range r, int64_t chunk_row, int64_t j) const {
       const int64_t hidden = args.hidden_size, saved_stride = pass.slots() * hidden,
                     unit = pass.units.begin(j);
       const bool projected = args.proj_size != 0;
-      StepGradTile<S, O> tile;
+      const int64_t row = (chunk_row + r.begin) * kPlanes;
+      StepGradTile<S, O, kPlanes> tile;
       tile.rows = r.size(), tile.units = pass.units.size(j), tile.hidden = hidden, tile.unit = unit;
-      tile.h = state.h_rows + chunk_row + r.begin, tile.c = state.c_rows + chunk_row + r.begin;
-      tile.h_next_stride = args.output.stride[1];
-      tile.h_next = steps.template at<const S>(args.output, t) + r.begin * tile.h_next_stride +
-                    d * pass.width() + (projected ? 0 : unit);
+      tile.h = state.h_rows.from(chunk_row + r.begin), tile.c = state.c_rows.from(chunk_row + r.begin);
       tile.saved_stride = saved_stride;
-      tile.saved = tensors.saved ? static_cast<const S*>(tensors.saved) +
-                                       (steps.offset(t) + r.begin) * saved_stride + unit
-                                 : nullptr;
-      tile.grad_output = nullptr;
-      tile.grad_output_stride[0] = args.grad_output.stride[1],
-      tile.grad_output_stride[1] = args.grad_output.stride[2];
-      if (const S* const grad_output = projected ? nullptr : grad_output_at(t)) {
-        tile.grad_output =
-            grad_output + r.begin * args.grad_output.stride[1] + unit * args.grad_output.stride[2];
+      for (int p = 0; p < kPlanes; ++p) {
+        const RecurrentTensors& of_plane = pass.plane(p);
+        const S* const saved = static_cast<const S*>(of_plane.direction[d].saved);
+        tile.h_next_stride[p] = of_plane.output.stride[1];
+        tile.h_next[p] = steps.template at<const S>(of_plane.output, t) + r.begin * tile.h_next_stride[p] +
+                         d * pass.width() + (projected ? 0 : unit);
+        tile.saved[p] = saved ? saved + (steps.offset(t) + r.begin) * saved_stride + unit : nullptr;
+        const int64_t* const stride = of_plane.grad_output.stride;
+        const S* const grad_output = projected ? nullptr : grad_output_at(t, p);
+        tile.grad_output[p] = grad_output ? grad_output + r.begin * stride[1] + unit * stride[2] : nullptr;
+        tile.grad_output_stride[p][0] = stride[1], tile.grad_output_stride[p][1] = stride[2];
       }
       tile.dh_stride = projected ? pass.hidden_stride : pass.width_stride;
-      tile.dh = (projected ? state.dm : state.dh) + r.begin * tile.dh_stride + unit;
-      tile.dc = cell.cell_state ? state.dc + r.begin * pass.hidden_stride + unit : nullptr;
+      tile.dh = (projected ? state.dm : state.dh) + r.begin * kPlanes * tile.dh_stride + unit;
+      tile.dc = cell.cell_state ? state.dc + r.begin * kPlanes * pass.hidden_stride + unit : nullptr;
       tile.dc_stride = pass.hidden_stride;
-      tile.d = state.d + (chunk_row + r.begin) * pass.d_stride + unit;
+      tile.d = state.d + row * pass.d_stride + unit;
       tile.d_stride = pass.d_stride, tile.d_gate = pass.hidden_stride;
-      tile.operand =
-          state.operand ? state.operand + (chunk_row + r.begin) * pass.hidden_stride + unit : nullptr;
+      tile.operand = state.operand ? state.operand + row * pass.hidden_stride + unit : nullptr;
       tile.operand_stride = pass.hidden_stride;
       tile.d_operand = nullptr, tile.d_operand_stride = 0;
+      tile.clips = args.grad_clip >= 0;
+      tile.dc_bound = Scalar(args.grad_clip);
+      // That of a projected state is bounded before it goes through the projection.
+      tile.dh_bound = projected ? std::numeric_limits<Scalar>::infinity() : tile.dc_bound;
       return tile;
     }
 
     void run_cell(int64_t t, Range rows, int64_t chunk_row) {
       for (int64_t j = own_units.begin; j < own_units.end; ++j) {
-        for_each_row_block(rows, [&](Range r) { cell.step_grad(tile(t, r, chunk_row, j)); });
+        for_each_row_block<kPlanes>(rows, [&](Range r) { cell.step_grad(tile(t, r, chunk_row, j)); });
       }
     }
 
     void run_first(int64_t t, Range rows, int64_t chunk_row) {
       TileBuffer<Scalar> sums;
-      const O* const gradients = state.d + chunk_row * pass.d_stride;
+      const O* const gradients = state.d + chunk_row * kPlanes * pass.d_stride;
       for (int64_t j = own_units.begin; j < own_units.end; ++j) {
-        for_each_row_block(rows, [&](Range r) {
-          StepGradTile<S, O> first = tile(t, r, chunk_row, j);
-          first.d_operand = sums.data, first.d_operand_stride = state.recurrent_rest.columns(j);
-          multiply_segments(state.recurrent_rest, j, r, gradients, pass.d_stride, cell.first_gates, sums.data,
-                            first.d_operand_stride, false);
+        for_each_row_block<kPlanes>(rows, [&](Range r) {
+          StepGradTile<S, O, kPlanes> first = tile(t, r, chunk_row, j);
+          first.d_operand = sums.data, first.d_operand_stride = state.recurrent_rest[0].columns(j);
+          multiply_both(state.recurrent_rest, cell.recurrent_grad + cell.first_gates, j, r, gradients,
+                        pass.d_stride, sums.data, first.d_operand_stride, false);
           cell.first_grad(first);
         });
       }
@@ -327,26 +413,33 @@ class Backward : BackwardLayout<S, O> {
 
     // ---- a chunk's products ----
 
-    void input_gradient(int64_t first, int64_t rows) {
-      const Panels<O>& panels = state.input;
+    void input_gradient(int64_t first, int64_t rows, int p) {
+      const Panels<O>& panels = state.input[0];
+      const auto& grad_input = pass.plane(p).grad_input;
       TileBuffer<Scalar> sums;
       const Range own = share(rows, ranks, rank);
       for (int64_t j = 0; j < panels.blocks.count(); ++j) {
         const int64_t column = panels.blocks.begin(j), n = panels.blocks.size(j), columns = panels.columns(j);
         int64_t t = first;
         for_each_row_block(own, [&](Range r) {
-          multiply_segments(panels, j, r, state.d, pass.d_stride, 0, sums.data, columns, false);
+          const auto multiply_rows = [&](const Panels<O>& weight, int plane, bool add) {
+            multiply_segments(weight, cell.input_grad, j, r.size(),
+                              state.d + (r.begin * kPlanes + plane) * pass.d_stride, kPlanes * pass.d_stride,
+                              sums.data, columns, add);
+          };
+          multiply_rows(panels, p, false);
+          if (p == 1 && state.input[p].data) multiply_rows(state.input[p], 0, true);
           for (int64_t row = r.begin; row < r.end; ++row) {
             while (row - (steps.offset(t) - steps.offset(first)) >= steps.rows(t)) ++t;
             const int64_t b = row - (steps.offset(t) - steps.offset(first));
             const Scalar* const from = sums.data + (row - r.begin) * columns;
-            if (state.input_sum) {
-              Scalar* const to = state.input_sum + (steps.offset(t) + b) * args.input_size + column;
+            if (state.input_sum[p]) {
+              Scalar* const to = state.input_sum[p] + (steps.offset(t) + b) * args.input_size + column;
               for_each_vector<kWidth>(1, n, [&](int64_t, int64_t i, int64_t valid) FS_BODY {
                 store_upto(to + i, load<V>(from + i), valid);
               });
             } else {
-              S* const to = steps.template at<S>(args.grad_input, t) + b * args.grad_input.stride[1] + column;
+              S* const to = steps.template at<S>(grad_input, t) + b * grad_input.stride[1] + column;
               for_each_vector<kWidth>(1, n, [&](int64_t, int64_t i, int64_t valid) FS_BODY {
                 V sum = load<V>(from + i);
                 if (d == 1) sum = sum + load_upto<V>(to + i, valid);
@@ -360,35 +453,52 @@ class Backward : BackwardLayout<S, O> {
 
     void weight_gradients(int64_t k, int64_t depth) {
       const int64_t x_stride = args.input.stride[2];
-      deal_rows(state.h_right, state.h_rows + k, 1, depth);
-      deal_rows(state.x_right, state.x_rows + k, x_stride, depth);
-      deal_operand(k, depth);
-      if (tensors.grad_bias_ih || tensors.grad_bias_hh) {
-        add_column_sums(state.d + k * pass.d_stride, pass.d_stride, depth, cell.grads * pass.hidden_stride,
-                        rank, ranks, state.bias_sum);
+      const O* const d_rows = state.d + k * kPlanes * pass.d_stride;
+      for (int p = 0; p < kPlanes; ++p) {
+        const RecurrentDirection& t = tensors_of(p);
+        deal_rows(state.h_right[p], state.h_rows.rows[p] + (p + 1) * k, 1, (p + 1) * depth);
+        deal_rows(state.x_right[p], state.x_rows.rows[p] + (p + 1) * k, x_stride, (p + 1) * depth);
+        deal_operand(state.operand_right[p], k, depth, p);
+        if (t.grad_bias_ih || t.grad_bias_hh) {
+          add_column_sums(d_rows + p * pass.d_stride, kPlanes * pass.d_stride, depth,
+                          cell.grads * pass.hidden_stride, rank, ranks, state.bias_sum[p]);
+        }
       }
       meet_direction();
+      for (int p = 0; p < kPlanes; ++p) add_products(k, depth, p);
+      meet_direction();
+    }
+
+    // Gradients of weights; of plane 1 their tangents, d'^T h + d^T h' as one product over twice the rows.
+    void add_products(int64_t k, int64_t depth, int p) {
       const int64_t hidden = args.hidden_size, width = pass.width();
+      const RecurrentDirection& t = tensors_of(p);
       const auto add = [&](const O* a, int64_t a_stride, int64_t m, const Panels<O>& right, Scalar* sum) {
-        add_transposed_product<O>({a, a_stride, m, &right, sum, !first_chunk}, depth, rank, ranks, left);
+        const int64_t rows = p == 0 ? depth : 2 * depth;
+        if (p == 0) a_stride *= kPlanes;
+        add_transposed_product<O>({a, a_stride, m, &right, sum, !first_chunk}, rows, rank, ranks, left);
       };
-      const O* const d_rows = state.d + k * pass.d_stride;
+      const O* const d_rows = state.d + k * kPlanes * pass.d_stride;
       for (int g = 0; g < cell.gates; ++g) {
-        if (tensors.grad_weight_ih) {
-          add(d_rows + cell.input_grad[g] * pass.hidden_stride, pass.d_stride, hidden, state.x_right,
-              state.weight_ih_sum + g * hidden * args.input_size);
+        const O* const of_input = d_rows + cell.input_grad[g] * pass.hidden_stride;
+        Scalar* const sum = state.weight_ih_sum[p] + g * hidden * args.input_size;
+        if (t.grad_weight_ih && p == 1 && !pass.plane(p).input.data) {
+          add_transposed_product<O>({of_input + pass.d_stride, kPlanes * pass.d_stride, hidden,
+                                     &state.x_right[0], sum, !first_chunk},
+                                    depth, rank, ranks, left);
+        } else if (t.grad_weight_ih) {
+          add(of_input, pass.d_stride, hidden, state.x_right[p], sum);
         }
-        if (tensors.grad_weight_hh) {
+        if (t.grad_weight_hh) {
           add(d_rows + cell.recurrent_grad[g] * pass.hidden_stride, pass.d_stride, hidden,
-              g < cell.first_gates ? state.h_right : state.operand_right,
-              state.weight_hh_sum + g * hidden * width);
+              g < cell.first_gates ? state.h_right[p] : state.operand_right[p],
+              state.weight_hh_sum[p] + g * hidden * width);
         }
       }
-      if (tensors.grad_weight_hr) {
-        add(state.d_output + k * pass.width_stride, pass.width_stride, width, state.operand_right,
-            state.weight_hr_sum);
+      if (t.grad_weight_hr) {
+        add(state.d_output + k * kPlanes * pass.width_stride, pass.width_stride, width,
+            state.operand_right[p], state.weight_hr_sum[p]);
       }
-      meet_direction();
     }
 
     void deal_rows(Panels<O>& right, const S* const* rows, int64_t stride, int64_t depth) {
@@ -398,13 +508,16 @@ class Backward : BackwardLayout<S, O> {
       }
     }
 
-    void deal_operand(int64_t k, int64_t depth) {
-      Panels<O>& right = state.operand_right;
+    // Rows of the operand in the order of RowsOf.
+    void deal_operand(Panels<O>& right, int64_t k, int64_t depth, int p) {
       const O* rows[kChunkDepth];
-      for (int64_t i = 0; i < depth && right.blocks.n; ++i)
-        rows[i] = state.operand + (k + i) * pass.hidden_stride;
+      const int64_t count = (p + 1) * depth;
+      for (int64_t i = 0; i < count && right.blocks.n; ++i) {
+        const int64_t row = p == 0 ? (k + i) * kPlanes : k * kPlanes + (i ^ 1);
+        rows[i] = state.operand + row * pass.hidden_stride;
+      }
       for (int64_t j = rank; j < right.blocks.count(); j += ranks) {
-        pack_rows<O>(rows, right.blocks.begin(j), 1, right.blocks.size(j), depth, right.vectors(j),
+        pack_rows<O>(rows, right.blocks.begin(j), 1, right.blocks.size(j), count, right.vectors(j),
                      right.at(j));
       }
     }
@@ -414,30 +527,33 @@ class Backward : BackwardLayout<S, O> {
     void finish() {
       meet_direction();
       const int64_t hidden = args.hidden_size, width = pass.width();
-      for (int64_t b = rank; b < args.shape.batch; b += ranks) {
-        if (tensors.grad_h0) {
-          put(state.dh + b * pass.width_stride, width, static_cast<S*>(tensors.grad_h0) + b * width);
+      for (int p = 0; p < kPlanes; ++p) {
+        const RecurrentDirection& t = tensors_of(p);
+        for (int64_t b = rank; b < args.shape.batch; b += ranks) {
+          const int64_t row = b * kPlanes + p;
+          if (t.grad_h0)
+            put(state.dh + row * pass.width_stride, width, static_cast<S*>(t.grad_h0) + b * width);
+          if (t.grad_c0) {
+            put(state.dc + row * pass.hidden_stride, hidden, static_cast<S*>(t.grad_c0) + b * hidden);
+          }
         }
-        if (tensors.grad_c0) {
-          put(state.dc + b * pass.hidden_stride, hidden, static_cast<S*>(tensors.grad_c0) + b * hidden);
+        for (int g = rank; g < cell.gates; g += ranks) {
+          put_bias(state.bias_sum[p] + cell.input_grad[g] * pass.hidden_stride, t.grad_bias_ih, g * hidden);
+          put_bias(state.bias_sum[p] + cell.recurrent_grad[g] * pass.hidden_stride, t.grad_bias_hh,
+                   g * hidden);
         }
+        put_weight(state.weight_ih_sum[p], cell.gates * hidden * args.input_size, t.grad_weight_ih);
+        put_weight(state.weight_hh_sum[p], cell.gates * hidden * width, t.grad_weight_hh);
+        put_weight(state.weight_hr_sum[p], width * hidden, t.grad_weight_hr);
       }
-      for (int g = rank; g < cell.gates; g += ranks) {
-        put_bias(cell.input_grad[g], tensors.grad_bias_ih, g * hidden);
-        put_bias(cell.recurrent_grad[g], tensors.grad_bias_hh, g * hidden);
-      }
-      put_weight(state.weight_ih_sum, cell.gates * hidden * args.input_size, tensors.grad_weight_ih);
-      put_weight(state.weight_hh_sum, cell.gates * hidden * width, tensors.grad_weight_hh);
-      put_weight(state.weight_hr_sum, width * hidden, tensors.grad_weight_hr);
     }
 
     static void put(const Scalar* from, int64_t n, S* to) {
       for (int64_t i = 0; i < n; i += kWidth) store_upto(to + i, load_upto<V>(from + i, n - i), n - i);
     }
 
-    void put_bias(int block, void* gradient, int64_t at) {
+    void put_bias(const double* sum, void* gradient, int64_t at) {
       if (!gradient) return;
-      const double* const sum = state.bias_sum + block * pass.hidden_stride;
       for (int64_t i = 0; i < args.hidden_size; ++i)
         narrow(Scalar(sum[i]), static_cast<S*>(gradient)[at + i]);
     }
@@ -460,7 +576,8 @@ class Backward : BackwardLayout<S, O> {
 bool recurrent_backward(const RecurrentArgs& args, const RecurrentPlan& plan) {
   bool done = true;
   with_types(args.dtype, [&](auto storage, auto operand) {
-    done = Backward<decltype(storage), decltype(operand)>(args, plan).run();
+    done = args.tangents ? Backward<decltype(storage), decltype(operand), 2>(args, plan).run()
+                         : Backward<decltype(storage), decltype(operand), 1>(args, plan).run();
   });
   return done;
 }

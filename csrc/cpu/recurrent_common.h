@@ -28,9 +28,9 @@ inline Range share(int64_t n, int64_t parts, int64_t part) {
 // L1.
 constexpr int64_t kBlockRows = 16 * tile_rows(kPanelVectors);
 
-template <class Body>
+template <int kPlanes = 1, class Body>
 inline void for_each_row_block(Range rows, Body body) {
-  const int64_t blocks = group_count(rows.size(), kBlockRows);
+  const int64_t blocks = group_count(rows.size(), kBlockRows / kPlanes);
   for (int64_t i = 0; i < blocks; ++i) {
     const Range block = share(rows.size(), blocks, i);
     body(Range{rows.begin + block.begin, rows.begin + block.end});
@@ -48,11 +48,13 @@ inline int64_t rows_of(const SequenceShape& shape) {
 struct Steps {
   int64_t steps, batch;
   const int64_t* batch_sizes;
-  int64_t* offsets;     // [T + 1], packed only: rows before step t
-  int64_t* boundaries;  // [batch_parts + 1]: first row of each part
+  const uint8_t* all_resets;  // or null
+  int64_t* offsets;           // [T + 1], packed only: rows before step t
+  int64_t* boundaries;        // [batch_parts + 1]: first row of each part
 
-  void take(Arena& arena, const SequenceShape& shape, int batch_parts) {
-    steps = shape.steps, batch = shape.batch, batch_sizes = shape.batch_sizes;
+  void take(Arena& arena, const RecurrentArgs& args, int batch_parts) {
+    const SequenceShape& shape = args.shape;
+    steps = shape.steps, batch = shape.batch, batch_sizes = shape.batch_sizes, all_resets = args.resets;
     offsets = arena.take<int64_t>(batch_sizes ? steps + 1 : 0);
     boundaries = arena.take<int64_t>(batch_parts + 1);
   }
@@ -85,6 +87,8 @@ struct Steps {
     const int64_t n = rows(t);
     return {least(boundaries[part], n), least(boundaries[part + 1], n)};
   }
+  // For each row of step t whether no state comes from the step before; null if all do.
+  const uint8_t* resets(int64_t t) const { return all_resets ? all_resets + offset(t) : nullptr; }
   // Address of row 0 of step t; rows are stride[1] apart.
   template <class S, class Pointer>
   S* at(const SequenceTensor<Pointer>& tensor, int64_t t) const {
@@ -159,9 +163,9 @@ struct Panels {
   Scalar* bias_at(int64_t j) const { return bias ? bias + slot(j) * gates * blocks.width : nullptr; }
   int64_t slot(int64_t j) const { return one_slot ? 0 : j; }
 
-  void take(Arena& arena, bool with_bias) {
+  void take(Arena& arena, bool with_bias, bool with_data = true) {
     const int64_t slots = one_slot ? 1 : blocks.count();
-    data = arena.take<O>(slots * block_size());
+    data = with_data ? arena.take<O>(slots * block_size()) : nullptr;
     bias = with_bias ? arena.take<Scalar>(slots * gates * blocks.width) : nullptr;
   }
 
@@ -174,7 +178,7 @@ struct Panels {
       const int group = vectors(j) / gates;
       for (int i = 0; i < group; ++i) {
         const int64_t unit = i * kWidth, count = most(0, least(kWidth, blocks.size(j) - unit));
-        pack_vector(j, g * group + i, weight + (row + unit) * depth, count);
+        if (data) pack_vector(j, g * group + i, weight + (row + unit) * depth, count);
         if (bias) {
           store(bias_at(j) + g * group * kWidth + unit,
                 load_strided<Vec<Scalar>>(bias_source + row + unit, 1, count));
@@ -281,22 +285,36 @@ class Meetings {
 };
 
 // What the forward and the backward pass of a layer begin with.
-template <class S, class O>
+//
+// kPlanes 1: numbers. kPlanes 2: also their tangents, the derivatives along args.tangents. Rows of the pass's own
+// buffers are then twice as many, so that both go through a packed weight while it is in the cache; where the weight
+// has a tangent, that is packed too, and its product with the numbers is added to the rows of tangents.
+template <class S, class O, int kPlanes>
 struct RecurrentPass {
   const RecurrentArgs& args;
   const RecurrentPlan& plan;
-  const CellOps<S, O>& cell;
+  const CellOps<S, O, kPlanes>& cell;
   Arena arena;
   Steps steps;
   Meetings meetings;
 
   RecurrentPass(const RecurrentArgs& args, const RecurrentPlan& plan)
-      : args(args), plan(plan), cell(cell_ops<S, O>(args.cell)) {}
+      : args(args), plan(plan), cell(cell_ops<S, O, kPlanes>(args.cell)) {}
+
+  const RecurrentTensors& plane(int p) const {
+    if constexpr (kPlanes == 2) {
+      if (p == 1) return *args.tangents;
+    }
+    return args;
+  }
 
   int team_size() const { return plan.direction_parts * plan.batch_parts * plan.unit_parts; }
   bool two_products() const { return cell.first_gates < cell.gates; }
   int64_t width() const { return args.proj_size ? args.proj_size : args.hidden_size; }  // R
-  int slots() const { return cell.saved + (cell.cell_state ? 1 : 0); }
+  // Of what is kept of a unit and step; without a c, gates have them even where only states are kept.
+  int slots() const {
+    return args.saves_states && cell.cell_state ? 1 : cell.saved + (cell.cell_state ? 1 : 0);
+  }
   // Rows of a step that a batch part owns, at most. Parts of a packed sequence are cut by length, not by rows.
   int64_t most_rows() const {
     return args.shape.batch_sizes ? args.shape.batch : group_count(args.shape.batch, plan.batch_parts);
@@ -315,7 +333,7 @@ struct RecurrentPass {
  protected:
   void take_shared() {
     meetings.take(arena, plan);
-    steps.take(arena, args.shape, plan.batch_parts);
+    steps.take(arena, args, plan.batch_parts);
   }
 };
 

@@ -21,10 +21,10 @@
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
-template <class S, class O>
-class Forward : RecurrentPass<S, O> {
-  using Base = RecurrentPass<S, O>;
-  using Base::args, Base::plan, Base::cell, Base::steps, Base::meetings;
+template <class S, class O, int kPlanes>
+class Forward : RecurrentPass<S, O, kPlanes> {
+  using Base = RecurrentPass<S, O, kPlanes>;
+  using Base::args, Base::plan, Base::cell, Base::steps, Base::meetings, Base::plane;
   using Base::most_rows, Base::slots, Base::team_size, Base::two_products, Base::width;
   using Scalar = typename Operand<O>::Scalar;
   static constexpr int kWidth = Vec<Scalar>::kWidth;
@@ -32,26 +32,30 @@ class Forward : RecurrentPass<S, O> {
   // A product and the cell function that follows it: all gates, or the first ones and then the rest.
   struct Phase {
     int first_gate, gates;
-    void (*run)(const StepTile<S, O>&);
-    Panels<O> input, recurrent;  // of the direction at hand
+    void (*run)(const StepTile<S, O, kPlanes>&);
+    Panels<O> input[kPlanes], recurrent[kPlanes];  // of the direction at hand
   };
 
   struct DirectionState {
     Phase phase[2];
-    Panels<O> projection;
-    O* state[2];    // [B, R, padded]: h_{t-1} and h_t
-    O* middle;      // [B, H, padded]: r * h, or the output before its projection; or null
-    S* saved_step;  // [B, slots, H]: stands in for args.saved where a second phase needs it
+    Panels<O> projection[kPlanes];
+    O* state[2];             // [B, planes, R, padded]: h_{t-1} and h_t
+    O* middle;               // [B, planes, H, padded]: r * h, or the output before its projection; or null
+    S* saved_step[kPlanes];  // [B, slots, H]: stands in for args.saved where a second phase needs it
   };
 
  public:
   Forward(const RecurrentArgs& args, const RecurrentPlan& plan)
-      : Base(args, plan), in_place(args.one_step), single_step(args.shape.steps == 1 && !in_place) {
+      : Base(args, plan),
+        in_place(kPlanes == 1 && args.one_step),
+        single_step(kPlanes == 1 && args.shape.steps == 1 && !in_place) {
     this->allocate([this](Arena& arena) { lay_out(arena); });
     const size_t rows = size_t(steps.all_rows()), hidden = size_t(args.hidden_size);
-    advise_large_pages(args.output.data, rows * size_t(args.directions * width()) * sizeof(S));
-    for (int d = 0; d < args.directions; ++d) {
-      advise_large_pages(args.direction[d].saved, rows * size_t(slots()) * hidden * sizeof(S));
+    for (int p = 0; p < kPlanes; ++p) {
+      advise_large_pages(plane(p).output.data, rows * size_t(args.directions * width()) * sizeof(S));
+      for (int d = 0; d < args.directions; ++d) {
+        advise_large_pages(plane(p).direction[d].saved, rows * size_t(slots()) * hidden * sizeof(S));
+      }
     }
   }
 
@@ -67,8 +71,9 @@ class Forward : RecurrentPass<S, O> {
   void lay_out(Arena& arena) {
     const int64_t hidden = args.hidden_size, batch = args.shape.batch;
     const int most_gates = phases() == 2 ? cell.first_gates : cell.gates;
-    units = {hidden, kWidth * unit_vectors<Scalar>(hidden, most_gates, plan.unit_parts, most_rows(),
-                                                   block_vectors(most_rows()))};
+    const int64_t operand_rows = kPlanes * most_rows();
+    units = {hidden, kWidth * unit_vectors<Scalar>(hidden, most_gates, plan.unit_parts, operand_rows,
+                                                   block_vectors(operand_rows))};
     projected = {args.proj_size, kPanelVectors * kWidth};
     chunk_rows = least(rows_of(args.shape), most(plan.chunk_rows, most_rows()));
     input_stride = round_up(args.input_size, kWidth);
@@ -83,19 +88,25 @@ class Forward : RecurrentPass<S, O> {
         const int gates = (p == 0 ? cell.first_gates : cell.gates) - first;
         state.phase[p] = {first, gates, p == phases() - 1 ? cell.step : cell.first, {}, {}};
         Phase& phase = state.phase[p];
-        phase.input = {nullptr, nullptr, units, gates, args.input_size, 1};
-        if (packs_ahead()) phase.input.take(arena, args.direction[d].bias_ih != nullptr);
-        phase.recurrent = {nullptr, nullptr, units, gates, width(), 1, panel_vectors(most_rows())};
-        if (packs_ahead()) phase.recurrent.take(arena, args.direction[d].bias_hh != nullptr);
+        for (int i = 0; i < kPlanes; ++i) {
+          const RecurrentDirection& t = plane(i).direction[d];
+          phase.input[i] = {nullptr, nullptr, units, gates, args.input_size, 1};
+          if (packs_ahead()) phase.input[i].take(arena, t.bias_ih, t.weight_ih);
+          phase.recurrent[i] = {nullptr, nullptr, units, gates, width(), 1, panel_vectors(operand_rows)};
+          if (packs_ahead()) phase.recurrent[i].take(arena, t.bias_hh, t.weight_hh);
+        }
       }
-      state.projection = {nullptr, nullptr, projected, 1, hidden, 1};
-      if (args.proj_size) state.projection.take(arena, false);
-      for (O*& buffer : state.state) buffer = arena.take<O>(batch * state_stride);
-      state.middle = args.proj_size || phases() == 2 ? arena.take<O>(batch * middle_stride) : nullptr;
+      for (int i = 0; i < kPlanes; ++i) {
+        state.projection[i] = {nullptr, nullptr, projected, 1, hidden, 1};
+        if (args.proj_size) state.projection[i].take(arena, false, plane(i).direction[d].weight_hr);
+      }
+      for (O*& buffer : state.state) buffer = arena.take<O>(kPlanes * batch * state_stride);
+      state.middle =
+          args.proj_size || phases() == 2 ? arena.take<O>(kPlanes * batch * middle_stride) : nullptr;
       const bool stand_in = phases() == 2 && !args.direction[d].saved;
-      state.saved_step = stand_in ? arena.take<S>(batch * slots() * hidden) : nullptr;
+      for (S*& step : state.saved_step) step = stand_in ? arena.take<S>(batch * slots() * hidden) : nullptr;
     }
-    const int64_t rows = plan.direction_parts * plan.batch_parts * chunk_rows;
+    const int64_t rows = plan.direction_parts * plan.batch_parts * chunk_rows * kPlanes;
     projected_input = arena.take<Scalar>(rows * cell.gates * units.count() * units.width);
     staged = arena.take<O>(rows * input_stride);
     const int64_t depth = single_step ? most(args.input_size, width()) : 0;
@@ -120,6 +131,7 @@ class Forward : RecurrentPass<S, O> {
     DirectionState& state;
     const Steps& steps;
     const int d;
+    const bool reverse;  // runs from the last step to the first
     const Seat seat;
     const Range own_rows, own_units, own_projected;  // rows; blocks of units and of projected columns
     Scalar* const projected_input;
@@ -135,19 +147,21 @@ class Forward : RecurrentPass<S, O> {
           state(pass.direction[d]),
           steps(pass.steps),
           d(d),
+          reverse(pass.args.reversed || d == 1),
           seat(seat),
           own_rows{steps.boundaries[seat.batch_part], steps.boundaries[seat.batch_part + 1]},
           own_units(share(pass.units.count(), pass.plan.unit_parts, seat.unit_part)),
           own_projected(share(pass.projected.count(), pass.plan.unit_parts, seat.unit_part)),
-          projected_input(pass.projected_input +
-                          part() * pass.chunk_rows * pass.cell.gates * pass.units.count() * pass.units.width),
-          staged(pass.staged + part() * pass.chunk_rows * pass.input_stride),
+          projected_input(pass.projected_input + part() * pass.chunk_rows * kPlanes * pass.cell.gates *
+                                                     pass.units.count() * pass.units.width),
+          staged(pass.staged + part() * pass.chunk_rows * kPlanes * pass.input_stride),
           slot_memory(pass.slot_memory + thread * pass.slot_size),
           slot_bias(pass.slot_bias + thread * pass.slot.gates * pass.units.width) {}
 
+    const RecurrentDirection& tensors_of(int p) const { return pass.plane(p).direction[d]; }
     int part() const { return seat.direction_part * pass.plan.batch_parts + seat.batch_part; }
     void meet() const { pass.meetings.of_units(seat); }
-    int64_t time(int64_t step) const { return d == 0 ? step : args.shape.steps - 1 - step; }
+    int64_t time(int64_t step) const { return reverse ? args.shape.steps - 1 - step : step; }
     int64_t rows_at(int64_t step) const { return steps.rows(time(step), seat.batch_part).size(); }
 
     void run() {
@@ -160,16 +174,18 @@ class Forward : RecurrentPass<S, O> {
           rows += rows_at(end++);
         } while (end < args.shape.steps && rows + rows_at(end) <= pass.chunk_rows);
         project_input(begin, end, rows);
-        int64_t row = d == 0 ? 0 : rows;  // of the chunk; chunks lie in the order of time
+        int64_t row = reverse ? rows : 0;  // of the chunk; chunks lie in the order of time
         for (int64_t step = begin; step < end; ++step) {
-          if (d == 1) row -= rows_at(step);
+          if (reverse) row -= rows_at(step);
           take_step(time(step), row, rows);
-          if (d == 0) row += rows_at(step);
+          if (!reverse) row += rows_at(step);
         }
         begin = end;
       }
       if (args.shape.steps == 0) {
-        for (int64_t b = own_rows.begin; b < own_rows.end; ++b) finish_row(b, nullptr);
+        for (int p = 0; p < kPlanes; ++p) {
+          for (int64_t b = own_rows.begin; b < own_rows.end; ++b) finish_row(b, p, nullptr);
+        }
       }
     }
 
@@ -179,16 +195,19 @@ class Forward : RecurrentPass<S, O> {
         Phase& phase = state.phase[p];
         for (int64_t j = own_units.begin; j < own_units.end; ++j) {
           if (!pass.packs_ahead() || !mine(j)) continue;
-          phase.input.pack_transposed_rows(j, static_cast<const S*>(tensors.weight_ih),
-                                           static_cast<const S*>(tensors.bias_ih), phase.first_gate);
-          phase.recurrent.pack_transposed_rows(j, static_cast<const S*>(tensors.weight_hh),
-                                               static_cast<const S*>(tensors.bias_hh), phase.first_gate);
+          for (int i = 0; i < kPlanes; ++i) {
+            const RecurrentDirection& t = tensors_of(i);
+            phase.input[i].pack_transposed_rows(j, static_cast<const S*>(t.weight_ih),
+                                                static_cast<const S*>(t.bias_ih), phase.first_gate);
+            phase.recurrent[i].pack_transposed_rows(j, static_cast<const S*>(t.weight_hh),
+                                                    static_cast<const S*>(t.bias_hh), phase.first_gate);
+          }
         }
       }
       for (int64_t j = own_projected.begin; j < own_projected.end; ++j) {
-        if (mine(j)) {
-          state.projection.pack_transposed_rows(j, static_cast<const S*>(tensors.weight_hr),
-                                                static_cast<const S*>(nullptr), 0);
+        for (int i = 0; i < kPlanes && mine(j); ++i) {
+          state.projection[i].pack_transposed_rows(j, static_cast<const S*>(tensors_of(i).weight_hr),
+                                                   static_cast<const S*>(nullptr), 0);
         }
       }
     }
@@ -197,23 +216,27 @@ class Forward : RecurrentPass<S, O> {
       // Rows are dealt out among the threads that share them; everybody meets before the first step.
       const int64_t hidden = args.hidden_size, width = pass.width();
       for (int64_t b = own_rows.begin + seat.unit_part; b < own_rows.end; b += pass.plan.unit_parts) {
-        const S* const h0 = tensors.h0 ? static_cast<const S*>(tensors.h0) + b * width : nullptr;
-        for (O* buffer : state.state) {
-          O* const row = buffer + b * pass.state_stride;
-          std::memset(static_cast<void*>(row), 0, size_t(pass.state_stride) * sizeof(O));
-          stage_row(h0, 1, width, row);
-        }
-        if (state.middle) {
-          std::memset(static_cast<void*>(state.middle + b * pass.middle_stride), 0,
-                      size_t(pass.middle_stride) * sizeof(O));
-        }
-        if (pass.cell.cell_state) {
-          S* const c = static_cast<S*>(tensors.c_n) + b * hidden;
-          if (tensors.c0) {
-            std::memcpy(static_cast<void*>(c), static_cast<const S*>(tensors.c0) + b * hidden,
-                        size_t(hidden) * sizeof(S));
-          } else {
-            std::memset(static_cast<void*>(c), 0, size_t(hidden) * sizeof(S));
+        const bool reset = !reverse && args.resets && args.resets[b];
+        for (int p = 0; p < kPlanes; ++p) {
+          const RecurrentDirection& t = tensors_of(p);
+          const S* const h0 = t.h0 && !reset ? static_cast<const S*>(t.h0) + b * width : nullptr;
+          for (O* buffer : state.state) {
+            O* const row = buffer + (b * kPlanes + p) * pass.state_stride;
+            std::memset(static_cast<void*>(row), 0, size_t(pass.state_stride) * sizeof(O));
+            stage_row(h0, 1, width, row);
+          }
+          if (state.middle) {
+            std::memset(static_cast<void*>(state.middle + (b * kPlanes + p) * pass.middle_stride), 0,
+                        size_t(pass.middle_stride) * sizeof(O));
+          }
+          if (pass.cell.cell_state) {
+            S* const c = static_cast<S*>(t.c_n) + b * hidden;
+            if (t.c0 && !reset) {
+              std::memcpy(static_cast<void*>(c), static_cast<const S*>(t.c0) + b * hidden,
+                          size_t(hidden) * sizeof(S));
+            } else {
+              std::memset(static_cast<void*>(c), 0, size_t(hidden) * sizeof(S));
+            }
           }
         }
       }
@@ -221,9 +244,9 @@ class Forward : RecurrentPass<S, O> {
 
     // Operand rows of the chunk's inputs: in place where they lie evenly and have the right type.
     std::pair<const O*, int64_t> input_rows(int64_t begin, int64_t end, int64_t rows) {
-      const int64_t first = d == 0 ? begin : time(end - 1), last = d == 0 ? end : time(begin) + 1;
+      const int64_t first = reverse ? time(end - 1) : begin, last = reverse ? time(begin) + 1 : end;
       const auto& input = args.input;
-      if constexpr (sizeof(S) == sizeof(O) && Operand<O>::kPair == 1) {
+      if constexpr (kPlanes == 1 && sizeof(S) == sizeof(O) && Operand<O>::kPair == 1) {
         const int64_t between = steps.batch_sizes || steps.batch > 1 ? input.stride[1] : input.stride[0];
         const bool all_rows = pass.plan.batch_parts == 1;
         const bool even =
@@ -235,40 +258,52 @@ class Forward : RecurrentPass<S, O> {
         }
       }
       const Range mine = share(rows, pass.plan.unit_parts, seat.unit_part);
-      int64_t row = 0;
-      for (int64_t t = first; t < last && row < mine.end; ++t) {
-        const Range at = steps.rows(t, seat.batch_part);
-        const S* const from = steps.template at<const S>(input, t);
-        for (int64_t b = at.begin; b < at.end; ++b, ++row) {
-          if (row < mine.begin || row >= mine.end) continue;
-          O* const to = staged + row * pass.input_stride;
-          if (Operand<O>::kPair == 2 && args.input_size % 2) {
-            std::memset(static_cast<void*>(to + args.input_size), 0, sizeof(O));
+      for (int p = 0; p < kPlanes; ++p) {
+        const auto& of_plane = pass.plane(p).input;
+        if (p == 1 && !of_plane.data) continue;
+        int64_t row = 0;
+        for (int64_t t = first; t < last && row < mine.end; ++t) {
+          const Range at = steps.rows(t, seat.batch_part);
+          const S* const from = steps.template at<const S>(of_plane, t);
+          for (int64_t b = at.begin; b < at.end; ++b, ++row) {
+            if (row < mine.begin || row >= mine.end) continue;
+            O* const to = staged + (row * kPlanes + p) * pass.input_stride;
+            if (Operand<O>::kPair == 2 && args.input_size % 2) {
+              std::memset(static_cast<void*>(to + args.input_size), 0, sizeof(O));
+            }
+            stage_row(from + b * of_plane.stride[1], of_plane.stride[2], args.input_size, to);
           }
-          stage_row(from + b * input.stride[1], input.stride[2], args.input_size, to);
         }
       }
       meet();
       return {staged, pass.input_stride};
     }
 
-    // Sums of block j of phase p for the chunk: [row][gate][unit], blocks and phases one after another.
+    // Sums of block j of phase p for the chunk: [row][plane][gate][unit], blocks and phases one after another.
     Scalar* projected_at(int p, int64_t j, int64_t rows) const {
       const Phase& phase = state.phase[p];
       return projected_input +
-             rows * pass.units.width * (phase.first_gate * pass.units.count() + j * phase.gates);
+             kPlanes * rows * pass.units.width * (phase.first_gate * pass.units.count() + j * phase.gates);
     }
 
     void project_input(int64_t begin, int64_t end, int64_t rows) {
       const auto [input, stride] = input_rows(begin, end, rows);
+      const bool tangents = pass.plane(kPlanes - 1).input.data;
       for (int p = 0; p < pass.phases(); ++p) {
+        const Phase& phase = state.phase[p];
         for (int64_t j = own_units.begin; j < own_units.end; ++j) {
           const Panels<O> panels =
-              ready(state.phase[p].input, j, tensors.weight_ih, tensors.bias_ih, state.phase[p].first_gate);
+              ready(phase.input[0], j, tensors.weight_ih, tensors.bias_ih, phase.first_gate);
           Scalar* const to = projected_at(p, j, rows);
-          for_each_row_block({0, rows}, [&, input = input, stride = stride](Range r) {
-            fill_tile(panels, j, r.size(), input + r.begin * stride, stride, state.phase[p].first_gate,
-                      tensors.weight_ih, tensors.bias_ih, to + r.begin * panels.columns(j));
+          for_each_row_block<kPlanes>({0, rows}, [&, input = input, stride = stride](Range r) {
+            const O* const from = input + r.begin * kPlanes * stride;
+            Scalar* const sums = to + r.begin * kPlanes * panels.columns(j);
+            if constexpr (kPlanes == 1) {
+              fill_tile(panels, j, r.size(), from, stride, phase.first_gate, tensors.weight_ih,
+                        tensors.bias_ih, sums);
+            } else {
+              fill_both(phase.input, j, r.size(), from, stride, tangents, sums);
+            }
           });
         }
       }
@@ -308,6 +343,29 @@ class Forward : RecurrentPass<S, O> {
       }
     }
 
+    // The same of `rows` rows and their tangents, which follow each its row: by the product's rule, with the tangents
+    // of weights and biases where there are any. `tangents`: whether a has any.
+    void fill_both(const Panels<O> (&panels)[kPlanes], int64_t j, int64_t rows, const O* a, int64_t stride,
+                   bool tangents, Scalar* to) {
+      const int64_t columns = panels[0].columns(j);
+      for (int64_t row = 0; row < kPlanes * rows; ++row) {
+        const Scalar* const bias = panels[row % kPlanes].bias_at(j);
+        if (bias) {
+          std::memcpy(to + row * columns, bias, size_t(columns) * sizeof(Scalar));
+        } else {
+          std::memset(to + row * columns, 0, size_t(columns) * sizeof(Scalar));
+        }
+      }
+      const auto add = [&](const Panels<O>& weight, int64_t count, int every, Scalar* sums) {
+        multiply<O>(weight.cut(j), count,
+                    {pairs<O>(weight.depth), elements(a), row_elements<O>(every * stride), 1, weight.at(j),
+                     sums, every * columns, sums, every * columns});
+      };
+      add(panels[0], tangents ? kPlanes * rows : rows, tangents ? 1 : kPlanes, to);
+      if (const Panels<O>& weight = panels[kPlanes - 1]; weight.data)
+        add(weight, rows, kPlanes, to + columns);
+    }
+
     void take_step(int64_t t, int64_t chunk_row, int64_t chunk_rows) {
       const Range rows = steps.rows(t, seat.batch_part);
       O* const h = state.state[now];
@@ -325,86 +383,138 @@ class Forward : RecurrentPass<S, O> {
         project_output(t, rows, h_next);
       }
       finish_rows(t, rows);
+      if (args.resets || (kPlanes == 2 && args.truncate)) reset_states(t, rows, h_next);
       meet();
       now = 1 - now;
     }
 
-    S* output_at(int64_t t) const { return steps.template at<S>(args.output, t) + d * pass.width(); }
+    // The own units of the states that do not reach the next step become zero, and of tangents also where gradients
+    // are truncated.
+    void reset_states(int64_t t, Range rows, O* h_next) {
+      const int64_t later = reverse ? t : t + 1;  // of the two steps
+      if (later == 0 || later == args.shape.steps) return;
+      const uint8_t* const resets = steps.resets(later);
+      const bool truncated = args.truncate && later % args.truncate == 0;
+      const Range h = own_state(), c = own_cell_state();
+      for (int64_t b = rows.begin; b < least(rows.end, steps.rows(later)); ++b) {
+        for (int p = 0; p < kPlanes; ++p) {
+          if (!(resets && resets[b]) && !(p == 1 && truncated)) continue;
+          std::memset(static_cast<void*>(h_next + (b * kPlanes + p) * pass.state_stride + h.begin), 0,
+                      size_t(h.size()) * sizeof(O));
+          if (!pass.cell.cell_state) continue;
+          std::memset(static_cast<void*>(static_cast<S*>(tensors_of(p).c_n) + b * args.hidden_size + c.begin),
+                      0, size_t(c.size()) * sizeof(S));
+        }
+      }
+    }
+
+    static Range columns_of(const Blocks& blocks, Range own) {
+      return {least(own.begin * blocks.width, blocks.n), least(own.end * blocks.width, blocks.n)};
+    }
+    Range own_cell_state() const { return columns_of(pass.units, own_units); }
+    Range own_state() const {
+      return args.proj_size ? columns_of(pass.projected, own_projected) : own_cell_state();
+    }
+
+    S* output_at(int64_t t, int p) const {
+      return steps.template at<S>(pass.plane(p).output, t) + d * pass.width();
+    }
 
     void run_phase(int p, int64_t t, Range rows, int64_t chunk_row, int64_t chunk_rows, const O* from,
                    int64_t from_stride, O* to, int64_t to_stride) {
       const Phase& phase = state.phase[p];
       const bool last = p == pass.phases() - 1;
       const int64_t hidden = args.hidden_size, saved_stride = pass.slots() * hidden;
-      S* const saved =
-          tensors.saved ? static_cast<S*>(tensors.saved) + steps.offset(t) * saved_stride : state.saved_step;
-      S* const output = last && !args.proj_size ? output_at(t) : nullptr;
       TileBuffer<Scalar> sums;
       for_each_block(own_units, now == 1, [&](int64_t j) {
         const Panels<O> panels =
-            ready(phase.recurrent, j, tensors.weight_hh, tensors.bias_hh, phase.first_gate);
+            ready(phase.recurrent[0], j, tensors.weight_hh, tensors.bias_hh, phase.first_gate);
         const int64_t unit = pass.units.begin(j), columns = panels.columns(j);
-        const Scalar* const x = projected_at(p, j, chunk_rows) + chunk_row * columns;
-        for_each_row_block(rows, [&](Range r) {
-          fill_tile(panels, j, r.size(), from + r.begin * from_stride, from_stride, phase.first_gate,
-                    tensors.weight_hh, tensors.bias_hh, sums.data);
-          StepTile<S, O> tile;
+        const Scalar* const x = projected_at(p, j, chunk_rows) + chunk_row * kPlanes * columns;
+        for_each_row_block<kPlanes>(rows, [&](Range r) {
+          const O* const operand = from + r.begin * kPlanes * from_stride;
+          if constexpr (kPlanes == 1) {
+            fill_tile(panels, j, r.size(), operand, from_stride, phase.first_gate, tensors.weight_hh,
+                      tensors.bias_hh, sums.data);
+          } else {
+            fill_both(phase.recurrent, j, r.size(), operand, from_stride, true, sums.data);
+          }
+          StepTile<S, O, kPlanes> tile;
           tile.rows = r.size(), tile.units = pass.units.size(j);
           tile.block = columns / phase.gates, tile.hidden = hidden;
-          tile.x = x + (r.begin - rows.begin) * columns, tile.u = sums.data;
-          tile.h = state.state[now] + r.begin * pass.state_stride + unit;
+          tile.x = x + (r.begin - rows.begin) * kPlanes * columns, tile.u = sums.data;
+          tile.h = state.state[now] + r.begin * kPlanes * pass.state_stride + unit;
           tile.h_stride = pass.state_stride;
-          tile.c = tensors.c_n ? static_cast<S*>(tensors.c_n) + r.begin * hidden + unit : nullptr;
           tile.c_stride = hidden;
-          tile.saved = saved ? saved + r.begin * saved_stride + unit : nullptr,
-          tile.saved_stride = saved_stride;
-          tile.operand = to + r.begin * to_stride + unit, tile.operand_stride = to_stride;
-          tile.output = output ? output + r.begin * args.output.stride[1] + unit : nullptr;
-          tile.output_stride = args.output.stride[1];
+          tile.saved_stride = tile.kept_c_stride = saved_stride;
+          tile.operand = to + r.begin * kPlanes * to_stride + unit, tile.operand_stride = to_stride;
+          for (int i = 0; i < kPlanes; ++i) {
+            const RecurrentDirection& of_plane = tensors_of(i);
+            S* const kept =
+                of_plane.saved ? static_cast<S*>(of_plane.saved) + steps.offset(t) * saved_stride : nullptr;
+            S* const saved = kept && !args.saves_states ? kept : state.saved_step[i];
+            const bool keeps_c = kept && pass.cell.cell_state;
+            S* const kept_c = keeps_c ? kept + (args.saves_states ? 0 : pass.cell.saved * hidden) : nullptr;
+            S* const output = last && !args.proj_size ? output_at(t, i) : nullptr;
+            const int64_t output_stride = pass.plane(i).output.stride[1];
+            tile.c[i] = of_plane.c_n ? static_cast<S*>(of_plane.c_n) + r.begin * hidden + unit : nullptr;
+            tile.saved[i] = saved ? saved + r.begin * saved_stride + unit : nullptr;
+            tile.kept_c[i] = kept_c ? kept_c + r.begin * saved_stride + unit : nullptr;
+            tile.output[i] = output ? output + r.begin * output_stride + unit : nullptr;
+            tile.output_stride[i] = output_stride;
+          }
           phase.run(tile);
         });
       });
     }
 
     void project_output(int64_t t, Range rows, O* h_next) {
-      const Panels<O>& panels = state.projection;
-      S* const output = output_at(t);
+      const Panels<O>& panels = state.projection[0];
       TileBuffer<Scalar> sums;
       for (int64_t j = own_projected.begin; j < own_projected.end; ++j) {
         const int64_t column = panels.blocks.begin(j), n = panels.blocks.size(j), columns = panels.columns(j);
-        for_each_row_block(rows, [&](Range r) {
-          multiply<O>(panels.cut(j), r.size(),
-                      {pairs<O>(panels.depth), elements(state.middle + r.begin * pass.middle_stride),
-                       row_elements<O>(pass.middle_stride), 1, panels.at(j), sums.data, columns, nullptr, 0});
-          for_each_vector<kWidth>(r.size(), n, [&](int64_t row, int64_t i, int64_t valid) FS_BODY {
-            const auto h = load<Vec<Scalar>>(sums.data + row * columns + i);
-            store_upto(output + (r.begin + row) * args.output.stride[1] + column + i, h, valid);
-            store_upto(h_next + (r.begin + row) * pass.state_stride + column + i, rounded<S>(h), valid);
-          });
+        for_each_row_block<kPlanes>(rows, [&](Range r) {
+          const O* const operand = state.middle + r.begin * kPlanes * pass.middle_stride;
+          if constexpr (kPlanes == 1) {
+            multiply<O>(panels.cut(j), r.size(),
+                        {pairs<O>(panels.depth), elements(operand), row_elements<O>(pass.middle_stride), 1,
+                         panels.at(j), sums.data, columns, nullptr, 0});
+          } else {
+            fill_both(state.projection, j, r.size(), operand, pass.middle_stride, true, sums.data);
+          }
+          for (int p = 0; p < kPlanes; ++p) {
+            S* const output = output_at(t, p);
+            const int64_t output_stride = pass.plane(p).output.stride[1];
+            for_each_vector<kWidth>(r.size(), n, [&](int64_t row, int64_t i, int64_t valid) FS_BODY {
+              const auto h = load<Vec<Scalar>>(sums.data + (row * kPlanes + p) * columns + i);
+              store_upto(output + (r.begin + row) * output_stride + column + i, h, valid);
+              store_upto(h_next + ((r.begin + row) * kPlanes + p) * pass.state_stride + column + i,
+                         rounded<S>(h), valid);
+            });
+          }
         });
       }
     }
 
     // The own columns of h_n, for the rows whose last step this is.
     void finish_rows(int64_t t, Range rows) {
-      const bool forward = d == 0;
-      if (!forward && t > 0) return;
-      const int64_t left = forward && t + 1 < args.shape.steps ? steps.rows(t + 1) : 0;
-      for (int64_t b = most(rows.begin, left); b < rows.end; ++b) {
-        finish_row(b, output_at(t) + b * args.output.stride[1]);
+      if (reverse && t > 0) return;
+      const int64_t left = !reverse && t + 1 < args.shape.steps ? steps.rows(t + 1) : 0;
+      for (int p = 0; p < kPlanes; ++p) {
+        for (int64_t b = most(rows.begin, left); b < rows.end; ++b) {
+          finish_row(b, p, output_at(t, p) + b * pass.plane(p).output.stride[1]);
+        }
       }
     }
 
     // Null stands for a row without steps.
-    void finish_row(int64_t b, const S* last) {
-      if (!tensors.h_n) return;
+    void finish_row(int64_t b, int p, const S* last) {
+      const RecurrentDirection& t = tensors_of(p);
+      if (!t.h_n) return;
       const int64_t width = pass.width();
-      const Blocks& blocks = args.proj_size ? pass.projected : pass.units;
-      const Range& own = args.proj_size ? own_projected : own_units;
-      const int64_t begin = least(own.begin * blocks.width, width),
-                    end = least(own.end * blocks.width, width);
-      S* const to = static_cast<S*>(tensors.h_n) + b * width;
-      if (!last && tensors.h0) last = static_cast<const S*>(tensors.h0) + b * width;
+      const auto [begin, end] = own_state();
+      S* const to = static_cast<S*>(t.h_n) + b * width;
+      if (!last && t.h0) last = static_cast<const S*>(t.h0) + b * width;
       if (last) {
         std::memcpy(static_cast<void*>(to + begin), last + begin, size_t(end - begin) * sizeof(S));
       } else {
@@ -418,8 +528,8 @@ class Forward : RecurrentPass<S, O> {
   Blocks units, projected;
   int64_t chunk_rows, input_stride, state_stride, middle_stride;
   DirectionState direction[2];
-  Scalar* projected_input;  // [direction and batch part][chunk row, gate, unit]
-  O* staged;                // [direction and batch part][chunk row][input_stride]
+  Scalar* projected_input;  // [direction and batch part][chunk row, plane, gate, unit]
+  O* staged;                // [direction and batch part][chunk row, plane][input_stride]
   Panels<O> slot;           // the shape of a slot
   int64_t slot_size;
   O* slot_memory;     // [thread]
@@ -431,7 +541,8 @@ class Forward : RecurrentPass<S, O> {
 bool recurrent_forward(const RecurrentArgs& args, const RecurrentPlan& plan) {
   bool done = true;
   with_types(args.dtype, [&](auto storage, auto operand) {
-    done = Forward<decltype(storage), decltype(operand)>(args, plan).run();
+    done = args.tangents ? Forward<decltype(storage), decltype(operand), 2>(args, plan).run()
+                         : Forward<decltype(storage), decltype(operand), 1>(args, plan).run();
   });
   return done;
 }

@@ -34,6 +34,7 @@ from .. import attention_dual_ops, attention_ops
 from ..attention_checks import Arguments
 from ..attention_dual_ops import DualResults
 from ..checks import problem
+from ..dispatch import is_traced
 from .function import Backward, Function, gradients, needs_gradient, recording
 
 _TENSORS = 10  # of Arguments
@@ -49,13 +50,15 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
     """
     tensors, (*rest, average_weights, deterministic) = arguments[:9], arguments[9:]
     query, key, value, attn_mask, *_, sinks = tensors
-    if not (recording() and needs_gradient(query, key, value, attn_mask, sinks)):
+    if (deterministic and is_traced()) or not (
+        recording() and needs_gradient(query, key, value, attn_mask, sinks)
+    ):
         return attention_ops.attention(*arguments[:-1])
     if is_compiling():
         output, lse, weights, *saved = _Attention.apply(*_each_once(tensors), *rest, deterministic)
     else:
-        results = _in_forward_mode(tensors, rest) if forward_ad._current_level >= 0 else ()
-        output, lse, weights, *saved = _EagerAttention.apply(*tensors, *rest, deterministic, *results)
+        results = in_one_pass(tensors, rest)
+        output, lse, weights, *saved = EagerAttention.apply(*tensors, *rest, deterministic, *results)
     if average_weights:  # a gradient of the mean needs each head's
         weights = weights.mean(dim=1, keepdim=True)
     return output, lse, weights, *saved
@@ -71,9 +74,11 @@ def _each_once(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return tuple(seen)
 
 
-def _in_forward_mode(tensors: Sequence[Tensor | None], rest: Sequence[Any]) -> Sequence[Tensor]:
-    """All results with their tangents, in one pass; none if no argument has a tangent that is seen here: of
-    transforms in one another, as in jvp of grad, the outer one's are seen by Function.jvp alone."""
+def in_one_pass(tensors: Sequence[Tensor | None], rest: Sequence[Any]) -> Sequence[Tensor]:
+    """In forward mode all results with their tangents; none if no argument has a tangent that is seen here:
+    of transforms in one another, as in jvp of grad, the outer one's are seen by Function.jvp alone."""
+    if not (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()):
+        return ()
     primals, tangents = [], []
     for tensor in tensors:
         primal, tangent = (None, None) if tensor is None else forward_ad.unpack_dual(tensor)
@@ -139,12 +144,12 @@ class _Attention(Function):
         needs = ctx.needs_input_grad
         wanted = [needs[i] for i in _AT]
         incoming = (grad_output, grad_lse, grad_weights)
-        function = _AttentionBackward if is_compiling() else _EagerAttentionBackward
+        function = _AttentionBackward if is_compiling() else EagerAttentionBackward
         grads = gradients(function, incoming, ctx.saved_tensors, ctx.constants, wanted)
         return (*_among_tensors(grads), *[None] * ctx.given)
 
 
-class _EagerAttention(_Attention):
+class EagerAttention(_Attention):
     """With forward mode, which torch.compile does not take."""
 
     @staticmethod
@@ -157,7 +162,7 @@ class _EagerAttention(_Attention):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         tensors, results = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
         of_arguments = [tangents[i] for i in _AT]
-        changed = DualResults(*_Tangents.apply(*tensors, *of_arguments, *ctx.numbers, *results))
+        changed = DualResults(*Tangents.apply(*tensors, *of_arguments, *ctx.numbers, *results))
         weights = changed.weights_tangent if ctx.numbers[-1] else None
         return changed.output_tangent, changed.lse_tangent, weights, None, None
 
@@ -193,7 +198,7 @@ class _AttentionBackward(Backward):
 # ----------------------------------------------------------------------------------------- second derivatives
 
 
-class _EagerAttentionBackward(_AttentionBackward):
+class EagerAttentionBackward(_AttentionBackward):
     """Its arguments: scale to deterministic, wanted, three gradients of results, ten tensors of arguments,
     and what came from the forward pass."""
 
@@ -216,7 +221,7 @@ class _EagerAttentionBackward(_AttentionBackward):
         remaining = iter(grads)
         tangents = [next(remaining) if want else None for want in ctx.wanted]
         return_weights = of_results[2] is not None
-        results = DualResults(*_Tangents.apply(*tensors, *tangents, *ctx.numbers, return_weights))
+        results = DualResults(*Tangents.apply(*tensors, *tangents, *ctx.numbers, return_weights))
         changed = (results.output_tangent, results.lse_tangent, results.weights_tangent)
         first = [x if needed else None for x, needed in zip(changed, needs[8:11], strict=True)]
         wanted = [needs[11 + i] for i in _AT]
@@ -228,7 +233,7 @@ class _EagerAttentionBackward(_AttentionBackward):
         of_results, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         changes, tangents = given[8:11], [given[11 + i] for i in _AT]
         return_weights = any(x is not None for x in (of_results[2], changes[2]))
-        results = DualResults(*_Tangents.apply(*tensors, *tangents, *ctx.numbers, return_weights))
+        results = DualResults(*Tangents.apply(*tensors, *tangents, *ctx.numbers, return_weights))
         second = _changes(of_results, changes, tensors, tangents, results, ctx.numbers, ctx.wanted)
         return tuple(x for x, want in zip(second, ctx.wanted, strict=True) if want)
 
@@ -247,7 +252,7 @@ def _changes(
         return [None] * len(wanted)
     nothing = [False] * len(wanted)
     given = (*_final(grads), *grad_tangents, *_final(tensors), *tangents, *_kept(results))
-    made = iter(_SecondDerivatives.apply(*given, *numbers, nothing, wanted))
+    made = iter(SecondDerivatives.apply(*given, *numbers, nothing, wanted))
     return [next(made) if want else None for want in wanted]
 
 
@@ -258,7 +263,7 @@ def _kept(r: DualResults) -> tuple[Tensor | None, ...]:
     return tuple(x if x.dim() != 1 else None for x in made)
 
 
-class _Tangents(Function):
+class Tangents(Function):
     """attention_dual: its arguments, and then its results if they are known; returned are all of them, and
     the tangents of output, lse and weights have gradients."""
 
@@ -286,7 +291,7 @@ class _Tangents(Function):
         needs = ctx.needs_input_grad
         wanted, wanted_tangents = list(needs[10:15]), [needs[i] for i in _AT]
         given = (*_final(grads[5:8]), *[None] * 3, *_final(tensors), *_kept(results))
-        made = iter(_SecondDerivatives.apply(*given, *ctx.numbers, wanted, wanted_tangents))
+        made = iter(SecondDerivatives.apply(*given, *ctx.numbers, wanted, wanted_tangents))
         of_tangents = [next(made) if want else None for want in wanted]
         of_arguments = [next(made) if want else None for want in wanted_tangents]
         return (*_among_tensors(of_arguments), *of_tangents, *[None] * ctx.given)
@@ -294,7 +299,7 @@ class _Tangents(Function):
     jvp = _third("a third derivative, or forward mode twice,")
 
 
-class _SecondDerivatives(Function):
+class SecondDerivatives(Function):
     """attention_dual_backward. It is linear in the tangents of arguments and of gradients, and for these it
     has a derivative: torch.autograd.functional.hvp asks for that. All else ends here, see _final."""
 
@@ -320,7 +325,7 @@ class _SecondDerivatives(Function):
         if all(x is None for x in along):
             return (None,) * len(needs)
         return_weights = of_results[2] is not None or needs[5]
-        results = DualResults(*_Tangents.apply(*tensors, *along, *ctx.numbers, return_weights))
+        results = DualResults(*Tangents.apply(*tensors, *along, *ctx.numbers, return_weights))
         changed = (results.output_tangent, results.lse_tangent, results.weights_tangent)
         first = [x if needed else None for x, needed in zip(changed, needs[3:6], strict=True)]
         nothing = (None,) * 3
@@ -332,7 +337,7 @@ class _SecondDerivatives(Function):
 
 
 def _final(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The same; a gradient that arrives there, of what _SecondDerivatives is not linear in, is an error."""
+    """The same; a gradient that arrives there, of what SecondDerivatives is not linear in, is an error."""
     if not torch.is_grad_enabled():
         return list(tensors)
     return [x if x is None or not x.requires_grad else _Final.apply(x) for x in tensors]

@@ -6,18 +6,19 @@ pass is a Function too, of class Backward, so that a second derivative is an err
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
+from torch._functorch.autograd_function import CtxWithSavedTensors, enable_single_level_autograd_function
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from ..checks import problem
-from ..dispatch import refuse_vmap
 
 
 def recording() -> bool:
@@ -37,13 +38,42 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 class Function(torch.autograd.Function):
     """Function.apply binds its arguments by inspect.signature, 50 us a call, which only torch.func needs."""
 
-    vmap = staticmethod(refuse_vmap)
+    generate_vmap_rule = True  # by the rules of the operators, see batching.py
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)
+
+    @classmethod
+    def apply_here(cls, *args: Any) -> Any:
+        """Where the dispatcher has come to autograd, within torch.func that of one of its levels."""
+        if not torch._C._are_functorch_transforms_active():
+            return super(torch.autograd.Function, cls).apply(*args)
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, _of_one_level(cls)).apply(*args)
+
+
+@cache
+def _of_one_level(function: type[Function]) -> type[Function]:
+    """The Function for one level of torch.func: it does not hide what the levels outside of it differentiate,
+    and its tensors outlive it where its backward pass is called later, as by torch.func.vjp."""
+
+    def forward(*args: Any) -> Any:
+        with (
+            torch._C._AutoDispatchBelowAutograd(),
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),
+        ):
+            return function.forward(*args)
+
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        saved = CtxWithSavedTensors(ctx, unwrap_dead_wrappers(ctx.saved_tensors))
+        return function.backward(saved, *grad_outputs)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{function.__name__}OfOneLevel", (function,), methods)
 
 
 class Backward(Function):
@@ -81,11 +111,12 @@ def gradients(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of all that `wanted` tells of, None where not wanted."""
-    if not is_compiling() and any(map(_is_batched, grad_outputs)):
-        return _batched_gradients(function, grad_outputs, tensors, constants, wanted)
+    if not is_compiling() and any(map(is_batched, grad_outputs)):
+        return each_entry(lambda entry: gradients(function, entry, tensors, constants, wanted), grad_outputs)
     if not is_compiling():  # what torch.func.vjp has saved outlives its transform
         tensors = unwrap_dead_wrappers(tuple(tensors))
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # create_graph=True, or tangents
+    recording = torch.is_grad_enabled() or forward_ad._current_level >= 0  # create_graph=True, or a tangent
+    if recording and not torch._C._are_functorch_transforms_active():
         grads = function.apply(*constants, wanted, *grad_outputs, *tensors)
     else:
         grads = function.forward(*constants, wanted, *grad_outputs, *tensors)
@@ -93,29 +124,30 @@ def gradients(
     return [next(remaining) if want else None for want in wanted]
 
 
-def _is_batched(grad: Tensor | None) -> bool:
-    return grad is not None and is_legacy_batchedtensor(grad)
+def is_batched(tensor: Tensor | None) -> bool:
+    return tensor is not None and is_legacy_batchedtensor(tensor)
 
 
-def _batched_gradients(
-    function: type[Backward], grad_outputs: Sequence[Tensor | None], *rest: Any
+def each_entry(
+    call: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]], tensors: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """gradients() for each entry of a batch of gradients, which torch.autograd.grad(is_grads_batched=True)
-    and torch.autograd.functional.jacobian(vectorize=True) hide in tensors without memory of their own."""
+    """What call(tensors) returns for each entry of a batch of tensors, which
+    torch.autograd.grad(is_grads_batched=True) and torch.autograd.functional.jacobian(vectorize=True) hide in
+    tensors without memory of their own."""
     level = torch._C._vmapmode_increment_nesting() - 1  # the only way to read it
     torch._C._vmapmode_decrement_nesting()
-    batched = [grad for grad in grad_outputs if _is_batched(grad)]
+    batched = [tensor for tensor in tensors if is_batched(tensor)]
     size = 0
     while level > 0 and size == 0:  # removing a level that is not there gives a batch of the size asked for
-        size = max(torch._remove_batch_dim(grad, level, 0, 0).shape[0] for grad in batched)
+        size = max(torch._remove_batch_dim(tensor, level, 0, 0).shape[0] for tensor in batched)
         level -= size == 0
     if size == 0:
         raise RuntimeError(problem("a batch of no gradients", "at least one", "torch.zeros_like(tensor)"))
     entries = [
-        [None] * size if grad is None else torch._remove_batch_dim(grad, level, size, 0).unbind(0)
-        for grad in grad_outputs
+        [None] * size if tensor is None else torch._remove_batch_dim(tensor, level, size, 0).unbind(0)
+        for tensor in tensors
     ]
-    columns = zip(*(gradients(function, entry, *rest) for entry in zip(*entries, strict=True)), strict=True)
+    columns = zip(*(call(entry) for entry in zip(*entries, strict=True)), strict=True)
     return [
         None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level)
         for column in columns

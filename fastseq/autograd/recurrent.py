@@ -11,14 +11,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from .. import ops
-from .function import Backward, Function, gradients, needs_gradient, recording, refuse
+from ..checks import CELLS, problem
+from ..dispatch import is_traced
+from . import dual
+from .function import Function, gradients, needs_gradient, recording
+from .memory import RecurrentInWindows, keeps_gates
 
 
 def recurrent(
     input: Tensor,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
@@ -26,14 +34,30 @@ def recurrent(
     directions: int,
     bias: bool,
     batch_first: bool,
+    grad_clip: float | None,
+    truncate: int,
+    memory: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer: output (T, B, D*R), h_n (D, B, R), c_n (D, B, H), the last empty if the cell has none."""
-    if recording() and needs_gradient(input, h0, c0, *weights):
-        result = _Recurrent.apply(input, batch_sizes, h0, c0, mode, directions, bias, batch_first, *weights)
+    """One layer: output (T, B, D*R), h_n (D, B, R), c_n (D, B, H), the last empty if the cell has none.
+
+    What the arguments are, fastseq.ops says of its operators, and fastseq.windows of `memory`.
+    """
+    sequence = (input, batch_sizes, lengths, resets, h0, c0)
+    layer = (mode, directions, bias)
+    bounded = grad_clip is not None or truncate  # of which the operator does not know
+    if (bounded or not is_traced()) and _is_recorded(input, h0, c0, *weights):
+        options = (batch_first, grad_clip, truncate)
+        result = None
+        if _duals():
+            result = dual.in_one_pass(sequence, weights, layer, batch_first, truncate, False)
+        if result is None and _duals():  # which keeps gates, whatever `memory` is
+            result = _RecurrentAlong.apply(*sequence, *layer, *options, *weights)
+        elif result is None and keeps_gates(memory, mode):
+            result = _Recurrent.apply(*sequence, *layer, *options, *weights)
+        elif result is None:
+            result = RecurrentInWindows.apply(*sequence, *layer, *options, memory, *weights)
     else:
-        result = ops.recurrent(
-            input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, False
-        )
+        result = ops.recurrent(*sequence, weights, *layer, batch_first, "nothing")
     return result[0], result[1], result[2]
 
 
@@ -48,15 +72,33 @@ def recurrent_cell(
     mode: str,
 ) -> Sequence[Tensor]:
     """One step: the new hidden state and, of an LSTM, the new cell state come first in the result."""
-    if recording() and needs_gradient(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh):
-        return _RecurrentCell.apply(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode)
-    return ops.recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, False)
+    tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
+    if not is_traced() and _is_recorded(*tensors):
+        return (_RecurrentCellAlong if _duals() else _RecurrentCell).apply(*tensors, mode)
+    return ops.recurrent_cell(*tensors, mode, False)
+
+
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    # Within torch.func only its levels know what they differentiate.
+    return (not is_compiling() and is_traced()) or (recording() and needs_gradient(*tensors))
+
+
+def _duals() -> bool:
+    """Whether tensors may have tangents. torch.compile takes no Function that knows of them."""
+    return not is_compiling() and forward_ad._current_level >= 0
 
 
 def _backward_op(
-    mode: str, directions: int, bias: bool, wanted: Sequence[bool], *tensors: Any
+    mode: str,
+    directions: int,
+    bias: bool,
+    grad_clip: float | None,
+    truncate: int,
+    wanted: Sequence[bool],
+    *tensors: Any,
 ) -> tuple[Tensor, ...]:
-    grad_output, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, output, saved, *weights = tensors
+    grads, sequence, (output, saved, *weights) = tensors[:3], tensors[3:9], tensors[9:]
+    grad_output, grad_h_n, grad_c_n = grads
     if mode != "LSTM":  # torch.compile hands a gradient even to what is not differentiable
         grad_c_n = None
     return tuple(
@@ -64,19 +106,22 @@ def _backward_op(
             grad_output,
             grad_h_n,
             grad_c_n,
-            input,
-            batch_sizes,
-            h0,
-            c0,
+            *sequence,
             weights,
             output,
             saved,
             mode,
             directions,
             bias,
+            grad_clip,
+            truncate,
             wanted,
         )
     )
+
+
+def _backward_function() -> type[Function]:
+    return _RecurrentBackwardAlong if _duals() else _RecurrentBackward
 
 
 class _Recurrent(Function):
@@ -84,22 +129,27 @@ class _Recurrent(Function):
     def forward(
         input: Tensor,
         batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
         h0: Tensor | None,
         c0: Tensor | None,
         mode: str,
         directions: int,
         bias: bool,
         batch_first: bool,
+        grad_clip: float | None,
+        truncate: int,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        return ops.recurrent(input, batch_sizes, h0, c0, weights, mode, directions, bias, batch_first, True)
+        sequence, layer = (input, batch_sizes, lengths, resets, h0, c0), (mode, directions, bias)
+        return ops.recurrent(*sequence, weights, *layer, batch_first, "gates")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        input, batch_sizes, h0, c0, mode, directions, bias, _, *weights = inputs
+        *sequence, mode, directions, bias, _, grad_clip, truncate = inputs[:12]
         output, _, c_n, saved = outputs
-        ctx.save_for_backward(input, batch_sizes, h0, c0, output, saved, *weights)
-        ctx.constants = mode, directions, bias
+        ctx.save_for_backward(*sequence, output, saved, *inputs[12:])
+        ctx.constants = mode, directions, bias, grad_clip, truncate
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*((saved,) if mode == "LSTM" else (c_n, saved)))
 
@@ -107,14 +157,15 @@ class _Recurrent(Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, _: None
     ) -> Any:
-        saved_tensors = ctx.saved_tensors  # input, batch_sizes, h0, c0, output, saved, *weights
+        # input, batch_sizes, lengths, resets, h0, c0, output, saved, *weights
+        saved_tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        wanted = [needs[0], needs[2], needs[3], *needs[8:]]
+        wanted = [needs[0], needs[4], needs[5], *needs[12:]]
         grads = gradients(
-            _RecurrentBackward, (grad_output, grad_h_n, grad_c_n), saved_tensors, ctx.constants, wanted
+            _backward_function(), (grad_output, grad_h_n, grad_c_n), saved_tensors, ctx.constants, wanted
         )
         grad_input, grad_h0, grad_c0, *grad_weights = grads
-        return grad_input, None, grad_h0, grad_c0, None, None, None, None, *grad_weights
+        return grad_input, None, None, None, grad_h0, grad_c0, *[None] * 6, *grad_weights
 
 
 class _RecurrentCell(Function):
@@ -146,11 +197,159 @@ class _RecurrentCell(Function):
         bias = bias_ih is not None
         weights = [weight_ih, weight_hh, bias_ih, bias_hh] if bias else [weight_ih, weight_hh]
         wanted = list(ctx.needs_input_grad[: 3 + len(weights)])
-        tensors = (input, None, h0, c0, h, saved, *weights)
-        grads = gradients(_RecurrentBackward, (grad_h, None, grad_c), tensors, (ctx.mode, 1, bias), wanted)
+        tensors = (input, None, None, None, h0, c0, h, saved, *weights)
+        constants = (ctx.mode, 1, bias, None, 0)
+        grads = gradients(_backward_function(), (grad_h, None, grad_c), tensors, constants, wanted)
         return (*grads, *[None] * (8 - len(grads)))
 
 
-class _RecurrentBackward(Backward):
-    forward = staticmethod(_backward_op)
-    backward = refuse("a recurrent layer or cell", "torch.nn's module with the same state_dict")
+class _RecurrentBackward(Function):
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _backward_op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        *ctx.constants, ctx.wanted = inputs[:6]
+        ctx.save_for_backward(*inputs[6:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        _, _, _, grad_clip, _ = ctx.constants
+        if grad_clip is not None:
+            raise RuntimeError(
+                problem(
+                    "a second derivative of a recurrent layer with grad_clip",
+                    "first derivatives, and second ones without grad_clip",
+                    "grad_clip=None, or torch.nn.utils.clip_grad_norm_ on the parameters",
+                )
+            )
+        remaining = iter(cotangents)
+        along = [next(remaining) if want else None for want in ctx.wanted]
+        # grad_output, grad_h_n, grad_c_n, the sequence, output, saved, *weights
+        needs = ctx.needs_input_grad[6:]
+        wanted = [*needs[:3], needs[3], needs[7], needs[8], *needs[11:]]
+        grads = gradients(_RecurrentSecond, along, ctx.saved_tensors, tuple(ctx.constants), wanted)
+        of_grads, (of_input, of_h0, of_c0, *of_weights) = grads[:3], grads[3:]
+        return (*[None] * 6, *of_grads, of_input, None, None, None, of_h0, of_c0, None, None, *of_weights)
+
+
+class _RecurrentSecond(Function):
+    """The vector-Jacobian product of _RecurrentBackward.
+
+    Where gradients are J(x)^T v, that of v for the cotangents u is J(x) u, and that of x the tangent of the
+    gradients along u.
+    """
+
+    @staticmethod
+    def forward(
+        mode: str,
+        directions: int,
+        bias: bool,
+        grad_clip: float | None,
+        truncate: int,
+        wanted: Sequence[bool],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        count = (len(tensors) - 14) // 2 + 3  # arguments
+        along, tensors = tensors[:count], tensors[count:]
+        grads, sequence, weights = list(tensors[:3]), tensors[3:9], tensors[11:]
+        layer, of_arguments = (mode, directions, bias), any(wanted[3:])
+        made = dual.forward(sequence, weights, along, layer, False, truncate, of_arguments)
+        of_grads = list(made[4:7])
+        if dual.is_one_step(sequence):
+            of_grads = [made[4].squeeze(0), None, made[6].squeeze(0)]
+        results = [x for x, want in zip(of_grads, wanted, strict=False) if want]
+        if of_arguments:
+            states = (made[0], made[3], made[4], made[7])
+            nothing, none = [None] * 3, [False] * count
+            arguments = (sequence, weights, states, along, layer, None, truncate)
+            _, second = dual.backward(grads, nothing, *arguments, none, wanted[3:])
+            results += [x for x in second if x is not None]
+        return tuple(results)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        dual.refuse_more("a third derivative", dual.LOOP)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        dual.refuse_more("a third derivative", dual.LOOP)
+
+
+# ---- the same in forward mode ----
+#
+# These take dual tensors, where gradients may be wanted as well. What is saved for the backward pass has
+# tangents too, so that its own jvp finds them.
+
+
+class _RecurrentAlong(_Recurrent):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        _Recurrent.setup_context(ctx, inputs, outputs)
+        ctx.batch_first = inputs[9]
+        ctx.save_for_forward(*inputs[:6], *inputs[12:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        mode, directions, bias, _, truncate = ctx.constants
+        along = [tangents[0], *tangents[4:6], *tangents[12:]]
+        made = _tangents(ctx, along, (mode, directions, bias), ctx.batch_first, truncate, False)
+        return made[4], made[5], made[6] if CELLS[mode].cell_state else None, None
+
+
+class _RecurrentCellAlong(_RecurrentCell):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        _RecurrentCell.setup_context(ctx, inputs, outputs)
+        input, h0, c0, *weights, _ = inputs
+        ctx.save_for_forward(input, None, None, None, h0, c0, *(x for x in weights if x is not None))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        bias = len(ctx.saved_tensors) == 10
+        along = tangents[: 7 if bias else 5]
+        made = _tangents(ctx, along, (ctx.mode, 1, bias), False, 0, False)
+        h, c = made[4].squeeze(0), made[6]
+        return (h, c.squeeze(0), None) if CELLS[ctx.mode].cell_state else (h, None)
+
+
+class _RecurrentBackwardAlong(_RecurrentBackward):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        _RecurrentBackward.setup_context(ctx, inputs, outputs)
+        ctx.save_for_forward(*inputs[6:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        mode, directions, bias, grad_clip, truncate = ctx.constants
+        layer, tangents = (mode, directions, bias), tangents[6:]
+        along = [tangents[3], *tangents[7:9], *tangents[11:]]
+        with forward_ad._set_fwd_grad_enabled(True):
+            values, _ = dual.unpack(ctx.saved_tensors)
+            grads, sequence, weights = values[:3], values[3:9], values[11:]
+            made = dual.forward(sequence, weights, along, layer, False, truncate, True)
+            states = (made[0], made[3], made[4], made[7])
+            none = [False] * len(along)
+            arguments = (sequence, weights, states, along, layer, grad_clip, truncate)
+            _, second = dual.backward(grads, tangents[:3], *arguments, none, ctx.wanted)
+        return tuple(x for x in second if x is not None)
+
+
+def _tangents(
+    ctx: Any,
+    along: Sequence[Tensor | None],
+    layer: tuple[str, int, bool],
+    batch_first: bool,
+    truncate: int,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    """What recurrent_dual makes of the tensors saved for the forward mode."""
+    with forward_ad._set_fwd_grad_enabled(True):  # for the levels outside of this one
+        values, _ = dual.unpack(ctx.saved_tensors)
+        return dual.forward(values[:6], values[6:], along, layer, batch_first, truncate, save)

@@ -13,7 +13,7 @@ from ..attention import scaled_dot_product_attention
 from ..checks import problem, require_tensor
 
 
-def _must_be_called(module: nn.Module, inputs: Any) -> None:
+def must_be_called(module: nn.Module, inputs: Any) -> None:
     """A hook that does nothing: torch's layers call a module that has one, see MultiheadAttention."""
 
 
@@ -129,7 +129,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         # In inference torch.nn.TransformerEncoderLayer takes the parameters out of its self_attn and computes
         # the whole layer itself, unless a module in it has a hook: then somebody wants that module called.
-        self.register_forward_pre_hook(_must_be_called)
+        self.register_forward_pre_hook(must_be_called)
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from .. import functional
 from ..checks import problem
 
 
@@ -32,20 +33,59 @@ class RecurrentModule(RNNBase):
     is undone.
     """
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+    # Modules that were pickled, or made of torch.nn's, before these were there have none of them.
+    grad_clip: float | None = None
+    truncate: int | None = None
+    memory: str = "fast"
+
+    def _set_options(self, grad_clip: float | None, truncate: int | None, memory: str) -> None:
+        functional.check_options(grad_clip=grad_clip, truncate=truncate, memory=memory)
+        self.grad_clip, self.truncate, self.memory = grad_clip, truncate, memory
+
+    def extra_repr(self) -> str:
+        options = {"grad_clip": self.grad_clip, "truncate": self.truncate}
+        more = [f", {name}={value!r}" for name, value in options.items() if value is not None]
+        more += [f", memory={self.memory!r}"] * (self.memory != "fast")
+        return super().extra_repr() + "".join(more)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Any, Any]:
         if not isinstance(input, PackedSequence):
-            return self._run(input, hx, None)
+            return self._run(input, hx, None, lengths=lengths, resets=resets)
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is not None:
             if sorted_indices is not None:
                 _check_batch(hx, sorted_indices.shape[0])
             hx = self.permute_hidden(hx, sorted_indices)
-        output, hidden = self._run(data, hx, batch_sizes)
+        if resets is not None and sorted_indices is not None:
+            functional.check_resets(resets, batch_sizes)
+            resets = resets.index_select(1, sorted_indices)
+        output, hidden = self._run(data, hx, batch_sizes, lengths=lengths, resets=resets)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(hidden, unsorted_indices)
 
-    def _run(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
+    def _run(
+        self, input: Tensor, hx: Any, batch_sizes: Tensor | None, **rows: Tensor | None
+    ) -> tuple[Tensor, Any]:
         raise NotImplementedError
+
+    def _shared(self) -> dict[str, Any]:
+        """What functional.rnn, lstm and gru all take."""
+        return {
+            "bidirectional": self.bidirectional,
+            "batch_first": self.batch_first,
+            "dropout": self.dropout,
+            "training": self.training,
+            "grad_clip": self.grad_clip,
+            "truncate": self.truncate,
+            "memory": self.memory,
+        }
 
     def _weights(self) -> list[list[Tensor]]:
         parameters = self._parameters

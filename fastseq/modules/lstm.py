@@ -36,22 +36,35 @@ class LSTM(RecurrentModule):
         proj_size: features of the hidden state if it is projected, smaller than hidden_size; 0 for no
             projection. R is proj_size, or hidden_size if that is 0.
         device, dtype: of the parameters: float32, float64, bfloat16 or float16.
+        grad_clip: bound of the gradients of h_t and c_t at every step of the backward pass; no bound if None.
+        truncate: backpropagation through time goes over at most so many steps: no gradient of a state crosses
+            between the steps t - 1 and t where t is a multiple of it. All cross if None.
+        memory: "fast", "recompute" or "checkpoint:k": what is kept for the backward pass, see below.
 
     Inputs:
         input: (T, B, I); (B, T, I) if `batch_first`; (T, I) for one sequence without a batch; or a
             :class:`~torch.nn.utils.rnn.PackedSequence`, sorted or not. Any strides; it is not copied.
         hx: (h_0, c_0) of shapes (L*D, B, R) and (L*D, B, H), without B for an input without a batch. Zeros if
             None.
+        lengths: int64 or int32 (B), on any device, in any order, 0 to T: row b has the steps t < lengths[b].
+            Behind them its output is zero and its input reaches nothing; its last state is the one after
+            them, and the backward direction begins with the last of them. None: all have all steps.
+        resets: bool (T, B), also if `batch_first`: true where an episode begins. No state and no gradient of
+            one crosses between the steps t - 1 and t, so that the state before step t is zero (h_0 too, if t
+            is 0), and in the backward direction that before step t - 1. None: no episode begins.
 
     Returns:
         output, (h_n, c_n): the last layer's h_t for all t, (T, B, D*R), laid out and packed like the input,
         both directions side by side; and the states after the last step, with the shapes of hx.
 
     Raises:
-        ValueError: an input of the wrong rank, or of another dtype than the parameters.
+        ValueError: an input of the wrong rank, or of another dtype than the parameters; another `memory`.
         RuntimeError: wrong sizes of input or states, states of another dtype, mixed devices, a sequence of no
-            steps, batch_sizes that do not fit; or a second derivative, which does not exist yet.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
+            steps, batch_sizes that do not fit, lengths or resets of another shape or dtype or without
+            a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1; a third
+            derivative, forward mode over forward mode, or a second derivative with grad_clip.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
+            and second derivatives.
 
     Attributes:
         weight_ih_l[k]: (4H, I), for layers k > 0 (4H, D*R); rows in the order i, f, g, o.
@@ -86,6 +99,10 @@ class LSTM(RecurrentModule):
         proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        grad_clip: float | None = None,
+        truncate: int | None = None,
+        memory: str = "fast",
     ) -> None:
         super().__init__(
             "LSTM",
@@ -100,17 +117,20 @@ class LSTM(RecurrentModule):
             device,
             dtype,
         )
+        self._set_options(grad_clip, truncate, memory)
 
     def _run(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None, batch_sizes: Tensor | None
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None,
+        batch_sizes: Tensor | None,
+        **rows: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         return functional.lstm(
             input,
             self._weights(),
             hx,
             batch_sizes=batch_sizes,
-            bidirectional=self.bidirectional,
-            batch_first=self.batch_first,
-            dropout=self.dropout,
-            training=self.training,
+            **rows,
+            **self._shared(),
         )

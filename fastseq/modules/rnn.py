@@ -30,21 +30,35 @@ class RNN(RecurrentModule):
         bidirectional: whether a second half of each layer runs from the last step to the first: D is 2 or 1.
         proj_size: there for torch.nn's order of arguments; must be 0, only LSTM has projections.
         device, dtype: of the parameters: float32, float64, bfloat16 or float16.
+        grad_clip: bound of the gradients of h_t at every step of the backward pass; no bound if None.
+        truncate: backpropagation through time goes over at most so many steps: no gradient of a state crosses
+            between the steps t - 1 and t where t is a multiple of it. All cross if None.
+        memory: "fast", "recompute" or "checkpoint:k": what is kept for the backward pass, see below.
 
     Inputs:
         input: (T, B, I); (B, T, I) if `batch_first`; (T, I) for one sequence without a batch; or a
             :class:`~torch.nn.utils.rnn.PackedSequence`, sorted or not. Any strides; it is not copied.
         hx: h_0 of shape (L*D, B, H), without B for an input without a batch. Zeros if None.
+        lengths: int64 or int32 (B), on any device, in any order, 0 to T: row b has the steps t < lengths[b].
+            Behind them its output is zero and its input reaches nothing; its last state is the one after
+            them, and the backward direction begins with the last of them. None: all have all steps.
+        resets: bool (T, B), also if `batch_first`: true where an episode begins. No state and no gradient of
+            one crosses between the steps t - 1 and t, so that the state before step t is zero (h_0 too, if t
+            is 0), and in the backward direction that before step t - 1. None: no episode begins.
 
     Returns:
         output, h_n: the last layer's h_t for all t, (T, B, D*H), laid out and packed like the input, both
         directions side by side; and the state after the last step, with the shape of hx.
 
     Raises:
-        ValueError: an input of the wrong rank, or of another dtype than the parameters; another nonlinearity.
+        ValueError: an input of the wrong rank, or of another dtype than the parameters; another `memory` or
+            nonlinearity.
         RuntimeError: wrong sizes of input or state, a state of another dtype, mixed devices, a sequence of no
-            steps, batch_sizes that do not fit; or a second derivative, which does not exist yet.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
+            steps, batch_sizes that do not fit, lengths or resets of another shape or dtype or without
+            a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1; a third
+            derivative, forward mode over forward mode, or a second derivative with grad_clip.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
+            and second derivatives.
 
     Attributes:
         weight_ih_l[k]: (H, I), for layers k > 0 (H, D*H).
@@ -78,6 +92,10 @@ class RNN(RecurrentModule):
         proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        grad_clip: float | None = None,
+        truncate: int | None = None,
+        memory: str = "fast",
     ) -> None:
         if proj_size:
             raise ValueError(
@@ -100,16 +118,17 @@ class RNN(RecurrentModule):
             dtype=dtype,
         )
         self.nonlinearity = nonlinearity
+        self._set_options(grad_clip, truncate, memory)
 
-    def _run(self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, **rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         return functional.rnn(
             input,
             self._weights(),
             hx,
             nonlinearity=self.nonlinearity,
             batch_sizes=batch_sizes,
-            bidirectional=self.bidirectional,
-            batch_first=self.batch_first,
-            dropout=self.dropout,
-            training=self.training,
+            **rows,
+            **self._shared(),
         )

@@ -1,0 +1,118 @@
+"""The gradients of torch.ops.fastseq.*, for those who call the operators themselves: torch.compile and
+torch.export, which trace them, and users. They come from the Functions beside this file, which the modules
+call without asking the dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import attention_dual_ops, attention_ops, dual_ops, ops
+from ..attention_checks import Arguments, refuse_trained_slopes
+from ..checks import CELLS
+from ..dispatch import library, nobody_listens
+from . import dual
+from .attention import EagerAttention, EagerAttentionBackward, SecondDerivatives, Tangents, in_one_pass
+from .recurrent import _RecurrentAlong, _RecurrentBackwardAlong, _RecurrentCellAlong
+
+
+def _wants_gradient(arguments: Sequence[Any]) -> bool:
+    """Whether a graph is recorded; it is not where a Function calls the operator in its forward pass."""
+    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+        return True
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+
+
+def register(name: str, module: Any, differentiable: Callable[..., Any]) -> None:
+    """Has the operator call differentiable(*arguments) where a graph is recorded, else its kernel, that of
+    `module` at once where possible."""
+    kernel = getattr(module, name)
+    op = getattr(torch.ops.fastseq, name).default
+    defaults = tuple(a.default_value for a in op._schema.arguments)
+    below = torch._C._after_autograd_keyset
+
+    def call(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        if _wants_gradient(arguments):
+            # torch leaves out what is the default
+            return differentiable(*arguments, *defaults[len(arguments) :])
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*arguments) if nobody_listens() else op.redispatch(keyset & below, *arguments)
+
+    library.impl(name, call, "Autograd", with_keyset=True)
+
+
+def _recurrent(*arguments: Any) -> tuple[Tensor, ...]:
+    *sequence, weights, mode, directions, bias, batch_first, save = arguments
+    layer = (mode, directions, bias)
+    results = dual.in_one_pass(sequence, weights, layer, batch_first, 0, save != "nothing")
+    if results is None:
+        results = _RecurrentAlong.apply_here(*sequence, *layer, batch_first, None, 0, *weights)
+    output, h_n, c_n, saved = results
+    if save == "states" and CELLS[mode].cell_state:
+        return output, h_n, c_n, saved[:, :, -1]
+    return output, h_n, c_n, saved if save == "gates" else saved.new_empty(0)
+
+
+def _recurrent_cell(*arguments: Any) -> list[Tensor]:
+    *rest, save = arguments
+    results = list(_RecurrentCellAlong.apply_here(*rest))
+    return results if save else results[:-1]
+
+
+def _recurrent_backward(*arguments: Any) -> list[Tensor]:
+    tensors, (weights, output, saved, *constants) = arguments[:9], arguments[9:]
+    return list(_RecurrentBackwardAlong.apply_here(*constants, *tensors, output, saved, *weights))
+
+
+def _recurrent_dual(*arguments: Any) -> tuple[Tensor, ...]:
+    sequence, (weights, *of_arguments, of_weights), constants = arguments[:6], arguments[6:11], arguments[11:]
+    return dual.RecurrentDual.apply_here(*constants, *sequence, *weights, *of_arguments, *of_weights)
+
+
+def _recurrent_dual_backward(*arguments: Any) -> list[Tensor]:
+    before, (weights, *rest), constants = arguments[:12], arguments[12:21], tuple(arguments[21:])
+    *between, of_weights, output_tangent, saved_tangent = rest
+    tensors = (*before, *weights, *between, *of_weights, output_tangent, saved_tangent)
+    return list(dual.RecurrentDualBackward.apply_here(constants, *tensors))
+
+
+def _attention(*arguments: Any) -> tuple[Tensor, ...]:
+    *rest, average_weights, save = arguments
+    refuse_trained_slopes(Arguments(*arguments).alibi_slopes)
+    results = in_one_pass(rest[:9], rest[9:])
+    output, lse, weights, remainder, normalizer = EagerAttention.apply_here(*rest, True, *results)
+    if average_weights:
+        weights = weights.mean(dim=1, keepdim=True)
+    if not save:
+        remainder = remainder.new_empty(0)
+        normalizer = normalizer if rest[-1] else normalizer.new_empty(0)
+    return output, lse, weights, remainder, normalizer
+
+
+def _attention_backward(*arguments: Any) -> list[Tensor]:
+    *tensors_and_numbers, wanted, deterministic = arguments
+    tensors, numbers = tensors_and_numbers[:17], tensors_and_numbers[17:]
+    return list(EagerAttentionBackward.apply_here(*numbers, deterministic, wanted, *tensors))
+
+
+def _attention_dual(*arguments: Any) -> tuple[Tensor, ...]:
+    return Tangents.apply_here(*arguments)
+
+
+def _attention_dual_backward(*arguments: Any) -> list[Tensor]:
+    return list(SecondDerivatives.apply_here(*arguments))
+
+
+for _function in (_recurrent, _recurrent_cell, _recurrent_backward):
+    register(_function.__name__[1:], ops, _function)
+for _function in (_recurrent_dual, _recurrent_dual_backward):
+    register(_function.__name__[1:], dual_ops, _function)
+for _function in (_attention, _attention_backward):
+    register(_function.__name__[1:], attention_ops, _function)
+for _function in (_attention_dual, _attention_dual_backward):
+    register(_function.__name__[1:], attention_dual_ops, _function)

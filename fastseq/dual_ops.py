@@ -1,0 +1,266 @@
+"""The operators of derivatives along a direction.
+
+    recurrent_dual            what `recurrent` returns, and its tangent J(x) x' for tangents x' of arguments
+    recurrent_dual_backward   what `recurrent_backward` returns, and its tangent
+
+Both run the kernels over numbers and tangents in one pass over time. With y = F(x) and its gradients
+B(x, v) = J(x)^T v they are what first and second derivatives of F consist of; fastseq.autograd puts them
+together. A tangent has the shape, dtype and device of its tensor, or is None where it is zero, and then costs
+nothing.
+
+The step of a cell is a sequence of one step. What else the arguments are, ops.py says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from . import cpu_dual
+from .checks import (
+    Layer,
+    check_batch_sizes,
+    check_bounds,
+    check_layer,
+    check_like,
+    check_rows,
+    problem,
+    unsupported,
+)
+from .dispatch import library, register
+from .ops import _allocate_layer, _dense, allocate_gradients
+
+_ARGUMENTS = (
+    "Tensor input, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, Tensor? h0, Tensor? c0, "
+    "Tensor[] weights"
+)
+_TANGENTS = "Tensor? input_tangent, Tensor? h0_tangent, Tensor? c0_tangent, Tensor?[] weight_tangents"
+# `save`: whether gates are kept for recurrent_dual_backward. `truncate` cuts tangents where
+# recurrent_backward cuts gradients: between the steps t - 1 and t where t is a multiple of it, if not 0.
+library.define(
+    f"recurrent_dual({_ARGUMENTS}, {_TANGENTS}, str mode, int directions, bool bias, bool batch_first, "
+    "int truncate, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved, "
+    "Tensor output_tangent, Tensor h_n_tangent, Tensor c_n_tangent, Tensor saved_tangent)"
+)
+# Returns those gradients of [input, h0, c0, *weights] that are wanted, then those tangents of gradients.
+library.define(
+    "recurrent_dual_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
+    f"Tensor? grad_output_tangent, Tensor? grad_h_n_tangent, Tensor? grad_c_n_tangent, {_ARGUMENTS}, "
+    f"Tensor output, Tensor saved, {_TANGENTS}, Tensor output_tangent, Tensor saved_tangent, str mode, "
+    "int directions, bool bias, float? grad_clip, int truncate, bool[] wanted, bool[] wanted_tangents) "
+    "-> Tensor[]"
+)
+
+
+class Arguments(NamedTuple):
+    """What a layer is given, or the tangents of it."""
+
+    input: Tensor | None
+    h0: Tensor | None
+    c0: Tensor | None
+    weights: Sequence[Tensor | None]
+
+
+class Sequences(NamedTuple):
+    """Which steps the rows have; see ops.py."""
+
+    batch_sizes: Tensor | None
+    lengths: Tensor | None
+    resets: Tensor | None
+
+
+def _check(
+    values: Arguments, sequences: Sequences, tangents: Arguments, mode: str, directions: int, bias: bool
+) -> Layer:
+    input, h0, c0, weights = values
+    batch_sizes, lengths, resets = sequences
+    layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
+    if lengths is not None or resets is not None:
+        check_rows(input, batch_sizes, lengths, resets, layer)
+    if len(tangents.weights) != len(weights):
+        raise RuntimeError(
+            problem(
+                f"{len(tangents.weights)} tangents of {len(weights)} weights",
+                "a tangent or None for each weight",
+                "[None] * len(weights), if no weight has a tangent",
+            )
+        )
+    pairs = [("input", *pair) for pair in [(input, tangents.input)]]
+    pairs += [("h0", h0, tangents.h0), ("c0", c0, tangents.c0)]
+    pairs += [(f"weights[{i}]", *pair) for i, pair in enumerate(zip(weights, tangents.weights, strict=True))]
+    for name, value, tangent in pairs:
+        if tangent is None:
+            continue
+        if value is None:
+            raise RuntimeError(
+                problem(f"a tangent of {name}, which is None", "None for both", f"zeros as {name}")
+            )
+        check_like(f"the tangent of {name}", tangent, value.shape, f"that of {name}", input)
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------- forwards
+
+
+def _split_forward(arguments: Sequence[Any]) -> tuple[Arguments, Sequences, Arguments, tuple[Any, ...]]:
+    input, batch_sizes, lengths, resets, h0, c0, weights, *tangents = arguments[:11]
+    values, sequences = Arguments(input, h0, c0, weights), Sequences(batch_sizes, lengths, resets)
+    return values, sequences, Arguments(*tangents), tuple(arguments[11:])
+
+
+def _prepare(*arguments: Any) -> tuple[Layer, list[tuple[Tensor, ...]]]:
+    values, sequences, tangents, (mode, directions, bias, batch_first, truncate, save) = _split_forward(
+        arguments
+    )
+    layer = _check(values, sequences, tangents, mode, directions, bias)
+    check_bounds(None, truncate)
+    results = [
+        _allocate_layer(values.input, layer, batch_first, "gates" if save else "nothing") for _ in range(2)
+    ]
+    return layer, results
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    _, (results, tangents) = _prepare(*arguments)
+    return (*results, *tangents)
+
+
+def _dense_arguments(arguments: Arguments) -> Arguments:
+    return Arguments(
+        arguments.input,
+        _dense(arguments.h0),
+        _dense(arguments.c0),
+        [_dense(weight) for weight in arguments.weights],
+    )
+
+
+def _run(*arguments: Any) -> tuple[Tensor, ...]:
+    layer, results = _prepare(*arguments)
+    values, sequences, tangents, (*_, truncate, _) = _split_forward(arguments)
+    if sequences.batch_sizes is not None:
+        check_batch_sizes(sequences.batch_sizes, layer)
+    sequences = Sequences(_dense(sequences.batch_sizes), sequences.lengths, _dense(sequences.resets))
+    planes = [(_dense_arguments(a), r) for a, r in zip((values, tangents), results, strict=True)]
+    cpu_dual.forward(layer, sequences, planes, truncate)
+    return (*results[0], *results[1])
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+class Results(NamedTuple):
+    """What a layer's forward pass made, or the tangents of it, as the backward pass reads it."""
+
+    output: Tensor
+    saved: Tensor
+
+
+class Cotangents(NamedTuple):
+    """Gradients of a layer's results, or the tangents of them."""
+
+    output: Tensor | None
+    h_n: Tensor | None
+    c_n: Tensor | None
+
+
+class Backward(NamedTuple):
+    """The arguments of recurrent_dual_backward, those of each plane together."""
+
+    cotangents: tuple[Cotangents, Cotangents]
+    arguments: tuple[Arguments, Arguments]
+    sequences: Sequences
+    results: tuple[Results, Results]
+    mode: str
+    directions: int
+    bias: bool
+    grad_clip: float | None
+    truncate: int
+    wanted: tuple[Sequence[bool], Sequence[bool]]
+
+
+def _split_backward(given: Sequence[Any]) -> Backward:
+    cotangents = Cotangents(*given[:3]), Cotangents(*given[3:6])
+    input, batch_sizes, lengths, resets, h0, c0, weights, output, saved = given[6:15]
+    *tangents, output_tangent, saved_tangent = given[15:21]
+    return Backward(
+        cotangents,
+        (Arguments(input, h0, c0, weights), Arguments(*tangents)),
+        Sequences(batch_sizes, lengths, resets),
+        (Results(output, saved), Results(output_tangent, saved_tangent)),
+        *given[21:26],
+        tuple(given[26:28]),
+    )
+
+
+def _prepare_backward(*given: Any) -> tuple[Backward, Layer, list[list[Tensor | None]]]:
+    a = _split_backward(given)
+    values = a.arguments[0]
+    input = values.input
+    layer = _check(values, a.sequences, a.arguments[1], a.mode, a.directions, a.bias)
+    check_bounds(a.grad_clip, a.truncate)
+    shape = (*input.shape[:-1], layer.directions * layer.width)
+    slots, hidden, d = layer.cell.saved, layer.hidden_size, layer.directions
+    for suffix, results, cotangents in zip(("", "_tangent"), a.results, a.cotangents, strict=True):
+        meaning = "that of the forward pass"
+        check_like(f"output{suffix}", results.output, shape, meaning, input)
+        check_like(
+            f"saved{suffix}", results.saved, (d, layer.rows, slots, hidden) if slots else (0,), meaning, input
+        )
+        shapes = (shape, (d, layer.batch, layer.width), (d, layer.batch, hidden))
+        for name, grad, like in zip(cotangents._fields, cotangents, shapes, strict=True):
+            if grad is not None:
+                check_like(f"grad_{name}{suffix}", grad, like, meaning, input)
+    grads = [allocate_gradients(input, values.h0, values.c0, values.weights, wanted) for wanted in a.wanted]
+    return a, layer, grads
+
+
+def _fake_backward(*given: Any) -> list[Tensor]:
+    *_, grads = _prepare_backward(*given)
+    return [grad for plane in grads for grad in plane if grad is not None]
+
+
+def _run_backward(*given: Any) -> list[Tensor]:
+    a, layer, grads = _prepare_backward(*given)
+    if a.sequences.batch_sizes is not None:
+        check_batch_sizes(a.sequences.batch_sizes, layer)
+    sequences = Sequences(_dense(a.sequences.batch_sizes), a.sequences.lengths, _dense(a.sequences.resets))
+    if any(x is not None and x.stride(-1) != 1 for x in (a.arguments[0].input, a.arguments[1].input)):
+        # The kernel reads both with one stride of features.
+        a = a._replace(arguments=tuple(x._replace(input=_dense(x.input)) for x in a.arguments))
+    planes = [
+        (
+            Cotangents(cotangents.output, _dense(cotangents.h_n), _dense(cotangents.c_n)),
+            _dense_arguments(arguments),
+            Results(
+                results.output if results.output.stride(-1) == 1 else results.output.contiguous(),
+                results.saved.contiguous(),
+            ),
+            of_plane,
+        )
+        for cotangents, arguments, results, of_plane in zip(
+            a.cotangents, a.arguments, a.results, grads, strict=True
+        )
+    ]
+    cpu_dual.backward(layer, sequences, planes, a.grad_clip, a.truncate)
+    return [grad for plane in grads for grad in plane if grad is not None]
+
+
+def _elsewhere(op: str, arguments: Sequence[object]) -> Any:
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    if tensors and all(tensor.is_cuda for tensor in tensors):
+        raise NotImplementedError(
+            problem(
+                f"a forward-mode or second derivative of a recurrent network on CUDA ({op})",
+                "first derivatives in reverse mode there, all first and second ones on the CPU",
+                "input.cpu() and module.cpu(), or torch.nn's cell in a loop over time",
+            )
+        )
+    unsupported(op, arguments)
+
+
+recurrent_dual = register("recurrent_dual", {"cpu": _run}, _fake, _elsewhere)
+recurrent_dual_backward = register(
+    "recurrent_dual_backward", {"cpu": _run_backward}, _fake_backward, _elsewhere
+)
