@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.attention.bias import CausalBias
@@ -210,8 +209,6 @@ def _obstacle(*tensors: Tensor | None) -> str:
     query = tensors[0]
     if isinstance(query, Tensor) and query.dtype not in DTYPES and not torch._C._is_any_autocast_enabled():
         return f"given: query of dtype {query.dtype}"
-    if forward_ad._current_level >= 0:
-        return "given: forward-mode derivatives"
     return ""
 
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import autocast
 from .attention import (
-    _as_autocast_does,
     _dropout,
     _in_four_dimensions,
     _mask_in_four_dimensions,
@@ -78,8 +78,8 @@ def prepare(
     for name, given in (("query", query), ("key", key), ("value", value)):
         require_tensor(name, given)
     _refuse_nested(query, key, value)
-    if torch._C._is_any_autocast_enabled():
-        query, key, value, attn_mask = (_as_autocast_does(x) for x in (query, key, value, attn_mask))
+    if autocast.is_on():
+        query, key, value, attn_mask = (autocast.lowered(x) for x in (query, key, value, attn_mask))
     _refuse_transforms(query, key, value, attn_mask, sinks)
     if type(enable_gqa) is not bool:
         raise TypeError(problem(f"enable_gqa={enable_gqa!r}"[:100], "True or False", "bool(enable_gqa)"))
