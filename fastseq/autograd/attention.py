@@ -35,7 +35,7 @@ from ..attention_checks import Arguments
 from ..attention_dual_ops import DualResults
 from ..checks import problem
 from ..dispatch import is_traced
-from .function import Backward, Function, gradients, needs_gradient, recording
+from .function import Backward, Function, each_entry, gradients, is_batched, needs_gradient, recording
 
 _TENSORS = 10  # of Arguments
 _NUMBERS = 6  # of those that follow
@@ -212,6 +212,17 @@ def _raise(what: str) -> NoReturn:
     )
 
 
+def _entry_by_entry(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For batches of gradients, see each_entry."""
+
+    def of_entries(ctx: Any, *grads: Tensor | None) -> Any:
+        if any(map(is_batched, grads)):
+            return tuple(each_entry(lambda entry: backward(ctx, *entry), grads))
+        return backward(ctx, *grads)
+
+    return of_entries
+
+
 def _third(what: str) -> Any:
     """The backward pass, or forward mode, of what has no further derivative."""
     return staticmethod(lambda ctx, *_: _raise(what))
@@ -239,6 +250,7 @@ class EagerAttentionBackward(_AttentionBackward):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         needs = ctx.needs_input_grad
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
@@ -326,6 +338,7 @@ class Tangents(Function):
         ctx.mark_non_differentiable(r.remainder, r.normalizer, r.remainder_tangent, *unused)
 
     @staticmethod
+    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
         tensors, results = saved[:15], DualResults(*saved[15:])
@@ -355,6 +368,7 @@ class SecondDerivatives(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved, needs = unwrap_dead_wrappers(ctx.saved_tensors), ctx.needs_input_grad
         of_results, tensors = saved[:3], saved[3:]
