@@ -146,7 +146,10 @@ def _recurrent_backward(op: Callable[..., Any], size: int, dims: Named, given: N
 
 _TENSORS = ("query", "key", "value", "attn_mask", "key_lengths", "alibi_slopes")
 _INCOMING = ("grad_output", "grad_lse", "grad_weights", "output", "weights", "remainder")
+_DUAL = ("query", "key", "value", "attn_mask", "grad_output", "grad_lse", "grad_weights")
+_DUAL_RESULTS = ("output", "lse", "weights", "remainder")
 _ATTENTION = dict.fromkeys(_TENSORS + _INCOMING, 0) | {"normalizer": 1}
+_ATTENTION |= {f"{name}_tangent": 0 for name in _DUAL + _DUAL_RESULTS}
 
 
 def _attention(op: Callable[..., Any], size: int, dims: Named, given: Named) -> Result:
@@ -164,6 +167,31 @@ def _attention_backward(op: Callable[..., Any], size: int, dims: Named, given: N
         if grads[-1].shape[1] != rows:  # of a mask that is broadcast over the batch
             grads = [*grads[:-1], grads[-1].sum(1, keepdim=True)]
     return grads, where
+
+
+def _attention_dual(op: Callable[..., Any], size: int, dims: Named, given: Named) -> Result:
+    given, dims = _mask_and_tangent(size, dims, given)
+    return _attend(op, size, dims, given, (0, 0, 0, 0, 1, 0, 0, 0, 0), False)
+
+
+def _attention_dual_backward(op: Callable[..., Any], size: int, dims: Named, given: Named) -> Result:
+    wanted = (*given["wanted"], *given["wanted_tangents"])
+    if any(wanted[3:5]) or any(wanted[8:]):  # of masks and sinks
+        return each_entry(op, size, dims, given)
+    given, dims = _mask_and_tangent(size, dims, given)
+    return _attend(op, size, dims, given, (0,) * sum(wanted), False)
+
+
+def _mask_and_tangent(size: int, dims: Named, given: Named) -> tuple[Named, Named]:
+    """If either of both differs between entries, each entry and row has its own."""
+    names, batch = ("attn_mask", "attn_mask_tangent"), _rows(given["query"], dims["query"])
+    if given[names[1]] is None or all(dims[name] is None for name in names):
+        return given, dims
+    for name in names:
+        x = given[name]
+        x = x.unsqueeze(0) if dims[name] is None else x.movedim(dims[name], 0)
+        given = {**given, name: x.expand(size, batch, *x.shape[2:])}
+    return given, {**dims, **dict.fromkeys(names, 0)}
 
 
 def _attend(
@@ -186,35 +214,13 @@ def _attend(
             continue
         rows = _rows(x, mapped)
         if rows == 1 and mapped is None and not (of_mask and name == "attn_mask"):
-            del arguments[name]  # broadcast over all entries as well
+            arguments.pop(name)  # broadcast over all entries as well
+            arguments.pop(f"{name}_tangent", None)
         elif rows != batch:
             x = x.unsqueeze(0) if mapped is None else x.movedim(mapped, 0)
             given = {**given, name: x.expand(size, batch, *x.shape[2:])}
             dims = {**dims, name: 0}
     return at_once(op, size, dims, given, Layout(arguments, results, entries_first=True))
-
-
-_WITH_TANGENTS = _ATTENTION | {
-    name: 0 for of in ("query", "key", "value", *_INCOMING, "lse") for name in (of, f"{of}_tangent")
-}
-# Those that are broadcast, or that one row of a larger batch would not see as it does its own.
-_OF_ALL = ("cu_seqlens_q", "attn_mask", "alibi_slopes", "sinks", "seed")
-
-
-def _attention_dual(op: Callable[..., Any], size: int, dims: Named, given: Named) -> Result:
-    return _attend_along(op, size, dims, given, (0, 0, 0, 0, 1, 0, 0, 0, 0))
-
-
-def _attention_dual_backward(op: Callable[..., Any], size: int, dims: Named, given: Named) -> Result:
-    return _attend_along(op, size, dims, given, (0,) * 6)
-
-
-def _attend_along(
-    op: Callable[..., Any], size: int, dims: Named, given: Named, results: Sequence[int]
-) -> Result:
-    if any(given[name] is not None for name in _OF_ALL):
-        return each_entry(op, size, dims, given)
-    return at_once(op, size, dims, given, Layout(_WITH_TANGENTS, results, entries_first=True))
 
 
 def _rows(tensor: Tensor, mapped: int | None) -> int:

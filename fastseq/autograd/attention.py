@@ -21,7 +21,7 @@ asked for, weights; so none of these may be changed in place before the backward
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -35,7 +35,7 @@ from ..attention_checks import Arguments
 from ..attention_dual_ops import DualResults
 from ..checks import problem
 from ..dispatch import is_traced
-from .function import Backward, Function, gradients, needs_gradient, recording
+from .function import Backward, Function, each_entry, gradients, is_batched, needs_gradient, recording
 
 _TENSORS = 10  # of Arguments
 _NUMBERS = 6  # of those that follow
@@ -57,8 +57,7 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
     if is_compiling():
         output, lse, weights, *saved = _Attention.apply(*_each_once(tensors), *rest, deterministic)
     else:
-        results = in_one_pass(tensors, rest)
-        output, lse, weights, *saved = EagerAttention.apply(*tensors, *rest, deterministic, *results)
+        output, lse, weights, *saved = differentiable(EagerAttention.apply, *tensors, *rest, deterministic)
     if average_weights:  # a gradient of the mean needs each head's
         weights = weights.mean(dim=1, keepdim=True)
     return output, lse, weights, *saved
@@ -74,20 +73,48 @@ def _each_once(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return tuple(seen)
 
 
-def in_one_pass(tensors: Sequence[Tensor | None], rest: Sequence[Any]) -> Sequence[Tensor]:
-    """In forward mode all results with their tangents; none if no argument has a tangent that is seen here:
-    of transforms in one another, as in jvp of grad, the outer one's are seen by Function.jvp alone."""
-    if not (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()):
-        return ()
-    primals, tangents = [], []
-    for tensor in tensors:
-        primal, tangent = (None, None) if tensor is None else forward_ad.unpack_dual(tensor)
-        primals.append(primal)
-        tangents.append(tangent)
-    if all(tangent is None for tangent in tangents):
-        return ()
-    with torch.no_grad():
-        return attention_dual_ops.attention_dual(*primals, rest[0], *(tangents[i] for i in _AT), *rest[1:])
+def differentiable(apply: Callable[..., Any], *arguments: Any) -> Sequence[Tensor]:
+    """What the operator returns, with its derivatives; apply: that of EagerAttention.
+
+    Where arguments have tangents, the results and theirs come from one pass.
+    """
+    duals = _unpack(arguments[:_TENSORS])
+    if all(tangent is None for _, tangent in duals):
+        return apply(*arguments)
+    primals, tangents = zip(*duals, strict=True)
+    tangents = [tangents[i] for i in _AT]
+    recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*primals, *tangents)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and is_traced()):
+        results = _along(primals, tangents, arguments[_TENSORS:-1])
+    if recorded:
+        return apply(*arguments, *results)
+    weights = results.weights
+    if arguments[-2]:
+        weights = forward_ad.make_dual(weights, results.weights_tangent)
+    output = forward_ad.make_dual(results.output, results.output_tangent)
+    lse = forward_ad.make_dual(results.lse, results.lse_tangent)
+    return output, lse, weights, results.remainder, results.normalizer
+
+
+def _unpack(tensors: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Numbers and tangents of each, at the innermost level."""
+    if forward_ad._current_level < 0:
+        return [(x, None) for x in tensors]
+    return [(None, None) if x is None else tuple(forward_ad.unpack_dual(x)) for x in tensors]
+
+
+def _along(
+    tensors: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
+    constants: Sequence[Any],
+    results: Sequence[Tensor] = (),
+) -> DualResults:
+    """attention_dual, with its derivatives; constants: numbers, and whether weights are returned; results: if
+    they are known already."""
+    arguments = (*tensors, *tangents, *constants)
+    if not is_traced():
+        return DualResults(*Tangents.apply(*arguments, *results))
+    return DualResults(*results) if results else attention_dual_ops.attention_dual(*arguments)
 
 
 # ------------------------------------------------------------------------------------------ first derivatives
@@ -160,9 +187,9 @@ class EagerAttention(_Attention):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        tensors, results = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
-        of_arguments = [tangents[i] for i in _AT]
-        changed = DualResults(*Tangents.apply(*tensors, *of_arguments, *ctx.numbers, *results))
+        with forward_ad._set_fwd_grad_enabled(True):  # for the levels outside of this one
+            saved = [x for x, _ in _unpack(ctx.saved_tensors)]
+            changed = _along(saved[:10], [tangents[i] for i in _AT], ctx.numbers, saved[10:])
         weights = changed.weights_tangent if ctx.numbers[-1] else None
         return changed.output_tangent, changed.lse_tangent, weights, None, None
 
@@ -183,6 +210,17 @@ def _raise(what: str) -> NoReturn:
             "torch.nn.functional.scaled_dot_product_attention within sdpa_kernel(SDPBackend.MATH)",
         )
     )
+
+
+def _entry_by_entry(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For batches of gradients, see each_entry."""
+
+    def of_entries(ctx: Any, *grads: Tensor | None) -> Any:
+        if any(map(is_batched, grads)):
+            return tuple(each_entry(lambda entry: backward(ctx, *entry), grads))
+        return backward(ctx, *grads)
+
+    return of_entries
 
 
 def _third(what: str) -> Any:
@@ -212,6 +250,7 @@ class EagerAttentionBackward(_AttentionBackward):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         needs = ctx.needs_input_grad
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
@@ -220,8 +259,7 @@ class EagerAttentionBackward(_AttentionBackward):
             return (None,) * len(needs)
         remaining = iter(grads)
         tangents = [next(remaining) if want else None for want in ctx.wanted]
-        return_weights = of_results[2] is not None
-        results = DualResults(*Tangents.apply(*tensors, *tangents, *ctx.numbers, return_weights))
+        results = _along(tensors, tangents, (*ctx.numbers, of_results[2] is not None))
         changed = (results.output_tangent, results.lse_tangent, results.weights_tangent)
         first = [x if needed else None for x, needed in zip(changed, needs[8:11], strict=True)]
         wanted = [needs[11 + i] for i in _AT]
@@ -230,11 +268,13 @@ class EagerAttentionBackward(_AttentionBackward):
 
     @staticmethod
     def jvp(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
-        of_results, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        changes, tangents = given[8:11], [given[11 + i] for i in _AT]
-        return_weights = any(x is not None for x in (of_results[2], changes[2]))
-        results = DualResults(*Tangents.apply(*tensors, *tangents, *ctx.numbers, return_weights))
-        second = _changes(of_results, changes, tensors, tangents, results, ctx.numbers, ctx.wanted)
+        with forward_ad._set_fwd_grad_enabled(True):  # for the levels outside of this one
+            saved = [x for x, _ in _unpack(ctx.saved_tensors)]
+            of_results, tensors = saved[:3], saved[3:]
+            changes, tangents = given[8:11], [given[11 + i] for i in _AT]
+            return_weights = any(x is not None for x in (of_results[2], changes[2]))
+            results = _along(tensors, tangents, (*ctx.numbers, return_weights))
+            second = _changes(of_results, changes, tensors, tangents, results, ctx.numbers, ctx.wanted)
         return tuple(x for x, want in zip(second, ctx.wanted, strict=True) if want)
 
 
@@ -251,9 +291,23 @@ def _changes(
     if not any(wanted):
         return [None] * len(wanted)
     nothing = [False] * len(wanted)
-    given = (*_final(grads), *grad_tangents, *_final(tensors), *tangents, *_kept(results))
-    made = iter(SecondDerivatives.apply(*given, *numbers, nothing, wanted))
+    given = (*grads, *grad_tangents, *tensors, *tangents, *_kept(results))
+    made = iter(_second_derivatives(*given, *numbers, nothing, wanted))
     return [next(made) if want else None for want in wanted]
+
+
+def _second_derivatives(*arguments: Any) -> Sequence[Tensor]:
+    """attention_dual_backward, with what derivatives it has."""
+    if is_traced():
+        return attention_dual_ops.attention_dual_backward(*arguments)
+    return second_derivatives("apply", *arguments)
+
+
+def second_derivatives(apply: str, *arguments: Any) -> Sequence[Tensor]:
+    """By way of "apply" or "apply_here" of the Functions."""
+    final, call = getattr(_Final, apply), getattr(SecondDerivatives, apply)
+    grads, grad_tangents, tensors, rest = arguments[:3], arguments[3:6], arguments[6:16], arguments[16:]
+    return call(*_final(grads, final), *grad_tangents, *_final(tensors, final), *rest)
 
 
 def _kept(r: DualResults) -> tuple[Tensor | None, ...]:
@@ -264,8 +318,7 @@ def _kept(r: DualResults) -> tuple[Tensor | None, ...]:
 
 
 class Tangents(Function):
-    """attention_dual: its arguments, and then its results if they are known; returned are all of them, and
-    the tangents of output, lse and weights have gradients."""
+    """attention_dual: its arguments, and then its results if they are known."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -281,17 +334,18 @@ class Tangents(Function):
         ctx.given = len(inputs) - 15
         ctx.set_materialize_grads(False)
         r = DualResults(*outputs)
-        constant = [r.output, r.lse, r.weights, r.remainder, r.normalizer, r.remainder_tangent]
-        ctx.mark_non_differentiable(*constant, *([] if return_weights else [r.weights_tangent]))
+        unused = [] if return_weights else [r.weights, r.weights_tangent]
+        ctx.mark_non_differentiable(r.remainder, r.normalizer, r.remainder_tangent, *unused)
 
     @staticmethod
+    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
         tensors, results = saved[:15], DualResults(*saved[15:])
         needs = ctx.needs_input_grad
         wanted, wanted_tangents = list(needs[10:15]), [needs[i] for i in _AT]
-        given = (*_final(grads[5:8]), *[None] * 3, *_final(tensors), *_kept(results))
-        made = iter(SecondDerivatives.apply(*given, *ctx.numbers, wanted, wanted_tangents))
+        given = (*grads[5:8], *grads[:3], *tensors, *_kept(results))
+        made = iter(_second_derivatives(*given, *ctx.numbers, wanted, wanted_tangents))
         of_tangents = [next(made) if want else None for want in wanted]
         of_arguments = [next(made) if want else None for want in wanted_tangents]
         return (*_among_tensors(of_arguments), *of_tangents, *[None] * ctx.given)
@@ -314,6 +368,7 @@ class SecondDerivatives(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved, needs = unwrap_dead_wrappers(ctx.saved_tensors), ctx.needs_input_grad
         of_results, tensors = saved[:3], saved[3:]
@@ -324,8 +379,7 @@ class SecondDerivatives(Function):
         along = [next(remaining) if want else None for want in ctx.wanted_tangents]
         if all(x is None for x in along):
             return (None,) * len(needs)
-        return_weights = of_results[2] is not None or needs[5]
-        results = DualResults(*Tangents.apply(*tensors, *along, *ctx.numbers, return_weights))
+        results = _along(tensors, along, (*ctx.numbers, of_results[2] is not None or needs[5]))
         changed = (results.output_tangent, results.lse_tangent, results.weights_tangent)
         first = [x if needed else None for x, needed in zip(changed, needs[3:6], strict=True)]
         nothing = (None,) * 3
@@ -336,11 +390,11 @@ class SecondDerivatives(Function):
     jvp = _third("a third derivative")
 
 
-def _final(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _final(tensors: Sequence[Tensor | None], final: Callable[..., Tensor]) -> list[Tensor | None]:
     """The same; a gradient that arrives there, of what SecondDerivatives is not linear in, is an error."""
     if not torch.is_grad_enabled():
         return list(tensors)
-    return [x if x is None or not x.requires_grad else _Final.apply(x) for x in tensors]
+    return [x if x is None or not x.requires_grad else final(x) for x in tensors]
 
 
 class _Final(Function):

@@ -17,7 +17,13 @@ from ..attention_checks import Arguments, refuse_trained_slopes
 from ..checks import CELLS
 from ..dispatch import library, nobody_listens
 from . import dual
-from .attention import EagerAttention, EagerAttentionBackward, SecondDerivatives, Tangents, in_one_pass
+from .attention import (
+    EagerAttention,
+    EagerAttentionBackward,
+    Tangents,
+    differentiable,
+    second_derivatives,
+)
 from .recurrent import _RecurrentAlong, _RecurrentBackwardAlong, _RecurrentCellAlong
 
 
@@ -84,8 +90,7 @@ def _recurrent_dual_backward(*arguments: Any) -> list[Tensor]:
 def _attention(*arguments: Any) -> tuple[Tensor, ...]:
     *rest, average_weights, save = arguments
     refuse_trained_slopes(Arguments(*arguments).alibi_slopes)
-    results = in_one_pass(rest[:9], rest[9:])
-    output, lse, weights, remainder, normalizer = EagerAttention.apply_here(*rest, True, *results)
+    output, lse, weights, remainder, normalizer = differentiable(EagerAttention.apply_here, *rest, True)
     if average_weights:
         weights = weights.mean(dim=1, keepdim=True)
     if not save:
@@ -101,11 +106,12 @@ def _attention_backward(*arguments: Any) -> list[Tensor]:
 
 
 def _attention_dual(*arguments: Any) -> tuple[Tensor, ...]:
-    return Tangents.apply_here(*arguments)
+    refuse_trained_slopes(arguments[7])
+    return tuple(Tangents.apply_here(*arguments))
 
 
 def _attention_dual_backward(*arguments: Any) -> list[Tensor]:
-    return list(SecondDerivatives.apply_here(*arguments))
+    return list(second_derivatives("apply_here", *arguments))
 
 
 for _function in (_recurrent, _recurrent_cell, _recurrent_backward):

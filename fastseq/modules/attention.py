@@ -68,8 +68,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         AssertionError: num_heads that does not divide embed_dim; inputs or masks of the wrong rank, a query
             of other than E features, key and value of different lengths, a key_padding_mask of the wrong
             shape or a mask of integers; a nested tensor beside what it cannot be combined with.
-        RuntimeError: an attn_mask of the wrong shape, other wrong sizes, mixed dtypes or devices; or a second
-            derivative, which does not exist yet.
+        RuntimeError: an attn_mask of the wrong shape, other wrong sizes, mixed dtypes or devices; or a third
+            derivative.
         NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
