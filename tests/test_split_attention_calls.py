@@ -433,8 +433,8 @@ def test_it_works_within(world, how):
 
 def test_parts_as_long_as_what_kernels_call_few(world):
     """Of up to 16 keys the operators make delta of weights, and of more of output."""
-    for keys in ((15, 17, 16), (40, 16, 1)):
-        case = Case((17, 3, 20), keys, {"is_causal": True}, lengths=(48, 20))
+    for keys, lengths in (((15, 17, 16), (48, 20)), ((40, 16, 1), (48, 20)), ((20, 30, 20), (25, 60))):
+        case = Case((17, 3, 20), keys, {"is_causal": True}, lengths=lengths)
         check(case, world.run(run_part, case, ALL))
 
 
