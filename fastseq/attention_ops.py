@@ -339,12 +339,15 @@ class Kernels(NamedTuple):
     ops.Kernels. longest: the sizes, with as many queries and keys as the longest sequence has; of_mask: None,
     or of the mask that gets a gradient, for each dimension, whether it has it; running: see Running, None if
     the backward pass is foretold.
+    makes_delta(keys, has_lengths, has_window): whether the backward pass may make delta, of some rows, of the
+    weights that it sees, and not of output.
     """
 
     attention: Callable[..., Any]
     attention_backward: Callable[..., Any]
     plain: Callable[..., bool] = lambda *_: False
     plan: Callable[..., dict[str, Any]] | None = None
+    makes_delta: Callable[[int, bool, bool], bool] = cuda_attention.makes_delta
 
 
 def cuda_kernels(engine: loops.Engine) -> Kernels:
@@ -363,6 +366,7 @@ KERNELS = {
         partial(_run_backward, cpu_attention.backward, True),
         _plain_on_cpu,
         cpu_attention.plan_in_data,
+        cpu_attention.makes_delta,
     )
 }
 if _C.cuda_info()["built"]:

@@ -32,6 +32,11 @@ def backward(sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradient
     _C.attention_backward(*attention_numbers.of_backward(sizes, a, incoming, grads, *threads_and_seed(a)))
 
 
+def makes_delta(keys: int, has_lengths: bool, _: bool) -> bool:
+    """See attention_ops.Kernels; kFewKeys in attention_backward.cpp."""
+    return keys <= 16 or has_lengths
+
+
 def plan_in_data(
     longest: Attention,
     a: Arguments,

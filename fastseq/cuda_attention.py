@@ -197,6 +197,11 @@ def backward(engine: Engine, sizes: Attention, a: Arguments, incoming: Incoming,
     _run(engine, problem, a, attention_numbers.of_backward(sizes, a, incoming, grads, 0, _seed(a)))
 
 
+def makes_delta(keys: int, has_lengths: bool, has_window: bool) -> bool:
+    """See attention_ops.Kernels; kFewKeys in attention_shapes.h: a tile of rows may see few of a window."""
+    return keys <= 16 or has_lengths or has_window
+
+
 def plan_in_data(
     engine: Engine,
     _: Attention,

@@ -128,6 +128,7 @@ class Returns:
             for k, v in zip(key, value, strict=True)
         ]
         self.pending: Transfer | None = None
+        self.expected: list[int] = []  # the parts of which it brings gradients
 
     def give(self, step: int, grads: Sequence[tuple[Task, Tensor | None, Tensor | None]]) -> None:
         """At every step, what this process has computed with the parts that visited it then."""

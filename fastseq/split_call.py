@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention.bias import CausalBias
 
 from . import autocast
 from .attention import (
@@ -78,6 +79,7 @@ def prepare(
     for name, given in (("query", query), ("key", key), ("value", value)):
         require_tensor(name, given)
     _refuse_nested(query, key, value)
+    _refuse_types(query=query, key=key, value=value, attn_mask=attn_mask)
     if autocast.is_on():
         query, key, value, attn_mask = (autocast.lowered(x) for x in (query, key, value, attn_mask))
     _refuse_transforms(query, key, value, attn_mask, sinks)
@@ -130,6 +132,24 @@ def prepare(
     numbers = (call.scale, call.softcap, dropout_p, left, right, bottom_right)
     check_attention(Arguments(*tensors, *numbers, return_weights=False))
     return call
+
+
+def _refuse_types(**given: Any) -> None:
+    for name, x in given.items():
+        if isinstance(x, CausalBias):
+            raise TypeError(
+                problem(
+                    f"{name} of type CausalBias", "a mask, or the diagonal as a word", "causal='top_left'"
+                )
+            )
+        if hasattr(x, "to_local"):
+            raise TypeError(
+                problem(
+                    f"{name} of type {type(x).__name__}",
+                    "this process's part as a plain tensor",
+                    f"{name}.to_local(), of one that is sharded along the sequence",
+                )
+            )
 
 
 def _refuse_transforms(*tensors: Tensor | None) -> None:

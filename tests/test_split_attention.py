@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import fastseq
 from processes import World
-from split_attention import Case, check, run_part
+from split_attention import Case, call, check, make_data, run_part
 
 pytestmark = pytest.mark.slow  # it starts processes
 
@@ -111,3 +113,33 @@ def test_results_are_as_accurate_as_one_process_makes_them(world, dtype, size, f
     rows = (72 // size,) * size
     case = Case(rows if not fields.get("replicated") else (72,) * size, rows, dtype=dtype, **fields)
     check(case, run(world, case))
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [24, 90])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"options": CAUSAL},
+        {"options": CAUSAL, "kv_heads": 1, "sinks": True},
+        {"options": {"window": (20, 3)}, "mask": "float"},
+        {"lengths": True},
+    ],
+    ids=str,
+)
+def test_blocks_of_one_process_are_merged_alike_on_cuda_kernels(group_of_one, device, rows, fields, dtype):
+    """A zigzag of one process has two parts, of which the second one sees both."""
+    lengths = (rows // 2 + 5, 5) if fields.get("lengths") else ()  # few keys of a part
+    case = Case((rows,), (rows,), split="zigzag", dtype=dtype, **(fields | {"lengths": lengths}))
+    function = fastseq.distributed.scaled_dot_product_attention
+    data = {name: x.to(device.where) for name, x in make_data(case).items()}
+    with device.using():
+        ours = call(case, data, function, split="zigzag")
+    check(case, [{name: x.cpu() for name, x in ours.items()}])

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.attention.bias import causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
 import fastseq
@@ -62,6 +64,7 @@ def wrong_calls():
         "window": {"window": (3, 0)},
         "soft cap": {"softcap": 2.0},
         "dropout": {"dropout_p": 0.1},
+        "another kind of mask": {"attn_mask": causal_upper_left(4, 12)},
         "an unknown split": {"split": "striped"},
         "another split": {"split": "zigzag"},
         "replicated": {"replicated_query": True},
@@ -125,6 +128,16 @@ def test_no_process_group_is_a_clear_error():
     for function in (lambda: attend(x, x, x), lambda: fastseq.distributed.sequence_positions(4)):
         with pytest.raises(RuntimeError, match="init_process_group"):
             function()
+
+
+def dtensors():
+    x = DTensor.from_local(rows(1, 1, 2, 4), DeviceMesh("cpu", list(ALL)), [Shard(2)])
+    with pytest.raises(TypeError, match="to_local"):
+        attend(x, x, x)
+
+
+def test_dtensors_are_refused(world):
+    world.run(dtensors)
 
 
 def derivatives_that_are_not_there():
@@ -433,8 +446,8 @@ def test_it_works_within(world, how):
 
 def test_parts_as_long_as_what_kernels_call_few(world):
     """Of up to 16 keys the operators make delta of weights, and of more of output."""
-    for keys in ((15, 17, 16), (40, 16, 1)):
-        case = Case((17, 3, 20), keys, {"is_causal": True}, lengths=(48, 20))
+    for keys, lengths in (((15, 17, 16), (48, 20)), ((40, 16, 1), (48, 20)), ((20, 30, 20), (25, 60))):
+        case = Case((17, 3, 20), keys, {"is_causal": True}, lengths=lengths)
         check(case, world.run(run_part, case, ALL))
 
 

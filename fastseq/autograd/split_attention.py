@@ -208,14 +208,12 @@ class _Incoming(NamedTuple):
         return output if self.remainder is None else output + self.remainder
 
 
-_FEW_KEYS = 16  # see attention_backward.cpp and attention_shapes.h
-
-
 def _makes_its_own_delta(of_block: tuple[Any, ...]) -> bool:
-    """Whether the operator may make delta, of some rows, of the weights that it sees and not of output."""
+    """Whether the operator may, of some rows, of the weights that it sees and not of output."""
     _, key, _, _, key_lengths, *_, left, right, _ = of_block
-    windows = not key.is_cpu and (left >= 0 or right >= 0)
-    return key.shape[2] <= _FEW_KEYS or key_lengths is not None or windows
+    kernels = attention_ops.KERNELS.get(key.device.type)
+    has_window = left >= 0 or right >= 0
+    return kernels is None or kernels.makes_delta(key.shape[2], key_lengths is not None, has_window)
 
 
 def _with_delta_of_block(incoming: _Incoming, of_block: tuple[Any, ...]) -> _Incoming:
