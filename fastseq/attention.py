@@ -117,7 +117,7 @@ def scaled_dot_product_attention(
         NotImplementedError: packed sequences with attn_mask, key_lengths or return_weights; nested tensors; a
             dtype, device or layout without a kernel.
 
-    There are first derivatives only: second ones, forward mode and vmap raise errors.
+    There are first derivatives only: second ones and forward mode raise errors.
     Saved for the backward pass: the tensors that are given, output, in 16-bit dtypes what rounding took from
     it, two numbers for each query, and the weights if they are returned.
 
