@@ -6,8 +6,8 @@
 
 Each operator checks its arguments, allocates its results and passes addresses, sizes and strides on. The fake
 implementations (torch.compile, torch.export, meta tensors) share the checks and the allocation with the real
-ones, and so return the same shapes and strides. None of the operators is differentiable: see
-fastseq.autograd. The arguments' types are those of the schemas.
+ones, and so return the same shapes and strides. Their gradients are in fastseq.autograd, their batching rules
+in batching.py. The arguments' types are those of the schemas.
 
 T steps, B batch, I input_size, H hidden_size, R recurrent size (proj_size or H), D directions.
 """

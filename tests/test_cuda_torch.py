@@ -20,7 +20,7 @@ CASE = Case(hidden_size=20, batch=5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_autocast_changes_nothing_within_a_layer(twin, kernel, dtype):
     """Torch's products stay in the dtype of the tensors, whose memory the kernels read."""
     case = replace(CASE, dtype=dtype)
@@ -31,19 +31,52 @@ def test_autocast_changes_nothing_within_a_layer(twin, kernel, dtype):
             assert_same_bits(run_module(case, module, data), expected)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast_changes_no_product_of_the_operators(twin, kernel):
+    """Their tensors are float32, and the casts are the business of those who call them."""
+    module, data = make_module(CASE), make_data(CASE)
+    leaves = [*data.values(), *module.parameters()]
+
+    def run():
+        weights, options = list(module.parameters()), ("LSTM", 1, True, False, False)
+        results = torch.ops.fastseq.recurrent(data["input"], None, data["h0"], data["c0"], weights, *options)
+        grads = torch.autograd.grad(results[0].sin().sum(), leaves)
+        return {str(i): x.detach() for i, x in enumerate((*results[:3], *grads))}
+
+    with twin.using(kernel, HOPPER, tf32=False):
+        expected = run()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same_bits(run(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_autocast_changes_nothing_within_a_cell(twin, mode):
+def test_autocast_changes_nothing_within_a_cell(twin, mode, dtype):
     cls, arguments = cell_class(fastseq, mode)
-    cell, x = cls(6, 7, **arguments), torch.randn(12, 6)
+    cell, x = cls(6, 7, dtype=dtype, **arguments), torch.randn(12, 6, dtype=dtype)
+    tensors = (x, None, None, *cell.parameters())
 
     def step():
-        result = cell(x)
-        return {"h": (result[0] if mode == "LSTM" else result).detach()}
+        return {"h": torch.ops.fastseq.recurrent_cell(*tensors, mode, False)[0].detach()}
 
     with twin.using("", HOPPER, tf32=False):
         expected = step()
         with torch.autocast("cpu", torch.bfloat16):
             assert_same_bits(step(), expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast_reaches_a_layer_and_a_cell(twin, kernel):
+    """float32 modules compute as bfloat16 ones do."""
+    module, cell = make_module(CASE), fastseq.GRUCell(4, 7)
+    data = {name: x.detach() for name, x in make_data(CASE).items()}
+    with twin.using(kernel, HOPPER, tf32=False):
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = module(data["input"], (data["h0"], data["c0"]))[0], cell(data["input"][0])
+        x, h0, c0 = (x.bfloat16() for x in data.values())
+        cast = module.bfloat16()(x, (h0, c0))[0], cell.bfloat16()(x[0])
+    for a, b in zip(ours, cast, strict=True):
+        assert torch.equal(a.bfloat16(), b)
 
 
 @pytest.fixture

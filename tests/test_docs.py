@@ -64,13 +64,14 @@ def check_help(thing, *words):
     return text
 
 
-def test_readme_python_blocks_run(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
-    assert blocks, "the README has an example"
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "guide" / "pytorch.md"], ids=lambda page: page.name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
+    assert blocks, "the page has an example"
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
+        exec(compile(block, str(page), "exec"), names)
 
 
 def test_readme_links_lead_to_files():
