@@ -473,6 +473,10 @@ def _stack(
 def check_options(*, grad_clip: float | None, truncate: int | None, memory: str) -> None:
     """Raises for options that no call accepts; modules ask at once."""
     steps_of(memory)
+    if truncate is not None and not isinstance(truncate, int):
+        raise RuntimeError(
+            problem(f"truncate={truncate!r}", "a whole number of steps, or None", "truncate=64, or None")
+        )
     check_bounds(grad_clip, 0 if truncate is None else truncate or -1)
 
 

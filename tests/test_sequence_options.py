@@ -329,7 +329,8 @@ def test_lengths_and_resets_where_they_cannot_be(name):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("grad_clip", -1.0), ("grad_clip", float("nan")), ("truncate", 0), ("truncate", -3)]
+    ("option", "value"),
+    [("grad_clip", -1.0), ("grad_clip", float("nan")), ("truncate", 0), ("truncate", -3), ("truncate", 1.5)],
 )
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_bad_bounds_are_errors_of_the_constructor_and_of_the_call(name, option, value):
