@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import gradcheck
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -9,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 import fastseq
 from harness import Case, call_module, cell_class, make_data, make_module, states_of
 from reference import MODES
-from tolerances import SAME_FLOAT64
+from tolerances import GRADCHECK, SAME_FLOAT64
 
 FORWARD = ("recurrent", "recurrent_cell", "attention")
 
@@ -171,24 +172,31 @@ def test_operator_of_attention_called_directly_has_the_gradients_of_the_function
         torch.testing.assert_close(a, b, **SAME_FLOAT64)
 
 
-def test_operators_of_backward_passes_have_no_derivative_and_say_so():
-    calls = layer(Case("GRU")) + cell("LSTM", True, True) + attention({})
-    backward = [(op, args) for op, args in calls if op._schema.name.endswith("backward")]
-    assert len(backward) == 3
-    for op, arguments in backward:
-        arguments = tree_map_only(torch.Tensor, lambda x: x.requires_grad_(x.is_floating_point()), arguments)
-        grads = op(*arguments)
-        with pytest.raises(RuntimeError, match="second derivative"):
-            grads[0].sum().backward()
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_operators_of_recurrent_layers_have_second_derivatives_and_forward_mode(mode, bidirectional):
+    """Called directly: recurrent, and recurrent_backward as a function of all that it is given."""
+    case = Case(mode, torch.float64, steps=3, batch=2, hidden_size=3, bidirectional=bidirectional)
+    (_, forward), (op, arguments) = layer(case)
+    weights = forward[6]
+    inputs = [forward[0], forward[4], *weights]
+    made = torch.ops.fastseq.recurrent(*forward)
 
+    def run(x, h0, *weights):
+        results = torch.ops.fastseq.recurrent(x, None, None, None, h0, *forward[5:6], weights, *forward[7:])
+        return results[:2]
 
-def test_operators_have_no_forward_mode_and_say_so():
-    weights = [x.detach() for x in fastseq.GRU(4, 5).parameters()]
-    x = torch.randn(3, 2, 4)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(RuntimeError, match="forward mode"):
-            torch.ops.fastseq.recurrent(dual, None, None, None, weights, "GRU", 1, True, False, False)
+    def gradients(grad, x, h0, *weights):
+        output, _, _, saved = torch.ops.fastseq.recurrent(
+            x, None, None, None, h0, *forward[5:6], weights, *forward[7:-1], "gates"
+        )
+        before = (grad, None, None, x, None, None, None, h0, *forward[5:6], weights)
+        return tuple(op(*before, output.detach(), saved.detach(), *arguments[12:]))
+
+    grad = torch.randn_like(made[0])
+    leaves = [x.detach().requires_grad_() for x in (grad, *inputs)]
+    assert gradcheck(run, leaves[1:], fast_mode=True, check_forward_ad=True, **GRADCHECK)
+    assert gradcheck(gradients, leaves, fast_mode=True, **GRADCHECK)
 
 
 def test_operator_of_attention_refuses_slopes_that_want_a_gradient():
