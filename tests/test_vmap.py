@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, jacrev, stack_module_state, vjp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -287,3 +287,19 @@ def test_second_derivative_is_refused_and_never_silently_zero(mode):
     leaf = x.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="second derivative"):
         slope(leaf).backward()
+
+
+FORWARD_MODE = {
+    "jvp": lambda f, x: jvp(f, (x,), (x,)),
+    "jacfwd": lambda f, x: jacfwd(f)(x),
+    "jvp of vmap": lambda f, x: jvp(vmap(f), (x.expand(2, *x.shape),), (x.expand(2, *x.shape),)),
+    "vmap of jvp": lambda f, x: vmap(lambda x: jvp(f, (x,), (x,)))(x.expand(2, *x.shape)),
+    "jvp of grad": lambda f, x: jvp(grad(lambda x: f(x).sum()), (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize("what", FORWARD_MODE)
+def test_forward_mode_is_refused_and_never_silently_zero(what):
+    for module in (fastseq.LSTM(4, 5), fastseq.GRU(4, 5).requires_grad_(False)):
+        with pytest.raises(RuntimeError, match="forward mode"):
+            FORWARD_MODE[what](lambda x, module=module: module(x)[0], torch.randn(3, 2, 4))
