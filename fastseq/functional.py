@@ -10,7 +10,7 @@ A stack's `weights` hold one sequence of tensors for each layer and direction, a
 in the order layer 0, layer 0 reverse (if bidirectional), layer 1, ... Layers, sizes, biases and projection
 follow from them. Shapes below: T steps, B batch, I input_size, H hidden_size, R recurrent size (proj_size or
 H), L layers, D directions, G gates (LSTM 4, GRU 3, RNN 1). All tensors have one dtype: float32, float64,
-bfloat16 or float16.
+bfloat16 or float16. Within torch.autocast they may differ, and come out as torch's own do: see autocast.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, jacrev, stack_module_state, vjp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -289,3 +289,41 @@ def test_second_derivatives_of_each_entry(mode):
     (expected,) = torch.autograd.grad(first.square().sum(), leaf)
     torch.testing.assert_close(vmap(grad(slope))(x), expected, **SAME_FLOAT64)
     torch.testing.assert_close(torch.stack([grad(slope)(y) for y in x]), expected, **SAME_FLOAT64)
+
+
+def slope_of(f, x, step=1e-6):
+    """Of f along x itself, by a difference."""
+    return (f(x * (1 + step)) - f(x * (1 - step))) / (2 * step)
+
+
+def gradient_of(f):
+    return grad(lambda x: f(x).square().sum())
+
+
+FORWARD_MODE = {
+    "jvp": lambda f, x: jvp(f, (x,), (x,))[1],
+    "jacfwd": lambda f, x: torch.tensordot(jacfwd(f)(x), x, x.dim()),
+    "jvp of vmap": lambda f, x: jvp(vmap(f), (x.expand(2, *x.shape),), (x.expand(2, *x.shape),))[1][1],
+    "vmap of jvp": lambda f, x: vmap(lambda x: jvp(f, (x,), (x,)))(x.expand(2, *x.shape))[1][0],
+}
+
+
+@pytest.mark.parametrize("what", FORWARD_MODE)
+def test_forward_mode_and_vmap_within_one_another_match_differences(what):
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    for module in (fastseq.LSTM(4, 5).double(), fastseq.GRU(4, 5).double().requires_grad_(False)):
+
+        def f(x, module=module):
+            return module(x)[0]
+
+        torch.testing.assert_close(FORWARD_MODE[what](f, x), slope_of(f, x), rtol=1e-6, atol=1e-8)
+
+
+def test_forward_mode_of_gradients_matches_differences():
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    module = fastseq.LSTM(4, 5).double()
+    g = gradient_of(lambda x: module(x)[0])
+    expected = slope_of(g, x)
+    torch.testing.assert_close(jvp(g, (x,), (x,))[1], expected, rtol=1e-6, atol=1e-8)
+    twice = vmap(lambda x: jvp(g, (x,), (x,))[1])(x.expand(2, *x.shape))
+    torch.testing.assert_close(twice[1], expected, rtol=1e-6, atol=1e-8)
