@@ -5,6 +5,7 @@ hangs is a failure: the group gives up after GROUP_TIMEOUT seconds, and the call
 """
 
 import os
+import time
 import traceback
 from datetime import timedelta
 from typing import Any
@@ -75,10 +76,10 @@ class World:
         return self._results(TIMEOUT)
 
     def _results(self, seconds: float) -> list[Any]:
-        answers = []
+        answers, end = [], time.monotonic() + seconds
         for rank, pipe in enumerate(self.pipes):
             try:
-                arrived = pipe.poll(seconds)
+                arrived = pipe.poll(max(0.0, end - time.monotonic()))
                 answers.append(pipe.recv() if arrived else (False, f"process {rank} hangs"))
             except EOFError:
                 answers.append((False, f"process {rank} died"))
