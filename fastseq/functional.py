@@ -16,7 +16,6 @@ bfloat16 or float16. Within torch.autocast they may differ, and come out as torc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -468,11 +467,20 @@ def _packed_batch(batch_sizes: Tensor) -> int:
     return batch
 
 
-def _step(input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights_and_mode: Any) -> Sequence[Tensor]:
+def _step(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    mode: str,
+) -> Sequence[Tensor]:
     """The new h and, of an LSTM, the new c come first in the result."""
     if autocast.is_on():
-        return autocast.cell(autograd.recurrent_cell, input, h0, c0, *weights_and_mode)
-    return autograd.recurrent_cell(input, h0, c0, *weights_and_mode)
+        return autocast.cell(autograd.recurrent_cell, input, h0, c0, w_ih, w_hh, b_ih, b_hh, mode)
+    return autograd.recurrent_cell(input, h0, c0, w_ih, w_hh, b_ih, b_hh, mode)
 
 
 def _one_state_cell(

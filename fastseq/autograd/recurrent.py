@@ -29,7 +29,7 @@ def recurrent(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: output (T, B, D*R), h_n (D, B, R), c_n (D, B, H), the last empty if the cell has none."""
-    if not is_traced() and recording() and needs_gradient(input, h0, c0, *weights):
+    if recording() and needs_gradient(input, h0, c0, *weights) and not is_traced():
         result = _Recurrent.apply(input, batch_sizes, h0, c0, mode, directions, bias, batch_first, *weights)
     else:
         result = ops.recurrent(
@@ -50,7 +50,7 @@ def recurrent_cell(
 ) -> Sequence[Tensor]:
     """One step: the new hidden state and, of an LSTM, the new cell state come first in the result."""
     tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
-    if not is_traced() and recording() and needs_gradient(*tensors):
+    if recording() and needs_gradient(*tensors) and not is_traced():
         return _RecurrentCell.apply(*tensors, mode)
     return ops.recurrent_cell(*tensors, mode, False)
 
