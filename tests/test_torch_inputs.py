@@ -8,19 +8,23 @@ import copy
 import io
 import pickle
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
-from torch.testing._internal.common_utils import noncontiguous_like
 from torch.utils import _pytree as pytree
 
 import fastseq
 from harness import assert_same_bits
 from tolerances import FLOOR_ULPS, SAME_FLOAT64, TIMES_TORCH, largest
+
+# torch's suite forbids its process to set flags as torch.backends.cudnn.allow_tf32, which other tests do.
+with mock.patch.object(torch.backends, "disable_global_flags"):
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+    from torch.testing._internal.common_utils import noncontiguous_like
 
 OURS = {
     cls: getattr(fastseq, cls.__name__)

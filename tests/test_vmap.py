@@ -161,7 +161,9 @@ def test_packed_sequences_of_other_lengths_in_each_entry_by_the_operator():
     sizes = torch.tensor([[3, 2, 1], [3, 3, 0], [3, 2, 1]])
 
     def call(data, sizes):
-        return torch.ops.fastseq.recurrent(data, sizes, h0, None, weights, "GRU", 1, True, False, False)[:2]
+        return torch.ops.fastseq.recurrent(
+            data, sizes, None, None, h0, None, weights, "GRU", 1, True, False, "nothing"
+        )[:2]
 
     assert_same(vmap(call)(data, sizes), loop(call, data, sizes))
 
