@@ -139,8 +139,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=positive, default=100, help="of training the critic")
-    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--steps", type=positive, default=60, help="of training the critic")
+    parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--hidden-size", type=positive, default=32)
     parser.add_argument("--rounds", type=positive, default=20, help="of power iteration")
     parser.add_argument("--seed", type=int, default=0)

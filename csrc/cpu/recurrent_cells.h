@@ -20,16 +20,19 @@ namespace fastseq::FASTSEQ_ISA {
 
 constexpr int kMaxGates = 4;
 
+// Bodies of loops over vectors, and what they are made of, are inlined, so that constants stay in registers.
+#define FS_BODY __attribute__((always_inline))
+
 // What cells compute with: vectors, or vectors and their tangents.
 template <int kPlanes, class Lane>
 struct Planes {
   using V = Lane;
   template <class Get>
-  static V of(Get get) {
+  FS_BODY static V of(Get get) {
     return get(0);
   }
   template <class Put>
-  static void each(V x, Put put) {
+  FS_BODY static void each(V x, Put put) {
     put(0, x);
   }
 };
@@ -37,11 +40,11 @@ template <class Lane>
 struct Planes<2, Lane> {
   using V = Dual<Lane>;
   template <class Get>
-  static V of(Get get) {
+  FS_BODY static V of(Get get) {
     return {get(0), get(1)};
   }
   template <class Put>
-  static void each(V x, Put put) {
+  FS_BODY static void each(V x, Put put) {
     put(0, x.value);
     put(1, x.tangent);
   }
@@ -138,9 +141,7 @@ struct CellOps {
 };
 
 // Calls body(row, offset of the vector, valid lanes) over a tile. Bodies are inlined twice, for whole vectors
-// and for the tail, so that constants stay in registers and whole vectors have no branches; FS_BODY marks
-// them.
-#define FS_BODY __attribute__((always_inline))
+// and for the tail, so that whole vectors have no branches.
 template <int kWidth, class Body>
 inline void for_each_vector(int64_t rows, int64_t units, Body body) {
   const int64_t whole = units / kWidth * kWidth;
@@ -322,32 +323,32 @@ struct CellTile {
 
   // n units of tensors, of which each plane has one.
   template <class T>
-  static V get(T* const (&from)[kPlanes], int64_t at, int64_t n) {
+  FS_BODY static V get(T* const (&from)[kPlanes], int64_t at, int64_t n) {
     return P::of([&](int p) FS_BODY { return load_upto<Lane>(from[p] + at, n); });
   }
-  static void put(S* const (&to)[kPlanes], int64_t at, int64_t n, V x) {
+  FS_BODY static void put(S* const (&to)[kPlanes], int64_t at, int64_t n, V x) {
     P::each(x, [&](int p, Lane v) FS_BODY { store_upto(to[p] + at, v, n); });
   }
   // n units of a row of a buffer, of which each plane has a row.
   template <class T>
-  static V of_rows(const T* from, int64_t stride, int64_t row, int64_t i, int64_t n) {
+  FS_BODY static V of_rows(const T* from, int64_t stride, int64_t row, int64_t i, int64_t n) {
     return P::of([&](int p) FS_BODY { return load_upto<Lane>(from + (row * kPlanes + p) * stride + i, n); });
   }
   template <class T>
-  static void to_rows(T* to, int64_t stride, int64_t row, int64_t i, int64_t n, V x) {
+  FS_BODY static void to_rows(T* to, int64_t stride, int64_t row, int64_t i, int64_t n, V x) {
     P::each(x, [&](int p, Lane v) FS_BODY { store_upto(to + (row * kPlanes + p) * stride + i, v, n); });
   }
-  static V load_row(const RowsOf<S, kPlanes>& rows, int64_t row, int64_t unit, int64_t n) {
+  FS_BODY static V load_row(const RowsOf<S, kPlanes>& rows, int64_t row, int64_t unit, int64_t n) {
     return P::of([&](int p) FS_BODY {
       const S* const from = rows.at(row, p);
       return load_strided<Lane>(from ? from + unit : nullptr, 1, n);
     });
   }
 
-  static V load_state(const Step& t, int64_t row, int64_t i, int64_t n) {
+  FS_BODY static V load_state(const Step& t, int64_t row, int64_t i, int64_t n) {
     return C::kDirect ? of_rows(t.h, t.h_stride, row, i, n) : V(0);
   }
-  static void store_output(const Step& t, int64_t row, int64_t i, int64_t n, V h_next) {
+  FS_BODY static void store_output(const Step& t, int64_t row, int64_t i, int64_t n, V h_next) {
     P::each(h_next, [&](int p, Lane v) FS_BODY {
       store_upto(t.operand + (row * kPlanes + p) * t.operand_stride + i, rounded<S>(v), n);
       if (t.output[p]) store_upto(t.output[p] + row * t.output_stride[p] + i, v, n);
@@ -355,7 +356,7 @@ struct CellTile {
   }
 
   template <int kBegin, int kEnd>
-  static void load_gates(const Step& t, int64_t row, int64_t i, V* x, V* u) {
+  FS_BODY static void load_gates(const Step& t, int64_t row, int64_t i, V* x, V* u) {
     for (int g = kBegin; g < kEnd; ++g) {
       const auto gate = [&](const auto* from) FS_BODY {
         return P::of([&](int p) FS_BODY {
@@ -367,7 +368,7 @@ struct CellTile {
     }
   }
 
-  static void load_saved(const Grad& t, int64_t row, int64_t i, int64_t n, V* saved) {
+  FS_BODY static void load_saved(const Grad& t, int64_t row, int64_t i, int64_t n, V* saved) {
     for (int g = 0; g < C::kSaved; ++g) saved[g] = get(t.saved, row * t.saved_stride + g * t.hidden + i, n);
   }
 };
