@@ -78,6 +78,26 @@ def test_backward_twice_through_a_retained_graph(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_only_the_gradients_that_a_call_asks_for_are_computed(mode, monkeypatch):
+    """torch.autograd.grad(y, x) of a layer whose parameters are trained; all are there when asked for."""
+    asked = []
+    monkeypatch.setattr(
+        ops, "recurrent_backward", lambda *a, run=ops.recurrent_backward: (asked.append(a[-1]), run(*a))[1]
+    )
+    module, data, output = run(mode)
+    parameters = list(module.parameters())
+    everything = torch.autograd.grad(output.sum(), [*data.values(), *parameters], retain_graph=True)
+    for i, leaf in enumerate([*data.values(), *parameters]):
+        (grad,) = torch.autograd.grad(output.sum(), leaf, retain_graph=True)
+        assert torch.equal(grad, everything[i])
+        assert sum(asked[-1]) == 1
+    output.sum().backward(inputs=parameters[:1], retain_graph=True)
+    assert sum(asked[-1]) == 1
+    output.sum().backward()
+    assert sum(asked[-1]) == len(data) + len(parameters)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_gradients_accumulate(mode):
     module, _, output = run(mode)
     output.sum().backward(retain_graph=True)

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 
 from .. import dual_ops
 from ..checks import CELLS, problem
-from .function import Function, each_entry, is_batched
+from .function import Function, each_entry, is_batched, needed
 
 Tensors = Sequence[Tensor | None]
 LOOP = "a loop of torch operations over time"  # what has all derivatives
@@ -163,7 +163,7 @@ class RecurrentDual(Function):
         of_results, of_tangents = list(grads[:3]), list(grads[4:7])
         if not CELLS[layer[0]].cell_state:  # a graph has gradients even of what is not differentiable
             of_results[2] = of_tangents[2] = None
-        needs = ctx.needs_input_grad[6:]
+        needs = needed(ctx)[6:]
         of_values = [needs[0], needs[4], needs[5], *needs[6 : 6 + len(weights)]]
         of_directions = list(needs[6 + len(weights) :])
         gradients_of_tangents, gradients_of_values = backward(

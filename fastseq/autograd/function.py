@@ -76,6 +76,26 @@ def _of_one_level(function: type[Function]) -> type[Function]:
     return type(f"{function.__name__}OfOneLevel", (function,), methods)
 
 
+def needed(ctx: Any) -> tuple[bool, ...]:
+    """ctx.needs_input_grad, less what the call of autograd at hand has no use for: torch.autograd.grad(y, x)
+    asks a layer for the gradient of x alone, whatever its parameters want at other times."""
+    needs = ctx.needs_input_grad
+    if is_compiling() or torch._C._are_functorch_transforms_active():
+        return needs
+    nodes = [node for node, _ in ctx.next_functions if node is not None]
+    if len(nodes) != sum(needs):
+        return needs
+    remaining = iter(nodes)
+    return tuple(need and _is_executed(next(remaining)) for need in needs)
+
+
+def _is_executed(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that the call asks for, or no call at all
+        return True
+
+
 class Backward(Function):
     """A backward pass as a part of the graph: a second derivative is an error, not silently zero.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import ops
 from ..checks import CELLS
 from ..windows import recurrent_checkpoints, recurrent_windows_backward, steps_of
-from .function import Function, gradients
+from .function import Function, gradients, needed
 from .second import Gradients
 
 
@@ -64,7 +64,7 @@ class RecurrentInWindows(Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, *_: None
     ) -> Any:
-        needs = ctx.needs_input_grad
+        needs = needed(ctx)
         wanted = [needs[0], needs[4], needs[5], *needs[13:]]
         grads_of = (grad_output, grad_h_n, grad_c_n)
         grads = gradients(_WindowsBackward, grads_of, ctx.saved_tensors, ctx.constants, wanted)

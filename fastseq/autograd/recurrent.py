@@ -18,7 +18,7 @@ from .. import ops
 from ..checks import CELLS
 from ..dispatch import is_traced
 from . import dual
-from .function import Function, gradients, needs_gradient, recording
+from .function import Function, gradients, needed, needs_gradient, recording
 from .memory import RecurrentInWindows, keeps_gates
 from .second import Gradients
 
@@ -161,7 +161,7 @@ class _Recurrent(Function):
     ) -> Any:
         # input, batch_sizes, lengths, resets, h0, c0, output, saved, *weights
         saved_tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        needs = needed(ctx)
         wanted = [needs[0], needs[4], needs[5], *needs[12:]]
         grads = gradients(
             _backward_function(), (grad_output, grad_h_n, grad_c_n), saved_tensors, ctx.constants, wanted
@@ -198,7 +198,7 @@ class _RecurrentCell(Function):
         grad_c = others[0] if len(others) == 2 else None
         bias = bias_ih is not None
         weights = [weight_ih, weight_hh, bias_ih, bias_hh] if bias else [weight_ih, weight_hh]
-        wanted = list(ctx.needs_input_grad[: 3 + len(weights)])
+        wanted = list(needed(ctx)[: 3 + len(weights)])
         tensors = (input, None, None, None, h0, c0, h, saved, *weights)
         constants = (ctx.mode, 1, bias, None, 0)
         grads = gradients(_backward_function(), (grad_h, None, grad_c), tensors, constants, wanted)

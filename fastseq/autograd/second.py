@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import problem
 from . import dual
-from .function import Function, gradients
+from .function import Function, gradients, needed
 
 
 class Gradients(Function):
@@ -43,7 +43,7 @@ class Gradients(Function):
         along = [next(remaining) if want else None for want in ctx.wanted]
         count = len(ctx.constants) + 1
         # grad_output, grad_h_n, grad_c_n, the sequence, two that were saved, *weights
-        needs = ctx.needs_input_grad[count:]
+        needs = needed(ctx)[count:]
         wanted = [*needs[:4], *needs[7:9], *needs[11:]]
         grads = gradients(_Second, along, ctx.saved_tensors, constants, wanted)
         of_grads, (of_input, of_h0, of_c0, *of_weights) = grads[:3], grads[3:]
