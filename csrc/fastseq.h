@@ -262,8 +262,10 @@ struct RecurrentLoopArgs {
   // [T, B], packed [rows], or null; zero where `lengths` says that there is no step. As in RecurrentArgs, but that h0
   // and c0 come as they are to be used.
   const uint8_t* resets;
-  double grad_clip;  // as there, but infinite where nothing is bounded
-  int64_t truncate;
+  double grad_clip;       // as there, but infinite where nothing is bounded
+  float grad_clip_float;  // the same, which converted in a kernel would be held in a register over all steps
+  // Like resets, of the backward pass: no gradient of a state crosses. All resets are among them; or null.
+  const uint8_t* cuts;
   LoopDirection direction[2];
 
   // [rows, D, G, H]: W x + b_ih, read by the forward pass; its gradient, written by the backward pass.

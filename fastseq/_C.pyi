@@ -329,7 +329,7 @@ def loop_backward(
     lengths: int,
     resets: int,
     grad_clip: float,  # infinite: none
-    truncate: int,
+    cuts: int,
     grad_pre: int,
     output: int,
     output_stride_t: int,

@@ -226,6 +226,21 @@ def _rows_of(layer: Layer, lengths: Tensor | None, resets: Tensor | None, device
     return Rows(lengths, resets, at_start, behind)
 
 
+def _cuts(
+    layer: Layer, batch_sizes: Tensor | None, resets: Tensor | None, truncate: int, device: torch.device
+) -> Tensor | None:
+    """Like the resets, where no gradient of a state crosses."""
+    if not truncate:
+        return resets
+    if batch_sizes is None:
+        at = torch.arange(layer.steps, device=device).remainder(truncate) == 0
+        cuts = at.unsqueeze(1).expand(layer.steps, layer.batch)
+    else:
+        at = torch.arange(layer.steps).remainder(truncate) == 0
+        cuts = at.repeat_interleave(batch_sizes).to(device)
+    return cuts.contiguous() if resets is None else cuts | resets
+
+
 def _without(tensor: Tensor, behind: Tensor | None) -> Tensor:
     """(T, B, features) with zeros where there is no step, so that NaN there meets no factor of zero."""
     return tensor if behind is None else tensor.masked_fill(behind.unsqueeze(2), 0)
@@ -471,6 +486,7 @@ def _backward_loop(
     bounds: Bounds,
     made: Gradients,
 ) -> None:
+    cuts = _cuts(layer, batch_sizes, given.resets, bounds.truncate, output.device)  # as long as its address
     workspace, index = _workspace(plan, output), device.index or 0
     engine.module.loop_backward(
         plan,
@@ -486,7 +502,8 @@ def _backward_loop(
         loop.proj_size,
         layer.reverse,
         *addresses(given.lengths, given.resets),
-        *bounds,
+        bounds.grad_clip,
+        *addresses(cuts),
         made.pre.data_ptr(),
         output.data_ptr(),
         *strides(output, 2),

@@ -32,7 +32,8 @@ const LoopPlan& read_arguments(Integers& from, const py::handle& plan, bool back
   args.reversed = from.next();
   args.lengths = from.pointer<const int64_t>(), args.resets = from.pointer<const uint8_t>();
   if (backward) {
-    args.grad_clip = from.real(), args.truncate = from.next();
+    args.grad_clip = from.real(), args.cuts = from.pointer<const uint8_t>();
+    args.grad_clip_float = float(args.grad_clip);
   } else {
     args.saves_states = from.next();
   }

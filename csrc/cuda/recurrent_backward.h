@@ -139,7 +139,6 @@ class BackwardPass : LoopPass<Traits> {
       } else {
         from = before ? output_row(previous_, item) : initial(tensors().h0, item);
       }
-      if (slots_ > 0 && resets(item)) from = nullptr;
       inputs_[a].previous = from ? *from : Storage{};
     });
   }
@@ -148,19 +147,27 @@ class BackwardPass : LoopPass<Traits> {
 
   // A row of a reverse direction may begin at any step.
   FS_DEVICE bool continues(const Item& item) const { return has_step(loop_.lengths, previous_, item.row); }
+  // What is marked between the two steps, for the rows that have both; null: nothing.
+  FS_DEVICE bool marked(const uint8_t* marks, const Item& item) const {
+    return marks && continues(item) && marks[(Base::reverse() ? previous_ : now_).offset + item.row];
+  }
   // The states of this step did not come from that one.
-  FS_DEVICE bool resets(const Item& item) const {
-    if (!loop_.resets || !continues(item)) return false;
-    return loop_.resets[(Base::reverse() ? previous_ : now_).offset + item.row];
-  }
+  FS_DEVICE bool resets(const Item& item) const { return marked(loop_.resets, item); }
   // No gradient of a state goes on.
-  FS_DEVICE bool cuts(const Item& item) const {
-    if (loop_.truncate && (Base::reverse() ? previous_ : now_).t % loop_.truncate == 0 && continues(item)) {
-      return true;
-    }
-    return resets(item);
+  FS_DEVICE bool cuts(const Item& item) const { return marked(loop_.cuts, item); }
+  // What was loaded; the state before a reset is dropped only here, for registers are scarcest while it is loaded.
+  FS_DEVICE Values values(int a, const Item& item) const {
+    Values in(inputs_[a]);
+    if (slots_ > 0 && active(item) && resets(item)) in.previous = 0;
+    return in;
   }
-  FS_DEVICE Clip<Scalar> clip() const { return {Scalar(loop_.grad_clip)}; }
+  FS_DEVICE Clip<Scalar> clip() const {
+    if constexpr (std::is_same_v<Scalar, double>) {
+      return {loop_.grad_clip};
+    } else {
+      return {loop_.grad_clip_float};
+    }
+  }
 
   // ---- what a round makes ----
 
@@ -179,7 +186,7 @@ class BackwardPass : LoopPass<Traits> {
     with_cell<Scalar, 1>(loop_.cell, [&](auto cell) {
       using C = decltype(cell);
       units_.for_each(begin, [&](int a, const Item& item) {
-        const Values in(inputs_[a]);
+        const Values in = values(a, item);
         Scalar d[C::kGrads] = {};
         const Scalar dh = clip()(gradient_of_state(item, parity, more) + in.grad);
         if (active(item)) {
@@ -223,7 +230,7 @@ class BackwardPass : LoopPass<Traits> {
     if (begin > 0) load(begin);
     using C = GRUResetBefore<Scalar>;
     units_.for_each(begin, [&](int a, const Item& item) {
-      const Values in(inputs_[a]);
+      const Values in = values(a, item);
       Scalar d[C::kGrads] = {};
       const Scalar dh = clip()(gradient_of_state(item, parity, more) + in.grad);
       if (active(item)) {
@@ -247,7 +254,7 @@ class BackwardPass : LoopPass<Traits> {
     with_cell<Scalar, 2>(loop_.cell, [&](auto cell) {
       using C = decltype(cell);
       units_.for_each(begin, [&](int a, const Item& item) {
-        const Values in(inputs_[a]);
+        const Values in = values(a, item);
         const bool on = active(item);
         const Scalar d_operand = on ? engine.sum(0, parity, item.u, item.n) : Scalar(0);
         Scalar d[C::kGrads] = {};
