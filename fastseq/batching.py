@@ -110,6 +110,10 @@ def _recurrent_layout(dims: Named, given: Named, results: str) -> Layout:
     arguments = dict.fromkeys(("input", "output", "grad_output"), rows)
     arguments |= dict.fromkeys(("h0", "c0", "grad_h_n", "grad_c_n", "saved"), states)
     arguments |= {f"{name}_tangent": dim for name, dim in arguments.items()}
+    if rank == 3:
+        arguments["resets"] = 1
+        if dims.get("lengths") is None:  # else the rows of `saved` would not lie as those of each entry
+            arguments["lengths"] = 0
     return Layout(arguments, [rows if letter == "r" else states for letter in results])
 
 

@@ -47,7 +47,7 @@ def scaled_dot_product_attention(
     parallelism.
 
     Process r holds keys K_r and values V_r, and queries Q_r, and gets the rows of its own queries of what
-    :func:`fastseq.scaled_dot_product_attention` would make of the whole sequence. With the blocks
+    `fastseq.scaled_dot_product_attention` would make of the whole sequence. With the blocks
 
         lse_rs = log(sum_{j in s} exp(score_ij))      output_rs = sum_{j in s} exp(score_ij - lse_rs) v_j
 
@@ -65,7 +65,7 @@ def scaled_dot_product_attention(
         query: (..., Hq, Sq, D), this process's part of the queries; Sq may differ between the processes.
         key: (..., Hkv, Sk, D), this process's part of the keys; Sk likewise.
         value: (..., Hkv, Sk, Dv). Dtypes and shapes are otherwise as for
-            :func:`fastseq.scaled_dot_product_attention`, and the same in all processes.
+            `fastseq.scaled_dot_product_attention`, and the same in all processes.
         attn_mask: bool or float, for this process's queries and the keys of all: any shape that broadcasts to
             (..., Hq, Sq, sum of all Sk). The gradient of a float mask is that of this process's queries.
         dropout_p: probability of zeroing a weight. Each process draws its own seed.
@@ -77,7 +77,7 @@ def scaled_dot_product_attention(
         split: "contiguous": the processes hold one part each, in their order. "zigzag", of W processes: the
             sequence is cut into 2 W shares, and process r holds number r and number 2 W - 1 - r, one behind
             the other. Under a causal mask all processes have the same work then, where with contiguous parts
-            the last one has almost twice the mean, and the others wait. :func:`sequence_positions` tells
+            the last one has almost twice the mean, and the others wait. `sequence_positions` tells
             who holds what.
         replicated_query: every process has all queries and gets the whole output, as in decoding with a cache
             that is split. Nothing but lse and output is sent then. In the backward pass the gradient of the
@@ -91,7 +91,7 @@ def scaled_dot_product_attention(
 
     Raises:
         RuntimeError: no process group; shapes, dtypes or options that differ between the processes where they
-            must not; whatever :func:`fastseq.scaled_dot_product_attention` raises in any process. All
+            must not; whatever `fastseq.scaled_dot_product_attention` raises in any process. All
             processes raise then, before anything but sizes was exchanged, so that none waits for the others.
         TypeError, ValueError: as for one process, and for an unknown split.
         NotImplementedError: causal="bottom_right" with key_lengths.
@@ -151,7 +151,7 @@ def sequence_positions(
 
     Args:
         length: of the whole sequence.
-        split: as for :func:`scaled_dot_product_attention`. Contiguous parts are as even as can be, the longer
+        split: as for `scaled_dot_product_attention`. Contiguous parts are as even as can be, the longer
             ones first.
         group: as there.
         device: of the result.

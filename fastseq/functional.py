@@ -62,7 +62,7 @@ def lstm(
     truncate: int | None = None,
     memory: str = "fast",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The LSTM of :class:`fastseq.LSTM`, with its weights as an argument.
+    """The LSTM of `fastseq.LSTM`, with its weights as an argument.
 
     Args:
         input: (T, B, I), or (B, T, I) if `batch_first`, or (T, I) without a batch, or (rows, I) with
@@ -141,7 +141,7 @@ def gru(
     truncate: int | None = None,
     memory: str = "fast",
 ) -> tuple[Tensor, Tensor]:
-    """The GRU of :class:`fastseq.GRU`, with its weights as an argument.
+    """The GRU of `fastseq.GRU`, with its weights as an argument.
 
     Args:
         input: (T, B, I), or (B, T, I) if `batch_first`, or (T, I) without a batch, or (rows, I) with
@@ -151,13 +151,13 @@ def gru(
         hx: h_0 (L*D, B, H), without B if the input has no batch; zeros if None.
         reset_after: whether the reset gate acts after the recurrent product (torch) or before it.
         batch_sizes, bidirectional, batch_first, dropout, training, lengths, resets, grad_clip, truncate,
-            memory: as for :func:`lstm`.
+            memory: as for `lstm`.
 
     Returns:
         output (T, B, D*H), with the input's layout, and h_n (L*D, B, H).
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: as :func:`lstm`.
+        ValueError, RuntimeError, NotImplementedError: as `lstm`.
 
     Saved for the backward pass: input, weights, initial state, output; r, z, n of every step, and the
     recurrent part of n if `reset_after`. With memory="recompute" no gates; with "checkpoint:k" only input,
@@ -195,7 +195,7 @@ def rnn(
     truncate: int | None = None,
     memory: str = "fast",
 ) -> tuple[Tensor, Tensor]:
-    """The Elman network of :class:`fastseq.RNN`, with its weights as an argument.
+    """The Elman network of `fastseq.RNN`, with its weights as an argument.
 
     Args:
         input: (T, B, I), or (B, T, I) if `batch_first`, or (T, I) without a batch, or (rows, I) with
@@ -205,13 +205,13 @@ def rnn(
         hx: h_0 (L*D, B, H), without B if the input has no batch; zeros if None.
         nonlinearity: "tanh" or "relu".
         batch_sizes, bidirectional, batch_first, dropout, training, lengths, resets, grad_clip, truncate,
-            memory: as for :func:`lstm`.
+            memory: as for `lstm`.
 
     Returns:
         output (T, B, D*H), with the input's layout, and h_n (L*D, B, H).
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: as :func:`lstm`; ValueError for another nonlinearity.
+        ValueError, RuntimeError, NotImplementedError: as `lstm`; ValueError for another nonlinearity.
 
     Saved for the backward pass: input, weights, initial state, output; with memory="checkpoint:k" instead of
     the output h every k steps.
@@ -241,7 +241,7 @@ def lstm_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of an LSTM; see :class:`fastseq.LSTMCell`.
+    """One step of an LSTM; see `fastseq.LSTMCell`.
 
     Args:
         input: (B, I), or (I) without a batch.
@@ -294,7 +294,7 @@ def gru_cell(
     *,
     reset_after: bool = True,
 ) -> Tensor:
-    """One step of a GRU; see :class:`fastseq.GRUCell`.
+    """One step of a GRU; see `fastseq.GRUCell`.
 
     Args:
         input: (B, I), or (I) without a batch.
@@ -307,7 +307,7 @@ def gru_cell(
         The next h, with the shape of `hx`.
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: as :func:`lstm_cell`.
+        ValueError, RuntimeError, NotImplementedError: as `lstm_cell`.
 
     Saved for the backward pass: all arguments, the new h; r, z, n, and the recurrent part of n if
     `reset_after`.
@@ -330,7 +330,7 @@ def rnn_cell(
     *,
     nonlinearity: str = "tanh",
 ) -> Tensor:
-    """One step of an Elman network; see :class:`fastseq.RNNCell`.
+    """One step of an Elman network; see `fastseq.RNNCell`.
 
     Args:
         input: (B, I), or (I) without a batch.
@@ -343,7 +343,7 @@ def rnn_cell(
         The next h, with the shape of `hx`.
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: as :func:`lstm_cell`; RuntimeError for another
+        ValueError, RuntimeError, NotImplementedError: as `lstm_cell`; RuntimeError for another
             nonlinearity.
 
     Saved for the backward pass: all arguments and the new h.

@@ -61,7 +61,7 @@ class patched(ContextDecorator):
 
     Routed are calls of torch.nn.functional.scaled_dot_product_attention, also those that libraries make by
     this name, and torch.nn.RNN, LSTM, GRU, their cells and MultiheadAttention that are constructed inside:
-    they are what :func:`fastseq.convert` would make of them. Modules that exist already stay as they are.
+    they are what `fastseq.convert` would make of them. Modules that exist already stay as they are.
     What fastseq cannot do goes to torch's own, and the reason is noted.
 
     It is for all threads of the process while anybody is inside, may be nested, entered by several threads

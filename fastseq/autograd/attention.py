@@ -50,9 +50,8 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
     """
     tensors, (*rest, average_weights, deterministic) = arguments[:9], arguments[9:]
     query, key, value, attn_mask, *_, sinks = tensors
-    if (deterministic and is_traced()) or not (
-        recording() and needs_gradient(query, key, value, attn_mask, sinks)
-    ):
+    differentiates = recording() and needs_gradient(query, key, value, attn_mask, sinks)
+    if not differentiates or (deterministic and is_traced()):
         return attention_ops.attention(*arguments[:-1])
     if is_compiling():
         output, lse, weights, *saved = _Attention.apply(*_each_once(tensors), *rest, deterministic)

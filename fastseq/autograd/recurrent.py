@@ -45,8 +45,9 @@ def recurrent(
     """
     sequence = (input, batch_sizes, lengths, resets, h0, c0)
     layer = (mode, directions, bias)
-    bounded = grad_clip is not None or truncate  # of which the operator does not know
-    if (bounded or not is_traced()) and _is_recorded(input, h0, c0, *weights):
+    # Of these the operator does not know.
+    special = grad_clip is not None or truncate or not keeps_gates(memory, mode)
+    if (special or not is_traced()) and _is_recorded(input, h0, c0, *weights):
         options = (batch_first, grad_clip, truncate)
         result = None
         if _duals():

@@ -39,9 +39,9 @@ def register() -> None:
     there, and torch.nn.attention.varlen. torch.nn.attention.restore_flash_attention_impl() puts torch's own
     back, also between a forward pass and its backward pass. It may be called again.
 
-    Unlike :class:`fastseq.patched` it reaches every caller, however it came by the function, and what
+    Unlike `fastseq.patched` it reaches every caller, however it came by the function, and what
     torch.compile has compiled already; but no masks with gradients, sinks and other options of
-    :func:`fastseq.scaled_dot_product_attention`, and no modules.
+    `fastseq.scaled_dot_product_attention`, and no modules.
 
     Raises:
         ImportError: this torch has no such registry; 2.13 has.

@@ -48,7 +48,7 @@ def register(name: str = "fastseq") -> None:
     A layer called with something that it does not compute (head_mask, sparse indices, sinks that depend on
     the query, the cache of continuous batching) raises NotImplementedError.
 
-    Example, which needs transformers::
+    Example, which needs transformers:
 
         fastseq.integrations.transformers.register()
         config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2)

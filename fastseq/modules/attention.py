@@ -18,9 +18,9 @@ def must_be_called(module: nn.Module, inputs: Any) -> None:
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    r"""Attention with several heads, in place of :class:`torch.nn.MultiheadAttention`.
+    r"""Attention with several heads, in place of `torch.nn.MultiheadAttention`.
 
-    Each head h has its own rows of the projections, and every query looks at every key::
+    Each head h has its own rows of the projections, and every query looks at every key:
 
         q = W_q query + b_q      k = W_k key + b_k      v = W_v value + b_v      cut into H heads of D = E / H
         weights_h = dropout(softmax(q_h k_h^T / sqrt(D) + mask))                 softmax over the keys
@@ -40,19 +40,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         device, dtype: of the parameters: float32, float64, bfloat16 or float16.
 
     Inputs:
-        query: (L, B, E); (B, L, E) if `batch_first`; (L, E) for one sequence without a batch.
-        key: (S, B, kdim), likewise.
-        value: (S, B, vdim), likewise. Self-attention is fastest with one tensor for all three: it has one
-            product with W_q, W_k and W_v together.
-        key_padding_mask: (B, S), or (S) without a batch. bool: True is a key that nobody sees. Float: added
-            to the scores.
-        need_weights: whether the weights are returned. Without them no L x S matrix is made of them.
-        attn_mask: (L, S), or (B*H, L, S) for a mask of each sequence and head. bool: True is NOT allowed, the
-            reverse of what :func:`fastseq.scaled_dot_product_attention` takes. Float: added to the scores;
-            has a gradient.
-        average_attn_weights: whether the weights returned are the mean over the heads.
-        is_causal: says that attn_mask is the causal one, that is, query i sees the keys up to i. It is then
-            not read (unless it requires a gradient), which is faster, and need not be given.
+        - `query`: (L, B, E); (B, L, E) if `batch_first`; (L, E) for one sequence without a batch.
+        - `key`: (S, B, kdim), likewise.
+        - `value`: (S, B, vdim), likewise. Self-attention is fastest with one tensor for all three: it has one
+          product with W_q, W_k and W_v together.
+        - `key_padding_mask`: (B, S), or (S) without a batch. bool: True is a key that nobody sees. Float:
+          added to the scores.
+        - `need_weights`: whether the weights are returned. Without them no L x S matrix is made of them.
+        - `attn_mask`: (L, S), or (B*H, L, S) for a mask of each sequence and head. bool: True is NOT allowed,
+          the reverse of what `fastseq.scaled_dot_product_attention` takes. Float: added to the scores; has a
+          gradient.
+        - `average_attn_weights`: whether the weights returned are the mean over the heads.
+        - `is_causal`: says that attn_mask is the causal one, that is, query i sees the keys up to i. It is
+          then not read (unless it requires a gradient), which is faster, and need not be given.
 
     Nested tensors are taken too, with batch_first, without weights, masks and add_bias_kv: then no time is
     spent on padding.
@@ -83,7 +83,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     Differences from torch.nn: a query that sees no key gets b_o, weights of 0 and gradients of 0, where torch
     has NaN if need_weights, in the gradients of all parameters too. With is_causal, an attn_mask beside it is
     not read, as where torch has need_weights=False. NaN in a masked key or value reaches no output. A bool
-    mask beside a float one is no cause for a warning. In :class:`torch.nn.TransformerEncoderLayer` this
+    mask beside a float one is no cause for a warning. In `torch.nn.TransformerEncoderLayer` this
     module is called in inference too; torch.nn's own is bypassed there.
 
     Saved for the backward pass, when any gradient is needed: the inputs, the projections q, k and v, the

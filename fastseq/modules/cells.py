@@ -24,9 +24,7 @@ class Cell(RNNCellBase):
 
 
 class LSTMCell(Cell):
-    r"""One step of an LSTM, in place of :class:`torch.nn.LSTMCell`.
-
-    ::
+    r"""One step of an LSTM, in place of `torch.nn.LSTMCell`.
 
         i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)        f = sigmoid(W_if x + b_if + W_hf h + b_hf)
         g = tanh   (W_ig x + b_ig + W_hg h + b_hg)        o = sigmoid(W_io x + b_io + W_ho h + b_ho)
@@ -41,8 +39,8 @@ class LSTMCell(Cell):
         device, dtype: of the parameters: float32, float64, bfloat16 or float16.
 
     Inputs:
-        input: (B, I), or (I) without a batch.
-        hx: (h, c), each (B, H), or (H) without a batch. Zeros if None.
+        - `input`: (B, I), or (I) without a batch.
+        - `hx`: (h, c), each (B, H), or (H) without a batch. Zeros if None.
 
     Returns:
         (h', c'), with the shapes of hx.
@@ -83,9 +81,7 @@ class LSTMCell(Cell):
 
 
 class GRUCell(Cell):
-    r"""One step of a GRU, in place of :class:`torch.nn.GRUCell`.
-
-    ::
+    r"""One step of a GRU, in place of `torch.nn.GRUCell`.
 
         r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
         n = tanh(W_in x + b_in + r * (W_hn h + b_hn))     reset_after=True, as in torch.nn
@@ -103,8 +99,8 @@ class GRUCell(Cell):
         reset_after: whether the reset gate acts after the recurrent product or before it.
 
     Inputs:
-        input: (B, I), or (I) without a batch.
-        hx: h (B, H), or (H) without a batch. Zeros if None.
+        - `input`: (B, I), or (I) without a batch.
+        - `hx`: h (B, H), or (H) without a batch. Zeros if None.
 
     Returns:
         h', with the shape of hx.
@@ -152,9 +148,7 @@ class GRUCell(Cell):
 
 
 class RNNCell(Cell):
-    r"""One step of an Elman network, in place of :class:`torch.nn.RNNCell`.
-
-    ::
+    r"""One step of an Elman network, in place of `torch.nn.RNNCell`.
 
         h' = tanh(W_ih x + b_ih + W_hh h + b_hh)          or relu(...)
 
@@ -168,8 +162,8 @@ class RNNCell(Cell):
         device, dtype: of the parameters: float32, float64, bfloat16 or float16.
 
     Inputs:
-        input: (B, I), or (I) without a batch.
-        hx: h (B, H), or (H) without a batch. Zeros if None.
+        - `input`: (B, I), or (I) without a batch.
+        - `hx`: h (B, H), or (H) without a batch. Zeros if None.
 
     Returns:
         h', with the shape of hx.

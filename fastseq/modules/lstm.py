@@ -10,9 +10,9 @@ from .base import RecurrentModule
 
 
 class LSTM(RecurrentModule):
-    r"""Long short-term memory over a sequence, in place of :class:`torch.nn.LSTM`.
+    r"""Long short-term memory over a sequence, in place of `torch.nn.LSTM`.
 
-    For each step t of each layer, with x_t the input of the layer::
+    For each step t of each layer, with x_t the input of the layer:
 
         i = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi)
         f = sigmoid(W_if x_t + b_if + W_hf h_{t-1} + b_hf)
@@ -42,16 +42,16 @@ class LSTM(RecurrentModule):
         memory: "fast", "recompute" or "checkpoint:k": what is kept for the backward pass, see below.
 
     Inputs:
-        input: (T, B, I); (B, T, I) if `batch_first`; (T, I) for one sequence without a batch; or a
-            :class:`~torch.nn.utils.rnn.PackedSequence`, sorted or not. Any strides; it is not copied.
-        hx: (h_0, c_0) of shapes (L*D, B, R) and (L*D, B, H), without B for an input without a batch. Zeros if
-            None.
-        lengths: int64 or int32 (B), on any device, in any order, 0 to T: row b has the steps t < lengths[b].
-            Behind them its output is zero and its input reaches nothing; its last state is the one after
-            them, and the backward direction begins with the last of them. None: all have all steps.
-        resets: bool (T, B), also if `batch_first`: true where an episode begins. No state and no gradient of
-            one crosses between the steps t - 1 and t, so that the state before step t is zero (h_0 too, if t
-            is 0), and in the backward direction that before step t - 1. None: no episode begins.
+        - `input`: (T, B, I); (B, T, I) if `batch_first`; (T, I) for one sequence without a batch; or a
+          `torch.nn.utils.rnn.PackedSequence`, sorted or not. Any strides; it is not copied.
+        - `hx`: (h_0, c_0) of shapes (L*D, B, R) and (L*D, B, H), without B for an input without a batch.
+          Zeros if None.
+        - `lengths`: int64 or int32 (B), on any device, in any order, 0 to T: row b has the steps t <
+          lengths[b]. Behind them its output is zero and its input reaches nothing; its last state is the one
+          after them, and the backward direction begins with the last of them. None: all have all steps.
+        - `resets`: bool (T, B), also if `batch_first`: true where an episode begins. No state and no gradient
+          of one crosses between the steps t - 1 and t, so that the state before step t is zero (h_0 too, if t
+          is 0), and in the backward direction that before step t - 1. None: no episode begins.
 
     Returns:
         output, (h_n, c_n): the last layer's h_t for all t, (T, B, D*R), laid out and packed like the input,
