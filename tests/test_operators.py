@@ -124,7 +124,7 @@ def test_opcheck_of_attention_in_16_bits_and_packed():
     check(packed_attention())
 
 
-@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("save", ["nothing", "states", "gates"])
 @pytest.mark.parametrize("mode", MODES)
 def test_operator_called_directly_has_the_gradients_of_the_module(mode, save):
     case = Case(mode, torch.float64, bidirectional=True)
@@ -133,9 +133,9 @@ def test_operator_called_directly_has_the_gradients_of_the_module(mode, save):
     leaves = [*data.values(), *weights]
     x, h0, c0 = (data.get(name) for name in ("input", "h0", "c0"))
     output, h_n, c_n, saved = torch.ops.fastseq.recurrent(
-        x, None, h0, c0, weights, mode, 2, True, False, save
+        x, None, None, None, h0, c0, weights, mode, 2, True, False, save
     )
-    assert (saved.numel() > 0) == (save and not mode.startswith("RNN"))
+    assert (saved.numel() > 0) == (mode in {"gates": MODES[2:], "states": ["LSTM"]}.get(save, ()))
     assert not saved.requires_grad
     expected = call_module(case, module, data)
     assert torch.equal(output, expected["output"])
