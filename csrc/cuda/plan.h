@@ -80,7 +80,10 @@ constexpr int register_units(bool tensor, int products, int columns, LoopKernelK
   const bool streams = kernel == LoopKernelKind::kStream, cluster = kernel == LoopKernelKind::kCluster;
   if (products == 2) {
     const bool larger = product == int(backward);
-    if (!tensor) return streams ? 1 : larger && (cluster || !backward) ? 3 : 2;
+    if (!tensor) {
+      const bool room = !backward || (cluster && exchange == Exchange::kOperand);
+      return streams ? 1 : larger && room ? 3 : 2;
+    }
     if (streams) return larger ? 4 - columns : columns == 2 && backward ? 1 : 2;
     if (columns == 1) return larger && cluster != backward ? 5 : 4;
     return cluster && backward && !larger ? (exchange == Exchange::kSums ? 3 : 2) : 4;
