@@ -29,6 +29,7 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from .. import attention_dual_ops, attention_ops
 from ..attention_checks import Arguments
@@ -48,6 +49,10 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
     The arguments are those of attention_checks.Arguments, and in place of the last, `save`, whether the
     backward pass has to be deterministic.
     """
+    if not (type(arguments[0]) in _USUAL or is_compiling()) and _is_dtensor(arguments[0]):
+        from .. import dtensor  # few need it, and it takes long to import
+
+        return dtensor.attention(attention, *arguments)
     tensors, (*rest, average_weights, deterministic) = arguments[:9], arguments[9:]
     query, key, value, attn_mask, *_, sinks = tensors
     differentiates = recording() and needs_gradient(query, key, value, attn_mask, sinks)
@@ -60,6 +65,13 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
     if average_weights:  # a gradient of the mean needs each head's
         weights = weights.mean(dim=1, keepdim=True)
     return output, lse, weights, *saved
+
+
+_USUAL = {Tensor, Parameter}
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
 
 def _each_once(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
