@@ -26,13 +26,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .attention_checks import Arguments, Attention
-from .attention_units import Block, Unit, sequences, units
+from .attention_units import Block, Cut, Unit, cut, sequences, units
 
 if TYPE_CHECKING:
     from .attention_dual_ops import DualGradients, DualIncoming, DualResults, OfResults, Tangents
@@ -64,6 +64,18 @@ def backward(
     for some in sequences(sizes, a, tangents):
         for unit in units(some, careful):
             _backward_unit(unit, incoming, grads)
+
+
+def plan_in_data(
+    longest: Attention, a: Arguments, of_mask: tuple[bool, ...] | None, of_weights: bool, backward: bool
+) -> dict[str, Any]:
+    """See attention_dual_ops.Kernels."""
+    most = Cut(0, 0, 0)
+    if longest.heads:
+        group = longest.heads // longest.kv_heads
+        most = cut(a.query.device, longest.queries, longest.keys, group, longest.kv_heads)
+    partition = most._replace(batch=min(most.batch, longest.batch))._asdict()
+    return {"engine": "attention_blocks", "kernel": "blocks", "partition": partition, "weights": of_weights}
 
 
 def _all_finite(*tensors: Tensor | None) -> bool:

@@ -128,8 +128,13 @@ def _check_tangents(a: Arguments, tangents: Tangents) -> None:
 # ------------------------------------------------------------------------------------------------- forward
 
 
+def arguments_of(arguments: Sequence[Any]) -> Arguments:
+    """Of a call of attention_dual."""
+    return Arguments(*arguments[:10], *arguments[15:22], save=True)
+
+
 def _read(arguments: Sequence[Any]) -> tuple[Arguments, Attention, Tangents]:
-    a = Arguments(*arguments[:10], *arguments[15:22], save=True)
+    a = arguments_of(arguments)
     sizes, tangents = check_attention(a), Tangents(*arguments[10:15])
     _check_tangents(a, tangents)
     return a, sizes, _dense_tangents(tangents)
@@ -164,13 +169,18 @@ def _run(run: Callable[..., None], looks: bool, *arguments: Any) -> tuple[Tensor
 # ------------------------------------------------------------------------------------------------ gradients
 
 
+def backward_arguments_of(arguments: Sequence[Any]) -> Arguments:
+    """Of a call of attention_dual_backward; return_weights: whether these have a gradient, or its tangent."""
+    of_weights = arguments[2] is not None or arguments[5] is not None
+    return Arguments(*arguments[6:16], *arguments[29:35], of_weights, save=True)
+
+
 def _read_backward(
     arguments: Sequence[Any],
 ) -> tuple[Arguments, Attention, Tangents, DualIncoming, tuple[Sequence[bool], Sequence[bool]]]:
     grads, grad_tangents = OfResults(*arguments[:3]), OfResults(*arguments[3:6])
     incoming = DualIncoming(grads, grad_tangents, *arguments[21:29])
-    return_weights = incoming.weights is not None
-    a = Arguments(*arguments[6:16], *arguments[29:35], return_weights, save=True)
+    a = backward_arguments_of(arguments)
     sizes, tangents = check_attention(a), Tangents(*arguments[16:21])
     _check_tangents(a, tangents)
     query, dtype, sums = a.query, a.query.dtype, dtype_of_sums(a.query.dtype)
@@ -277,10 +287,15 @@ OPERATORS = ("attention_dual", "attention_dual_backward")
 
 
 class Kernels(NamedTuple):
-    """The two operators on one device."""
+    """The two operators on one device.
+
+    plan(longest, arguments, of_mask, of_weights, backward), for fastseq.explain: what a call runs, as in
+    attention_ops.Kernels. of_weights: whether weights are returned, or have a gradient.
+    """
 
     attention_dual: Callable[..., Any]
     attention_dual_backward: Callable[..., Any]
+    plan: Callable[..., dict[str, Any]] | None = None
 
 
 def in_blocks(looks: bool) -> Kernels:
@@ -288,6 +303,7 @@ def in_blocks(looks: bool) -> Kernels:
     return Kernels(
         partial(_run, attention_blocks.forward, looks),
         partial(_run_backward, attention_blocks.backward, looks),
+        attention_blocks.plan_in_data,
     )
 
 
@@ -295,6 +311,7 @@ KERNELS = {
     "cpu": Kernels(
         partial(_run, cpu_attention_dual.forward, True),
         partial(_run_backward, cpu_attention_dual.backward, True),
+        cpu_attention_dual.plan_in_data,
     )
 }
 if _C.cuda_info()["built"]:

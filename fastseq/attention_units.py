@@ -88,24 +88,35 @@ def _within(starts: list[int], most: int) -> list[int]:
 # ------------------------------------------------------------------------------------------- units and blocks
 
 
+class Cut(NamedTuple):
+    """Of how many sequences and heads of keys a unit is at most, and of how many queries a block."""
+
+    batch: int
+    kv_heads: int
+    rows: int
+
+
+def cut(device: torch.device, queries: int, keys: int, group: int, kv_heads: int) -> Cut:
+    """As many as are worth one product after another."""
+    scores = _MOST_SCORES.get(device.type, _MOST_SCORES["cpu"])
+    of_row = group * max(1, keys)
+    rows = min(queries, _MOST_ROWS, max(16, scores // of_row))
+    together = max(1, scores // (rows * of_row))
+    return Cut(max(1, together // kv_heads), min(together, kv_heads), rows)
+
+
 def units(s: Sequences, careful: bool) -> Iterator[Unit]:
-    """Each of as many heads of keys, and sequences, as are worth one product after another."""
     query, key = s.of_queries(s.a.query), s.of_keys(s.a.key)
     heads, kv_heads = query.shape[1], key.shape[1]
     group = heads // kv_heads
     if group == 0 or s.queries == 0:
         return
-    scores = _MOST_SCORES.get(query.device.type, _MOST_SCORES["cpu"])
-    of_row = group * max(1, s.keys)
-    rows = min(s.queries, _MOST_ROWS, max(16, scores // of_row))
-    together = max(1, scores // (rows * of_row))
-    batch = max(1, together // kv_heads)
-    together = min(together, kv_heads)
-    for b in range(0, s.count, batch):
-        for h in range(0, kv_heads, together):
-            of_batch = slice(b, min(b + batch, s.count))
-            of_heads = slice(h, min(h + together, kv_heads))
-            yield Unit(s, of_batch, of_heads, group, rows, careful)
+    most = cut(query.device, s.queries, s.keys, group, kv_heads)
+    for b in range(0, s.count, most.batch):
+        for h in range(0, kv_heads, most.kv_heads):
+            of_batch = slice(b, min(b + most.batch, s.count))
+            of_heads = slice(h, min(h + most.kv_heads, kv_heads))
+            yield Unit(s, of_batch, of_heads, group, most.rows, careful)
 
 
 class Block(NamedTuple):

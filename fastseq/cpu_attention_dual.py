@@ -6,9 +6,9 @@ there are scores are in memory anyway.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from . import _C, attention_blocks, attention_numbers
+from . import _C, attention_blocks, attention_numbers, cpu_attention
 from .attention_checks import Arguments, Attention
 from .attention_ops import Incoming
 from .cpu_attention import threads_and_seed
@@ -37,3 +37,14 @@ def backward(
         sizes, a, tangents, of_primal, incoming, grads, *threads_and_seed(a)
     )
     _C.attention_dual_backward(*numbers)
+
+
+def plan_in_data(
+    longest: Attention, a: Arguments, of_mask: tuple[bool, ...] | None, of_weights: bool, backward: bool
+) -> dict[str, Any]:
+    """See attention_dual_ops.Kernels."""
+    if of_weights:
+        return attention_blocks.plan_in_data(longest, a, of_mask, of_weights, backward)
+    plan = cpu_attention.plan_in_data(longest, a, backward, of_mask, None)
+    plan["partition"] |= {"key_parts": 1, "split": False}  # these kernels cut no keys
+    return plan

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import attention_ops, ops, plan_words, windows
+from . import attention_dual_ops, attention_ops, ops, plan_words, windows
 from .attention_checks import Arguments, Attention, check_attention
 from .checks import DTYPES, Layer, check_layer, problem
 from .integrations import torch_attention
@@ -321,6 +321,16 @@ def _read_attention_gradients(_: dict[int, str], arguments: Sequence[Any], __: A
     return _call_of_attention("attention_backward", a, None, running)
 
 
+def _read_attention_dual(_: dict[int, str], arguments: Sequence[Any], __: Any) -> Call:
+    return _call_of_attention("attention_dual", attention_dual_ops.arguments_of(arguments), None)
+
+
+def _read_attention_dual_gradients(_: dict[int, str], arguments: Sequence[Any], __: Any) -> Call:
+    return _call_of_attention(
+        "attention_dual_backward", attention_dual_ops.backward_arguments_of(arguments), None
+    )
+
+
 _READERS: dict[str, tuple[Callable[..., Any], Callable[..., Call]]] = {
     "recurrent": (ops.recurrent, _read_layer),
     "recurrent_cell": (ops.recurrent_cell, _read_cell),
@@ -329,6 +339,8 @@ _READERS: dict[str, tuple[Callable[..., Any], Callable[..., Call]]] = {
     "recurrent_windows_backward": (windows.recurrent_windows_backward, _read_windows),
     "attention": (attention_ops.attention, _read_attention),
     "attention_backward": (attention_ops.attention_backward, _read_attention_gradients),
+    "attention_dual": (attention_dual_ops.attention_dual, _read_attention_dual),
+    "attention_dual_backward": (attention_dual_ops.attention_dual_backward, _read_attention_dual_gradients),
 }
 
 
@@ -382,7 +394,7 @@ def _plan(
 
 
 def _plan_of(
-    kernels: ops.Kernels | attention_ops.Kernels | None,
+    kernels: ops.Kernels | attention_ops.Kernels | attention_dual_ops.Kernels | None,
     mode: str,
     layer: Layer | Attention,
     input: Tensor,
@@ -421,10 +433,15 @@ def _call_of_attention(
         more.append(f"return_weights writes {amount(size)} of weights, which are never stored without it")
 
     def plan(backward: bool) -> Plan:
-        kernels = attention_ops.KERNELS.get(query.device.type)
         mask = a.attn_mask if backward and a.attn_mask is not None and a.attn_mask.requires_grad else None
         of_mask = None if mask is None else tuple(size > 1 for size in mask.shape)
-        return _plan_of(kernels, "ATTENTION", longest, query, (longest, a, backward, of_mask, running), more)
+        if "_dual" in operator:
+            kernels = attention_dual_ops.KERNELS.get(query.device.type)
+            asked = (longest, a, of_mask, bool(a.return_weights), backward)
+        else:
+            kernels = attention_ops.KERNELS.get(query.device.type)
+            asked = (longest, a, backward, of_mask, running)
+        return _plan_of(kernels, "ATTENTION", longest, query, asked, more)
 
     saved = {name: x.nbytes for name, x in (kept or {}).items()}
     return Call(
@@ -436,7 +453,7 @@ def _call_of_attention(
         a.cu_seqlens_q is not None,
         query.dtype,
         query.device,
-        plan(operator == "attention_backward"),
+        plan(operator.endswith("_backward")),
         plan(True) if kept is not None else None,
         {name: size for name, size in saved.items() if size},
     )
@@ -529,7 +546,8 @@ def _title(operator: str, mode: str, weight: str, layer: Layer, input: Tensor, p
 
 
 def _title_of_attention(operator: str, a: Arguments, sizes: Attention) -> str:
-    words = ["the gradients of " * (operator == "attention_backward") + "attention"]
+    words = ["the gradients of " * operator.endswith("_backward") + "attention"]
+    words[0] += " along a direction" * ("_dual" in operator)
     words += [f"{_of_dtype(a.query.dtype)} on {a.query.device}", f"B {sizes.batch}"]
     grouped, narrower = sizes.heads != sizes.kv_heads, sizes.head_size != sizes.value_size
     words += [f"Hq {sizes.heads}", f"Hkv {sizes.kv_heads}"] if grouped else [f"heads {sizes.heads}"]

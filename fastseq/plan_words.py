@@ -138,6 +138,15 @@ def _attention_in_words(plan: dict[str, Any], _: str, sizes: Attention, dtype: t
     return isa, [words], reasons
 
 
+def _attention_blocks_in_words(plan: dict[str, Any], _: str, sizes: Attention, dtype: torch.dtype) -> Words:
+    cut = plan["partition"]
+    words = f"torch's operations, of {many(cut['batch'], 'sequence')}, "
+    words += f"{many(cut['kv_heads'], 'head')} of key and value, {many(cut['rows'], 'row')} of queries "
+    words += "and all keys at a time"
+    reasons = ["there is no kernel for weights that are returned, or have a gradient"] * plan["weights"]
+    return "", [words], reasons
+
+
 # ------------------------------------------------------------------------------- where time loops are kernels
 
 
@@ -310,6 +319,7 @@ def _pass_in_words(name: str, one: dict[str, Any]) -> str:
 ENGINES: dict[str, Callable[..., Words]] = {
     "cpu": _cpu_in_words,
     "cpu_attention": _attention_in_words,
+    "attention_blocks": _attention_blocks_in_words,
     "loop": _loop_in_words,
     "cuda_attention": _cuda_attention_in_words,
 }

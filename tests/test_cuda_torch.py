@@ -38,8 +38,9 @@ def test_autocast_changes_no_product_of_the_operators(twin, kernel):
     leaves = [*data.values(), *module.parameters()]
 
     def run():
-        weights, options = list(module.parameters()), ("LSTM", 1, True, False, False)
-        results = torch.ops.fastseq.recurrent(data["input"], None, data["h0"], data["c0"], weights, *options)
+        weights, options = list(module.parameters()), ("LSTM", 1, True, False, "nothing")
+        tensors = (data["input"], None, None, None, data["h0"], data["c0"])
+        results = torch.ops.fastseq.recurrent(*tensors, weights, *options)
         grads = torch.autograd.grad(results[0].sin().sum(), leaves)
         return {str(i): x.detach() for i, x in enumerate((*results[:3], *grads))}
 
