@@ -13,12 +13,13 @@ The step of a cell is a sequence of one step. What else the arguments are, ops.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import cpu_dual
+from . import _C, cpu_dual, dual_loops, loops
 from .checks import (
     Layer,
     check_batch_sizes,
@@ -29,7 +30,7 @@ from .checks import (
     problem,
     unsupported,
 )
-from .dispatch import library, register
+from .dispatch import implementations, library, register
 from .ops import _allocate_layer, _dense, allocate_gradients
 
 _ARGUMENTS = (
@@ -136,14 +137,15 @@ def _dense_arguments(arguments: Arguments) -> Arguments:
     )
 
 
-def _run(*arguments: Any) -> tuple[Tensor, ...]:
+def _run(run: Callable[..., None], *arguments: Any) -> tuple[Tensor, ...]:
+    """Checks, allocates, has run(layer, sequences, planes, truncate) fill the results."""
     layer, results = _prepare(*arguments)
     values, sequences, tangents, (*_, truncate, _) = _split_forward(arguments)
     if sequences.batch_sizes is not None:
         check_batch_sizes(sequences.batch_sizes, layer)
     sequences = Sequences(_dense(sequences.batch_sizes), sequences.lengths, _dense(sequences.resets))
     planes = [(_dense_arguments(a), r) for a, r in zip((values, tangents), results, strict=True)]
-    cpu_dual.forward(layer, sequences, planes, truncate)
+    run(layer, sequences, planes, truncate)
     return (*results[0], *results[1])
 
 
@@ -221,7 +223,8 @@ def _fake_backward(*given: Any) -> list[Tensor]:
     return [grad for plane in grads for grad in plane if grad is not None]
 
 
-def _run_backward(*given: Any) -> list[Tensor]:
+def _run_backward(run: Callable[..., None], *given: Any) -> list[Tensor]:
+    """Checks, allocates, has run(layer, sequences, planes, grad_clip, truncate) fill the gradients."""
     a, layer, grads = _prepare_backward(*given)
     if a.sequences.batch_sizes is not None:
         check_batch_sizes(a.sequences.batch_sizes, layer)
@@ -243,24 +246,33 @@ def _run_backward(*given: Any) -> list[Tensor]:
             a.cotangents, a.arguments, a.results, grads, strict=True
         )
     ]
-    cpu_dual.backward(layer, sequences, planes, a.grad_clip, a.truncate)
+    run(layer, sequences, planes, a.grad_clip, a.truncate)
     return [grad for plane in grads for grad in plane if grad is not None]
 
 
-def _elsewhere(op: str, arguments: Sequence[object]) -> Any:
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    if tensors and all(tensor.is_cuda for tensor in tensors):
-        raise NotImplementedError(
-            problem(
-                f"a forward-mode or second derivative of a recurrent network on CUDA ({op})",
-                "first derivatives in reverse mode there, all first and second ones on the CPU",
-                "input.cpu() and module.cpu(), or torch.nn's cell in a loop over time",
-            )
-        )
-    unsupported(op, arguments)
+# --------------------------------------------------------------------------------------------- registration
 
 
-recurrent_dual = register("recurrent_dual", {"cpu": _run}, _fake, _elsewhere)
-recurrent_dual_backward = register(
-    "recurrent_dual_backward", {"cpu": _run_backward}, _fake_backward, _elsewhere
+class Kernels(NamedTuple):
+    """The two operators on one device."""
+
+    recurrent_dual: Callable[..., Any]
+    recurrent_dual_backward: Callable[..., Any]
+
+
+def loop_kernels(engine: loops.Engine) -> Kernels:
+    """The operators where time loops run on `engine`."""
+    return Kernels(
+        partial(_run, partial(dual_loops.forward, engine)),
+        partial(_run_backward, partial(dual_loops.backward, engine)),
+    )
+
+
+KERNELS = {"cpu": Kernels(partial(_run, cpu_dual.forward), partial(_run_backward, cpu_dual.backward))}
+if _C.cuda_info()["built"]:
+    KERNELS["cuda"] = loop_kernels(loops.CUDA)
+
+recurrent_dual, recurrent_dual_backward = (
+    register(name, implementations(KERNELS, name), fake, unsupported)
+    for name, fake in zip(Kernels._fields, (_fake, _fake_backward), strict=True)
 )

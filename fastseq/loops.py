@@ -384,16 +384,16 @@ def _layout(layer: Layer, batch_sizes: Tensor | None, given: Rows, truncate: int
     return steps.Layout(layer.steps, layer.batch, batch_sizes, layer.reverse, *rows)
 
 
-def _weights(directions: Sequence[_Direction]) -> steps.Weights:
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Side by side, so that one product is for all directions."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
 
-    def stacked(tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
 
+def _weights(directions: Sequence[_Direction]) -> steps.Weights:
     biases = [d.bias_hh for d in directions if d.bias_hh is not None]
     projections = [d.weight_hr for d in directions if d.weight_hr is not None]
-    hh = stacked([d.weight_hh for d in directions])
-    return steps.Weights(hh, [biases or None], stacked(projections) if projections else None)
+    hh = _stacked([d.weight_hh for d in directions])
+    return steps.Weights(hh, [biases or None], _stacked(projections) if projections else None)
 
 
 @_plainly
