@@ -65,6 +65,8 @@ class RecurrentInWindows(Function):
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, *_: None
     ) -> Any:
         needs = needed(ctx)
+        if grad_output is grad_h_n is grad_c_n is None:  # see recurrent.py
+            return (None,) * len(needs)
         wanted = [needs[0], needs[4], needs[5], *needs[13:]]
         grads_of = (grad_output, grad_h_n, grad_c_n)
         grads = gradients(_WindowsBackward, grads_of, ctx.saved_tensors, ctx.constants, wanted)

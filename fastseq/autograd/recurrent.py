@@ -159,9 +159,11 @@ class _Recurrent(Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, _: None
     ) -> Any:
+        needs = needed(ctx)
+        if grad_output is grad_h_n is grad_c_n is None:  # as after a second derivative, which reads the output
+            return (None,) * len(needs)
         # input, batch_sizes, lengths, resets, h0, c0, output, saved, *weights
         saved_tensors = ctx.saved_tensors
-        needs = needed(ctx)
         wanted = [needs[0], needs[4], needs[5], *needs[12:]]
         grads = gradients(
             _backward_function(), (grad_output, grad_h_n, grad_c_n), saved_tensors, ctx.constants, wanted
@@ -194,6 +196,8 @@ class _RecurrentCell(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, *others: Tensor | None) -> Any:
+        if all(grad is None for grad in (grad_h, *others)):
+            return (None,) * 8
         input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, h, saved = ctx.saved_tensors
         grad_c = others[0] if len(others) == 2 else None
         bias = bias_ih is not None
