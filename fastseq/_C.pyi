@@ -108,6 +108,7 @@ def recurrent_plan(
     proj_size: int,
     directions: int,
     backward: bool,
+    planes: int,  # 2 with tangents
     /,
 ) -> dict[str, int | str]: ...
 

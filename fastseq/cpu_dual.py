@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import _C
+from . import _C, cpu
 from .addresses import address, strides
 from .checks import Layer
 from .cpu import _problem, _state_addresses, _weight_addresses
 from .lengths import Packing, _of_rows, packing
+
+
+def plan_in_data(
+    layer: Layer, dtype: torch.dtype, device: torch.device, packed: bool, of_weights: bool, backward: bool
+) -> dict[str, Any]:
+    """What the CPU's engine does with a call; see dual_ops.Kernels.plan."""
+    return cpu.plan_in_data(layer, dtype, device, packed, False, backward, 2)
 
 
 def forward(layer: Layer, sequences: Any, planes: Sequence[Any], truncate: int) -> None:

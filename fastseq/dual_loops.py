@@ -37,6 +37,22 @@ from .loops import (
 Pair = Sequence[Tensor | None]  # a tensor and its tangent
 
 
+def plan_in_data(
+    engine: Engine,
+    layer: Layer,
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: bool,
+    of_weights: bool,
+    backward: bool,
+) -> dict[str, Any]:
+    """What the engine does with a call; see dual_ops.Kernels.plan."""
+    partition = {"planes": 3 if of_weights else 2}
+    kernel = "steps" if layer.rows else "none"
+    facts = engine.facts(device.index or 0)
+    return {"engine": "dual_loop", "kernel": kernel, "partition": partition, "facts": facts}
+
+
 def forward(engine: Engine, layer: Layer, sequences: Any, planes: Sequence[Any], truncate: int) -> None:
     """Fills output, h_n, c_n and saved of each plane."""
     if layer.rows:

@@ -152,6 +152,13 @@ def _run(run: Callable[..., None], *arguments: Any) -> tuple[Tensor, ...]:
 # ------------------------------------------------------------------------------------------------ gradients
 
 
+def multiplies_by_tangents(layer: Layer, of_weights: Sequence[Tensor | None]) -> bool:
+    """Whether weights that a step multiplies by, weight_hh or weight_hr, have tangents."""
+    count = len(of_weights) // layer.directions
+    of_directions = [of_weights[i : i + count] for i in range(0, len(of_weights), count)]
+    return any(d[1] is not None or (layer.projected and d[-1] is not None) for d in of_directions)
+
+
 class Results(NamedTuple):
     """What a layer's forward pass made, or the tangents of it, as the backward pass reads it."""
 
@@ -182,7 +189,7 @@ class Backward(NamedTuple):
     wanted: tuple[Sequence[bool], Sequence[bool]]
 
 
-def _split_backward(given: Sequence[Any]) -> Backward:
+def split_backward(given: Sequence[Any]) -> Backward:
     cotangents = Cotangents(*given[:3]), Cotangents(*given[3:6])
     input, batch_sizes, lengths, resets, h0, c0, weights, output, saved = given[6:15]
     *tangents, output_tangent, saved_tangent = given[15:21]
@@ -197,7 +204,7 @@ def _split_backward(given: Sequence[Any]) -> Backward:
 
 
 def _prepare_backward(*given: Any) -> tuple[Backward, Layer, list[list[Tensor | None]]]:
-    a = _split_backward(given)
+    a = split_backward(given)
     values = a.arguments[0]
     input = values.input
     layer = _check(values, a.sequences, a.arguments[1], a.mode, a.directions, a.bias)
@@ -253,11 +260,19 @@ def _run_backward(run: Callable[..., None], *given: Any) -> list[Tensor]:
 # --------------------------------------------------------------------------------------------- registration
 
 
+OPERATORS = ("recurrent_dual", "recurrent_dual_backward")
+
+
 class Kernels(NamedTuple):
-    """The two operators on one device."""
+    """The two operators on one device.
+
+    plan(layer, dtype, device, packed, of_weights, backward), for fastseq.explain: what such a call runs, as
+    in ops.Kernels; of_weights: whether weights that a step multiplies by have tangents.
+    """
 
     recurrent_dual: Callable[..., Any]
     recurrent_dual_backward: Callable[..., Any]
+    plan: Callable[..., dict[str, Any]]
 
 
 def loop_kernels(engine: loops.Engine) -> Kernels:
@@ -265,14 +280,21 @@ def loop_kernels(engine: loops.Engine) -> Kernels:
     return Kernels(
         partial(_run, partial(dual_loops.forward, engine)),
         partial(_run_backward, partial(dual_loops.backward, engine)),
+        partial(dual_loops.plan_in_data, engine),
     )
 
 
-KERNELS = {"cpu": Kernels(partial(_run, cpu_dual.forward), partial(_run_backward, cpu_dual.backward))}
+KERNELS = {
+    "cpu": Kernels(
+        partial(_run, cpu_dual.forward),
+        partial(_run_backward, cpu_dual.backward),
+        cpu_dual.plan_in_data,
+    )
+}
 if _C.cuda_info()["built"]:
     KERNELS["cuda"] = loop_kernels(loops.CUDA)
 
 recurrent_dual, recurrent_dual_backward = (
     register(name, implementations(KERNELS, name), fake, unsupported)
-    for name, fake in zip(Kernels._fields, (_fake, _fake_backward), strict=True)
+    for name, fake in zip(OPERATORS, (_fake, _fake_backward), strict=True)
 )

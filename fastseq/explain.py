@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import attention_dual_ops, attention_ops, ops, plan_words, windows
+from . import attention_dual_ops, attention_ops, dual_ops, ops, plan_words, windows
 from .attention_checks import Arguments, Attention, check_attention
 from .checks import DTYPES, Layer, check_layer, problem
 from .integrations import torch_attention
@@ -297,6 +297,32 @@ def _read_gradients(names: dict[int, str], arguments: Sequence[Any], _: Any) -> 
     return _call("recurrent_backward", names, a.mode, layer, a.input, a.weights, None, *rest)
 
 
+def _read_layer_along(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
+    *sequence, weights = arguments[:7]
+    input, batch_sizes, lengths, resets, h0, c0 = sequence
+    *tangents, of_weights, mode, directions, bias, _, truncate, save = arguments[7:]
+    layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
+    kept = {"input": input, "batch_sizes": batch_sizes, "lengths": lengths, "resets": resets}
+    kept |= {"h0": h0, "c0": c0, "output": results[0], "gates": results[3]}
+    of_tensors = dict(zip(("input", "h0", "c0"), tangents, strict=True))
+    of_tensors |= {"output": results[4], "gates": results[7]}
+    kept |= {f"tangent of {name}": x for name, x in of_tensors.items()}
+    along = dual_ops.multiplies_by_tangents(layer, of_weights)
+    options = _options(lengths, resets, None, truncate)
+    rest = (batch_sizes, False, options, along)
+    return _call("recurrent_dual", names, mode, layer, input, weights, kept if save else None, *rest)
+
+
+def _read_gradients_along(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:
+    a = dual_ops.split_backward(arguments)
+    (input, h0, c0, weights), tangents = a.arguments
+    batch_sizes, lengths, resets = a.sequences
+    layer = check_layer(input, batch_sizes, h0, c0, weights, a.mode, a.directions, a.bias)
+    along = dual_ops.multiplies_by_tangents(layer, tangents.weights)
+    rest = (batch_sizes, False, _options(lengths, resets, a.grad_clip, a.truncate), along)
+    return _call("recurrent_dual_backward", names, a.mode, layer, input, weights, None, *rest)
+
+
 def _read_windows(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:
     a = windows.Call(*arguments)
     layer = windows.check(a)
@@ -337,6 +363,8 @@ _READERS: dict[str, tuple[Callable[..., Any], Callable[..., Call]]] = {
     "recurrent_backward": (ops.recurrent_backward, _read_gradients),
     "recurrent_checkpoints": (windows.recurrent_checkpoints, _with_checkpoints),
     "recurrent_windows_backward": (windows.recurrent_windows_backward, _read_windows),
+    "recurrent_dual": (dual_ops.recurrent_dual, _read_layer_along),
+    "recurrent_dual_backward": (dual_ops.recurrent_dual_backward, _read_gradients_along),
     "attention": (attention_ops.attention, _read_attention),
     "attention_backward": (attention_ops.attention_backward, _read_attention_gradients),
     "attention_dual": (attention_dual_ops.attention_dual, _read_attention_dual),
@@ -355,8 +383,9 @@ def _call(
     batch_sizes: Tensor | None = None,
     one_step: bool = False,
     options: tuple[str, ...] = (),
+    along: bool | None = None,  # of dual numbers, whether weights that a step multiplies by have tangents
 ) -> Call:
-    plan = partial(_plan, mode, layer, input, weights, batch_sizes is not None, one_step)
+    plan = partial(_plan, mode, layer, input, weights, batch_sizes is not None, one_step, along=along)
     saved = {name: x.nbytes for name, x in (kept or {}).items() if x is not None}
     if kept is not None:
         saved["weights"] = sum(weight.nbytes for weight in weights)
@@ -385,16 +414,17 @@ def _plan(
     packed: bool,
     one_step: bool,
     backward: bool,
+    along: bool | None = None,
 ) -> Plan:
     copied = any(not weight.is_contiguous() for weight in weights)
     more = ["weights that are not contiguous are copied in every call: weight.contiguous()"] * copied
-    options = (packed, one_step, backward)
-    kernels = ops.KERNELS.get(input.device.type)
+    options = (packed, one_step if along is None else along, backward)
+    kernels = (ops if along is None else dual_ops).KERNELS.get(input.device.type)
     return _plan_of(kernels, mode, layer, input, (layer, input.dtype, input.device, *options), more)
 
 
 def _plan_of(
-    kernels: ops.Kernels | attention_ops.Kernels | attention_dual_ops.Kernels | None,
+    kernels: ops.Kernels | dual_ops.Kernels | attention_ops.Kernels | attention_dual_ops.Kernels | None,
     mode: str,
     layer: Layer | Attention,
     input: Tensor,
@@ -536,6 +566,7 @@ def _wrap(text: str, begin: str) -> list[str]:
 
 def _title(operator: str, mode: str, weight: str, layer: Layer, input: Tensor, packed: bool) -> str:
     words = ["the gradients of " * operator.endswith("_backward") + mode]
+    words[0] += " along a direction" * ("_dual" in operator)
     words += [f"{_of_dtype(input.dtype)} on {input.device}"]
     words += [f"T {layer.steps}"] * (operator != "recurrent_cell")
     words += [f"B {layer.batch}", f"I {layer.input_size}", f"H {layer.hidden_size}"]

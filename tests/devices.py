@@ -266,7 +266,7 @@ def carried_to_the_gpu():
     """Attention and recurrent networks of CPU tensors run on the GPU, and their results come back."""
     if reason := why_no_gpu():
         pytest.skip(reason)
-    tables = {ops: ops.OPERATORS, dual_ops: dual_ops.Kernels._fields}
+    tables = {ops: ops.OPERATORS, dual_ops: dual_ops.OPERATORS}
     before = {table: (table.KERNELS["cpu"], ops.READS_TENSORS) for table in tables}
     for table, names in tables.items():
         gpu = table.KERNELS["cuda"]
