@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import functional_call, jvp
 
 import fastseq
@@ -81,9 +82,14 @@ def test_blocks_are_those_that_run(monkeypatch, sizes):
 # ---- recurrent networks ----
 
 
-def states_along(module, *inputs):
-    """A call in forward mode along its inputs."""
-    return lambda: jvp(lambda *x: module(*x)[0], inputs, tuple(map(torch.ones_like, inputs)))
+def input_along(module, input):
+    """A call in forward mode along its input."""
+
+    def call():
+        with torch.no_grad(), forward_ad.dual_level():
+            module(forward_ad.make_dual(input, torch.ones_like(input)))
+
+    return call
 
 
 def weights_along(module, input):
@@ -108,8 +114,8 @@ LAYER = {"LSTM": fastseq.LSTM, "GRU": fastseq.GRU, "RNN_TANH": fastseq.RNN}
 
 @pytest.mark.parametrize("mode", LAYER)
 def test_a_layer_in_forward_mode_is_reported_with_its_sizes(mode, two_threads):
-    module = LAYER[mode](4, 32, num_layers=2).requires_grad_(False)
-    first, second = fastseq.explain(states_along(module, torch.randn(9, 3, 4)))
+    module = LAYER[mode](4, 32, num_layers=2)
+    first, second = fastseq.explain(input_along(module, torch.randn(9, 3, 4)))
     for call, name in ((first, "module.weight_hh_l0"), (second, "module.weight_hh_l1")):
         assert (call.operator, call.mode, call.weight) == ("recurrent_dual", mode, name)
         assert (call.plan.kernel, call.plan.architecture) == ("sequence", _C.cpu_info()["isa"])
@@ -139,7 +145,7 @@ def test_second_derivatives_of_a_layer_are_reported_with_what_is_saved():
 def test_steps_over_dual_numbers_are_said_to_be_steps(twin):
     module, x = fastseq.GRU(4, 8, bidirectional=True), torch.randn(9, 3, 4)
     for call, planes, words in (
-        (states_along(module, x), 2, "of numbers and tangents, and a kernel"),
+        (input_along(module, x), 2, "of numbers and tangents, and a kernel"),
         (weights_along(module, x), 3, "with the weight's tangent"),
     ):
         (told,) = fastseq.explain(call)

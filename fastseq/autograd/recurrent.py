@@ -160,7 +160,7 @@ class _Recurrent(Function):
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, _: None
     ) -> Any:
         needs = needed(ctx)
-        if grad_output is grad_h_n is grad_c_n is None:  # as after a second derivative, which reads the output
+        if grad_output is grad_h_n is grad_c_n is None:  # as where a second derivative read the output
             return (None,) * len(needs)
         # input, batch_sizes, lengths, resets, h0, c0, output, saved, *weights
         saved_tensors = ctx.saved_tensors
