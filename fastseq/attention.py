@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import attention_ops, autocast, autograd
 from .attention_checks import (
     broadcasts,
     dtype_of_sums,
+    is_causal_bias,
     is_differentiated,
     raise_for_mask,
     refuse_trained_slopes,
@@ -146,7 +146,7 @@ def scaled_dot_product_attention(
     """
     if autocast.is_on():
         query, key, value, attn_mask = (
-            x if isinstance(x, CausalBias) else autocast.lowered(x) for x in (query, key, value, attn_mask)
+            x if is_causal_bias(x) else autocast.lowered(x) for x in (query, key, value, attn_mask)
         )
     if (
         attn_mask is None
@@ -177,7 +177,7 @@ def scaled_dot_product_attention(
         if not plain or (q[1] != k[1] and not enable_gqa):
             rank = max(len(q), len(k), len(v))
             query, key, value, lead = _in_four_dimensions(query, key, value, enable_gqa)
-    if isinstance(attn_mask, CausalBias):
+    if attn_mask is not None and is_causal_bias(attn_mask):
         causal, attn_mask = _alignment(attn_mask, is_causal, causal, query, key), None
     if attn_mask is not None:
         attn_mask = _mask_in_four_dimensions(attn_mask, query, key, lead)
@@ -383,7 +383,7 @@ def _refuse_nested(*tensors: Any) -> None:
         )
 
 
-def _alignment(bias: CausalBias, is_causal: bool, causal: str | None, query: Tensor, key: Tensor) -> str:
+def _alignment(bias: Any, is_causal: bool, causal: str | None, query: Tensor, key: Tensor) -> str:
     """What one of torch.nn.attention.bias says; torch too asks for nothing but that beside it."""
     if is_causal or causal is not None:
         raise ValueError(
@@ -394,7 +394,7 @@ def _alignment(bias: CausalBias, is_causal: bool, causal: str | None, query: Ten
     sizes = (bias.seq_len_q, bias.seq_len_kv)
     if query.dim() != 4 or sizes != (query.shape[2], key.shape[2]):
         raise_for_mask(sizes, (*query.shape[:-1], key.shape[-2]))
-    return "top_left" if bias.variant is CausalVariant.UPPER_LEFT else "bottom_right"
+    return "top_left" if bias.variant.name == "UPPER_LEFT" else "bottom_right"
 
 
 def _shown(name: str, given: object) -> str:

@@ -19,6 +19,11 @@ from torch.autograd import forward_ad
 from .checks import DTYPES, places_of, problem, tensors_with_kernels
 
 
+def is_causal_bias(x: object) -> bool:
+    """Whether it is a CausalBias. Its module is asked for by name: importing it takes seconds."""
+    return type(x).__module__ == "torch.nn.attention.bias" and type(x).__name__ == "CausalBias"
+
+
 class Arguments(NamedTuple):
     """Those of the operator fastseq::attention."""
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import attention_dual_ops, attention_ops, dual_ops, ops  # noqa: F401  they define the operators
+from . import attention_dual_ops, attention_ops, dual_ops, ops, windows  # noqa: F401  they define operators
 from .dispatch import library
 
 Named = Mapping[str, Any]  # an operator's arguments, or where vmap's dimension is in each, by name
@@ -143,7 +143,20 @@ def _recurrent_backward(op: Callable[..., Any], size: int, dims: Named, given: N
     if any(of_weights):  # a larger batch would sum them up over the entries
         return each_entry(op, size, dims, given)
     letters = "".join(letter for letter, want in zip("rss", of_states, strict=True) if want)
-    return at_once(op, size, dims, given, _recurrent_layout(dims, given, letters))
+    layout = _recurrent_layout(dims, given, letters)
+    if "memory" in given:
+        in_windows = windows.steps_of(given["memory"])  # (D, bounds, B, size), else like output and saved
+        of_h, of_c = (2, 2) if in_windows else (layout.arguments["input"], 1)
+        layout = layout._replace(arguments={**layout.arguments, "kept_h": of_h, "kept_c": of_c})
+    return at_once(op, size, dims, given, layout)
+
+
+def _recurrent_checkpoints(op: Callable[..., Any], size: int, dims: Named, given: Named) -> Result:
+    layout = _recurrent_layout({**dims, "input": dims["output"]}, {**given, "input": given["output"]}, "")
+    layout = Layout({**layout.arguments, "states": 1}, (2, 2))
+    if layout.folds(dims):
+        given = {**given, "batch": given["batch"] * size}
+    return at_once(op, size, dims, given, layout)
 
 
 # ------------------------------------------------------------------------------------------------- attention
@@ -250,15 +263,17 @@ def _register(name: str, rule: Rule) -> None:
     torch.library.register_vmap(f"fastseq::{name}", batched, lib=library)
 
 
-for _rule in (
-    _recurrent,
-    _recurrent_cell,
-    _recurrent_backward,
-    _recurrent_dual,
-    _recurrent_dual_backward,
-    _attention,
-    _attention_backward,
-    _attention_dual,
-    _attention_dual_backward,
-):
-    _register(_rule.__name__[1:], _rule)
+for _name, _rule in {
+    "recurrent": _recurrent,
+    "recurrent_cell": _recurrent_cell,
+    "recurrent_backward": _recurrent_backward,
+    "recurrent_checkpoints": _recurrent_checkpoints,
+    "recurrent_windows_backward": _recurrent_backward,
+    "recurrent_dual": _recurrent_dual,
+    "recurrent_dual_backward": _recurrent_dual_backward,
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+    "attention_dual": _attention_dual,
+    "attention_dual_backward": _attention_dual_backward,
+}.items():
+    _register(_name, _rule)

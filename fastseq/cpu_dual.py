@@ -97,6 +97,7 @@ def _put_states(p: Packing, to: Tensor, of_others: Tensor | None, packed: Tensor
 def _padded_forward(p: Packing, layer: Layer, sequences: Any, planes: Sequence[Any], truncate: int) -> None:
     packed = []
     for arguments, (output, h_n, c_n, saved) in planes:
+        p.clear_rest(saved)
         of_c = p.of_state(c_n) if layer.cell.cell_state else c_n
         results = output.new_empty((p.size, output.shape[2])), p.of_state(h_n), of_c, saved
         packed.append((_packed_arguments(p, arguments), results))

@@ -6,6 +6,7 @@ time; where no row is shorter than the input nothing is copied at all.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .checks import Layer, check_lengths
+
+_PAGES = 32 << 20  # From so many bytes on the system's allocator takes new pages too.
 
 
 class Packing(NamedTuple):
@@ -35,6 +38,17 @@ class Packing(NamedTuple):
         """Fills (T, B, features) from (rows, features), with zeros behind the ends."""
         to.zero_()
         to.index_put_((self.steps, self.rows), packed)
+
+    def clear_rest(self, saved: Tensor) -> None:
+        """Of (D, T * B, ...), before the kernels fill it, what no row does: nothing reads it, but it is a
+        result, and the same in each call."""
+        if saved.nbytes < _PAGES:
+            if saved.dim() > 1:
+                saved[:, self.size :].zero_()
+            return
+        # New pages are zeros, which take neither time nor memory until something is written to them.
+        pages = mmap.mmap(-1, saved.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        saved.set_(torch.frombuffer(pages, dtype=saved.dtype).view_as(saved))
 
     def of_state(self, state: Tensor | None) -> Tensor | None:
         """(D, B, size) with the rows of `order`."""
@@ -81,6 +95,7 @@ def padded_forward(
     if p is None:
         run(layer, mode, input, None, None, resets, h0, c0, weights, save, output, h_n, c_n, saved)
         return
+    p.clear_rest(saved)
     results = output.new_empty((p.size, output.shape[2])), p.of_state(h_n), c_n
     if layer.cell.cell_state:
         results = (*results[:2], p.of_state(c_n))

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
-from torch.nn.attention.bias import CausalBias
 
 from . import attention_ops
 from .attention import scaled_dot_product_attention
+from .attention_checks import is_causal_bias
 from .checks import DTYPES, tensors_with_kernels
 from .convert import OURS, to_ours, why_not
 
@@ -197,7 +197,7 @@ def _attention(
 def _obstacle(*tensors: Tensor | None) -> str:
     """What fastseq is not even asked to do; "" if nothing."""
     for tensor in tensors:
-        if not isinstance(tensor, Tensor) or isinstance(tensor, CausalBias):
+        if not isinstance(tensor, Tensor) or is_causal_bias(tensor):
             continue  # what is no tensor is refused in due course
         if tensor.is_nested:
             return "given: nested tensors"

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention.bias import CausalBias
 
 from . import autocast
 from .attention import (
@@ -29,7 +28,7 @@ from .attention import (
     _seed,
     _softcap,
 )
-from .attention_checks import Arguments, check_attention
+from .attention_checks import Arguments, check_attention, is_causal_bias
 from .autograd.function import needs_gradient
 from .autograd.split_attention import Options
 from .checks import DTYPES, problem, require_tensor
@@ -136,7 +135,7 @@ def prepare(
 
 def _refuse_types(**given: Any) -> None:
     for name, x in given.items():
-        if isinstance(x, CausalBias):
+        if is_causal_bias(x):
             raise TypeError(
                 problem(
                     f"{name} of type CausalBias", "a mask, or the diagonal as a word", "causal='top_left'"

@@ -377,12 +377,13 @@ def test_a_tangent_that_does_not_fit_is_a_clear_error(call, words):
     assert all(word in str(error.value) for word in ("given:", "accepted:", "try:"))
 
 
+@pytest.mark.parametrize("lengths", [False, True])
 @pytest.mark.parametrize(("mode", "proj_size"), [("RNN_TANH", 0), ("LSTM", 3)])
-def test_opcheck(mode, proj_size):
+def test_opcheck(mode, proj_size, lengths):
     """Schema, fake results and registration; of the forward operator also gradients while it is traced."""
     case = replace(SMALL, mode=mode, proj_size=proj_size, bidirectional=True)
     with Calls() as run:
-        Layer(case, Options(resets=True, truncate=True)).run()
+        Layer(case, Options(lengths, resets=True, truncate=True)).run()
     assert [op for op, _ in run.calls] == [
         dual_ops.recurrent_dual,
         dual_ops.recurrent_dual_backward,

@@ -186,6 +186,60 @@ def test_torch_compile_sees_one_graph(memory):
         torch.testing.assert_close(compiled, eager, **SAME_FLOAT64)
 
 
+def func_case(mode, memory, **options):
+    """A module, and its loss as torch.func takes it: of parameters, input, lengths and resets."""
+    case = replace(CASE, mode=mode, num_layers=1, steps=6, batch=3, hidden_size=4, bidirectional=True)
+    module, entries = make_module(replace(case, **options)), 3
+    module.memory = memory
+    generator = torch.Generator().manual_seed(1)
+    input = torch.randn(entries, 6, 3, case.input_size, dtype=torch.float64, generator=generator)
+    lengths = torch.randint(0, 7, (entries, 3), generator=generator)
+    resets = torch.rand(entries, 6, 3, generator=generator) < 0.3
+
+    def loss(parameters, input, lengths, resets):
+        rows = {"lengths": lengths, "resets": resets}
+        return torch.func.functional_call(module, parameters, (input,), rows)[0].sin().sum()
+
+    return loss, {k: x.detach() for k, x in module.named_parameters()}, (input, lengths, resets)
+
+
+@pytest.mark.parametrize("mapped", [(), (1,), (2,), (1, 2)], ids=["input", "lengths", "resets", "both"])
+@pytest.mark.parametrize("memory", ["recompute", "checkpoint:4"])
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
+def test_per_sample_gradients_are_those_of_a_loop(mode, memory, mapped):
+    loss, parameters, given = func_case(mode, memory)
+    given = [x if i in (0, *mapped) else x[0] for i, x in enumerate(given)]
+    dims = [0 if i in (0, *mapped) else None for i in range(3)]
+    for argument in (0, 1):  # with the gradient of weights, each entry is a call
+        derivative = torch.func.grad(loss, argnums=argument)
+        ours = torch.func.vmap(derivative, in_dims=(None, *dims))(parameters, *given)
+        for i in range(3):
+            entry = [x if dim is None else x[i] for x, dim in zip(given, dims, strict=True)]
+            expected = derivative(parameters, *entry)
+            pairs = [(ours[i], expected)] if argument else [(ours[k][i], x) for k, x in expected.items()]
+            for a, b in pairs:
+                torch.testing.assert_close(a, b, **SAME_FLOAT64)
+
+
+@pytest.mark.parametrize("memory", ["recompute", "checkpoint:4"])
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
+def test_gradients_of_gradients_in_torch_func_are_those_of_fast(mode, memory):
+    results = []
+    for kind in ("fast", memory):
+        loss, parameters, given = func_case(mode, kind)
+        entry = [x[0] for x in given]
+
+        def penalty(parameters, input, loss=loss, rest=entry[1:]):
+            of_weights, of_input = torch.func.grad(loss, argnums=(0, 1))(parameters, input, *rest)
+            return sum(x.square().sum() for x in (*of_weights.values(), of_input))
+
+        of_weights, of_input = torch.func.grad(penalty, argnums=(0, 1))(parameters, entry[0])
+        results.append([of_input, *of_weights.values()])
+    for a, b in zip(*results, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, **SAME_FLOAT64)
+
+
 def test_nothing_is_kept_where_no_gradient_is_needed():
     module, data = make_module(CASE), make_data(CASE)
     module.memory = "checkpoint:4"

@@ -12,8 +12,6 @@ from harness import Case, call_module, cell_class, make_data, make_module, state
 from reference import MODES
 from tolerances import GRADCHECK, SAME_FLOAT64
 
-FORWARD = ("recurrent", "recurrent_cell", "attention")
-
 
 class Calls(TorchDispatchMode):
     """The calls of fastseq's operators: (operator, arguments)."""
@@ -40,6 +38,15 @@ def calls_of(function, differentiate=True):
 def layer(case):
     module, data = make_module(case), make_data(case)
     return calls_of(lambda: call_module(case, module, data).values())
+
+
+def with_options(mode, memory, grad_clip):
+    """Of rows with lengths and resets, and gradients that are cut."""
+    case = Case(mode, bidirectional=True, batch=3)
+    module, data = make_module(case), make_data(case)
+    module.memory, module.grad_clip, module.truncate = memory, grad_clip, 3
+    rows = {"lengths": torch.tensor([2, 0, case.steps]), "resets": torch.rand(case.steps, 3) < 0.3}
+    return calls_of(lambda: [module(data["input"], **rows)[0]])
 
 
 def cell(mode, bias, states):
@@ -89,10 +96,12 @@ def packed_attention():
 
 
 def check(calls):
-    """With and, of the forward passes, without a graph; those of backward passes have no derivative yet."""
+    """Without a graph, and with one where there is a derivative."""
     for op, arguments in calls:
         opcheck(op, arguments)
-        if op._schema.name.removeprefix("fastseq::") in FORWARD:
+        names = [argument.name for argument in op._schema.arguments]
+        bounded = "grad_clip" in names and arguments[names.index("grad_clip")] is not None
+        if op._schema.name != "fastseq::recurrent_checkpoints" and not bounded:
             opcheck(op, trained(op, arguments))
 
 
@@ -107,6 +116,18 @@ def trained(op, arguments):
 @pytest.mark.parametrize("case", LAYERS, ids=str)
 def test_opcheck_of_layers(case):
     check(layer(case))
+
+
+@pytest.mark.parametrize("grad_clip", [None, 0.1])
+@pytest.mark.parametrize("memory", ["fast", "recompute", "checkpoint:2"])
+@pytest.mark.parametrize("mode", MODES)
+def test_opcheck_of_layers_with_options(mode, memory, grad_clip):
+    calls = with_options(mode, memory, grad_clip)
+    names = {op._schema.name.removeprefix("fastseq::") for op, _ in calls}
+    in_windows = memory != "fast" and not (memory == "recompute" and mode.startswith("RNN"))
+    assert ("recurrent_windows_backward" in names) == in_windows
+    assert ("recurrent_checkpoints" in names) == (memory == "checkpoint:2")
+    check(calls)
 
 
 @pytest.mark.parametrize(("mode", "bias", "states"), CELLS)

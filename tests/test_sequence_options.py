@@ -120,6 +120,23 @@ def test_nothing_behind_the_end_of_a_row_reaches_anything(mode, kind):
     assert_same_bits(*results)
 
 
+@pytest.mark.parametrize("pages", [0, 1 << 30], ids=["new pages", "cleared"])
+def test_what_no_row_fills_of_the_gates_is_zero(monkeypatch, pages):
+    monkeypatch.setattr(fastseq.lengths, "_PAGES", pages)
+    for mode, save, shape in (("LSTM", "gates", (5, 7)), ("LSTM", "states", (7,)), ("GRU", "gates", (4, 7))):
+        case = Case(mode, bidirectional=True)
+        module, data = make_module(case), make_data(case)
+        weights, lengths = list(module.parameters()), torch.tensor([1, 0, 3, 2, 0])[: case.batch]
+        states = (data["h0"].detach(), data["c0"].detach() if mode == "LSTM" else None)
+        arguments = (data["input"].detach(), None, lengths, None, *states, weights, mode, 2, True, False)
+        with torch.no_grad():
+            *_, saved = torch.ops.fastseq.recurrent(*arguments, save)
+        assert saved.shape == (2, case.steps * case.batch, *shape)
+        filled = int(lengths.sum())
+        assert saved[:, :filled].count_nonzero() > 0
+        assert not saved[:, filled:].any()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_row_without_a_step_hands_its_state_through(mode):
     case = replace(CASE, mode=mode, num_layers=1)

@@ -69,7 +69,7 @@ class RecurrentInWindows(Function):
             return (None,) * len(needs)
         wanted = [needs[0], needs[4], needs[5], *needs[13:]]
         grads_of = (grad_output, grad_h_n, grad_c_n)
-        grads = gradients(_WindowsBackward, grads_of, ctx.saved_tensors, ctx.constants, wanted)
+        grads = gradients(WindowsBackward, grads_of, ctx.saved_tensors, ctx.constants, wanted)
         grad_input, grad_h0, grad_c0, *grad_weights = grads
         return grad_input, None, None, None, grad_h0, grad_c0, *[None] * 7, *grad_weights
 
@@ -97,5 +97,5 @@ def _backward_op(
     )
 
 
-class _WindowsBackward(Gradients):
+class WindowsBackward(Gradients):
     forward = staticmethod(_backward_op)

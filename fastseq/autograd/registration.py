@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import attention_dual_ops, attention_ops, dual_ops, ops
+from .. import attention_dual_ops, attention_ops, dual_ops, ops, windows
 from ..attention_checks import Arguments, refuse_trained_slopes
 from ..checks import CELLS
 from ..dispatch import library, nobody_listens
@@ -24,6 +24,7 @@ from .attention import (
     differentiable,
     second_derivatives,
 )
+from .memory import WindowsBackward
 from .recurrent import _RecurrentAlong, _RecurrentBackwardAlong, _RecurrentCellAlong
 
 
@@ -75,6 +76,11 @@ def _recurrent_backward(*arguments: Any) -> list[Tensor]:
     return list(_RecurrentBackwardAlong.apply_here(*constants, *tensors, output, saved, *weights))
 
 
+def _recurrent_windows_backward(*arguments: Any) -> list[Tensor]:
+    tensors, (weights, kept_h, kept_c, *constants) = arguments[:9], arguments[9:]
+    return list(WindowsBackward.apply_here(*constants, *tensors, kept_h, kept_c, *weights))
+
+
 def _recurrent_dual(*arguments: Any) -> tuple[Tensor, ...]:
     sequence, (weights, *of_arguments, of_weights), constants = arguments[:6], arguments[6:11], arguments[11:]
     return dual.RecurrentDual.apply_here(*constants, *sequence, *weights, *of_arguments, *of_weights)
@@ -116,6 +122,9 @@ def _attention_dual_backward(*arguments: Any) -> list[Tensor]:
 
 for _function in (_recurrent, _recurrent_cell, _recurrent_backward):
     register(_function.__name__[1:], ops, _function)
+register("recurrent_windows_backward", windows, _recurrent_windows_backward)
+# What is kept between windows has no gradient: second derivatives make it again.
+library.impl("recurrent_checkpoints", torch.library.fallthrough_kernel, "Autograd")
 for _function in (_recurrent_dual, _recurrent_dual_backward):
     register(_function.__name__[1:], dual_ops, _function)
 for _function in (_attention, _attention_backward):

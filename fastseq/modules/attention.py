@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.bias import CausalBias
 
 from ..attention import scaled_dot_product_attention
+from ..attention_checks import is_causal_bias
 from ..checks import problem, require_tensor
 
 
@@ -318,7 +318,7 @@ def _check_mask(name: str, mask: Tensor | None, ranks: tuple[int, ...]) -> None:
         raise AssertionError(
             problem(f"{name} of dtype {mask.dtype}", "torch.bool or floats", f"{name}.bool()")
         )
-    if isinstance(mask, CausalBias):
+    if is_causal_bias(mask):
         raise TypeError(problem(f"{name} of type CausalBias", "a mask of its own elements", "is_causal=True"))
     if mask.dim() not in ranks:
         raise AssertionError(
