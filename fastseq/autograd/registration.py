@@ -32,6 +32,10 @@ def _wants_gradient(arguments: Sequence[Any]) -> bool:
     """Whether a graph is recorded; it is not where a Function calls the operator in its forward pass."""
     if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
         return True
+    return _is_reverse(arguments)
+
+
+def _is_reverse(arguments: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
 
 
@@ -83,6 +87,7 @@ def _recurrent_windows_backward(*arguments: Any) -> list[Tensor]:
 
 def _recurrent_dual(*arguments: Any) -> tuple[Tensor, ...]:
     sequence, (weights, *of_arguments, of_weights), constants = arguments[:6], arguments[6:11], arguments[11:]
+    constants = (*constants[:-1], constants[-1] or _is_reverse(arguments))  # save
     return dual.RecurrentDual.apply_here(*constants, *sequence, *weights, *of_arguments, *of_weights)
 
 
