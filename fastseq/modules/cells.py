@@ -49,8 +49,7 @@ class LSTMCell(Cell):
         ValueError: input or a state that has neither 1 nor 2 dimensions.
         RuntimeError: wrong sizes, mixed dtypes or devices; a third derivative, or forward mode over forward
             mode.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
-            and second derivatives.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
         weight_ih (4H, I), weight_hh (4H, H), bias_ih and bias_hh (4H): rows in the order i, f, g, o.
@@ -109,8 +108,7 @@ class GRUCell(Cell):
         ValueError: input or state that has neither 1 nor 2 dimensions.
         RuntimeError: wrong sizes, mixed dtypes or devices; a third derivative, or forward mode over forward
             mode.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
-            and second derivatives.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
         weight_ih (3H, I), weight_hh (3H, H), bias_ih and bias_hh (3H): rows in the order r, z, n.
@@ -172,8 +170,7 @@ class RNNCell(Cell):
         ValueError: input or state that has neither 1 nor 2 dimensions.
         RuntimeError: wrong sizes, mixed dtypes or devices, another nonlinearity; a third derivative, or
             forward mode over forward mode.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
-            and second derivatives.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
         weight_ih (H, I), weight_hh (H, H), bias_ih and bias_hh (H).
