@@ -145,7 +145,7 @@ def _recurrent_backward(op: Callable[..., Any], size: int, dims: Named, given: N
     letters = "".join(letter for letter, want in zip("rss", of_states, strict=True) if want)
     layout = _recurrent_layout(dims, given, letters)
     if "memory" in given:
-        in_windows = windows.steps_of(given["memory"])  # (D, bounds, B, size), else like output and saved
+        in_windows = windows.steps_of(given["memory"])  # (D, windows, B, size), else like output and saved
         of_h, of_c = (2, 2) if in_windows else (layout.arguments["input"], 1)
         layout = layout._replace(arguments={**layout.arguments, "kept_h": of_h, "kept_c": of_c})
     return at_once(op, size, dims, given, layout)

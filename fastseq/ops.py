@@ -46,9 +46,13 @@ from .dispatch import READS_TENSORS, library, nobody_listens, plain_device, regi
 #
 # save is "nothing", "gates", for the backward pass, or "states", c of an LSTM at every step: (D, rows, H).
 # With lengths the rows of saved, T*B whatever the lengths are, lie as the device's kernels like.
+#
+# grad_clip, truncate (see recurrent_backward) and memory (see windows.py) are of the gradients that autograd
+# gives the results; what is computed here does not depend on them.
 library.define(
     "recurrent(Tensor input, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, Tensor? h0, Tensor? c0, "
-    "Tensor[] weights, str mode, int directions, bool bias, bool batch_first, str save) "
+    "Tensor[] weights, str mode, int directions, bool bias, bool batch_first, str save, "
+    'float? grad_clip=None, int truncate=0, str memory="fast") '
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)"
 )
 # Returns [h, c of an LSTM, saved if `save`].
@@ -114,7 +118,7 @@ def _check_recurrent(
 
 
 def _recurrent_fake(
-    input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, batch_first, save
+    input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, batch_first, save, *_
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer = _check_recurrent(
         input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, save
@@ -123,7 +127,7 @@ def _recurrent_fake(
 
 
 def _run_layer(
-    run, input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, batch_first, save
+    run, input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, batch_first, save, *_
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checks, allocates, has run(layer, mode, input, ..., weights, save, output, h_n, c_n, saved) fill the
     results."""

@@ -36,7 +36,17 @@ from ..attention_checks import Arguments
 from ..attention_dual_ops import DualResults
 from ..checks import problem
 from ..dispatch import is_traced
-from .function import Backward, Function, each_entry, gradients, is_batched, needs_gradient, recording
+from .function import (
+    Backward,
+    Function,
+    each_entry,
+    gradients,
+    is_batched,
+    make_dual,
+    needs_gradient,
+    recording,
+    unpack_dual,
+)
 
 _TENSORS = 10  # of Arguments
 _NUMBERS = 6  # of those that follow
@@ -89,7 +99,8 @@ def differentiable(apply: Callable[..., Any], *arguments: Any) -> Sequence[Tenso
 
     Where arguments have tangents, the results and theirs come from one pass.
     """
-    duals = _unpack(arguments[:_TENSORS])
+    known = forward_ad._current_level >= 0 or apply != EagerAttention.apply  # a graph may know more
+    duals = _unpack(arguments[:_TENSORS]) if known else [(x, None) for x in arguments[:_TENSORS]]
     if all(tangent is None for _, tangent in duals):
         return apply(*arguments)
     primals, tangents = zip(*duals, strict=True)
@@ -101,17 +112,15 @@ def differentiable(apply: Callable[..., Any], *arguments: Any) -> Sequence[Tenso
         return apply(*arguments, *results)
     weights = results.weights
     if arguments[-2]:
-        weights = forward_ad.make_dual(weights, results.weights_tangent)
-    output = forward_ad.make_dual(results.output, results.output_tangent)
-    lse = forward_ad.make_dual(results.lse, results.lse_tangent)
+        weights = make_dual(weights, results.weights_tangent)
+    output = make_dual(results.output, results.output_tangent)
+    lse = make_dual(results.lse, results.lse_tangent)
     return output, lse, weights, results.remainder, results.normalizer
 
 
 def _unpack(tensors: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor | None]]:
     """Numbers and tangents of each, at the innermost level."""
-    if forward_ad._current_level < 0:
-        return [(x, None) for x in tensors]
-    return [(None, None) if x is None else tuple(forward_ad.unpack_dual(x)) for x in tensors]
+    return [(None, None) if x is None else tuple(unpack_dual(x)) for x in tensors]
 
 
 def _along(

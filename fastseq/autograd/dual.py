@@ -21,11 +21,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import dual_ops
 from ..checks import CELLS, problem
-from .function import Function, each_entry, is_batched, needed
+from .function import Function, each_entry, is_batched, make_dual, needed, unpack_dual
 
 Tensors = Sequence[Tensor | None]
 LOOP = "a loop of torch operations over time"  # what has all derivatives
@@ -234,7 +233,7 @@ def refuse_more(what: str, instead: str) -> NoReturn:
 
 def unpack(tensors: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Numbers and tangents of dual tensors, at the innermost level."""
-    pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in tensors]
+    pairs = [(None, None) if x is None else unpack_dual(x) for x in tensors]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
@@ -249,7 +248,7 @@ def in_one_pass(
     """What `recurrent` returns, as dual tensors. None where there are no tangents, and where gradients are
     recorded as well."""
     arguments = _arguments_of(sequence, weights)
-    if not (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()):
+    if not torch._C._is_fwd_grad_enabled():
         return None
     values, tangents = unpack(arguments)
     if all(x is None for x in tangents):
@@ -259,5 +258,5 @@ def in_one_pass(
     input, h0, c0, *weights = values
     made = forward((input, *sequence[1:4], h0, c0), weights, tangents, layer, batch_first, truncate, save)
     if not CELLS[layer[0]].cell_state:
-        return (*map(forward_ad.make_dual, made[:2], made[4:6]), *made[2:4])
-    return tuple(map(forward_ad.make_dual, made[:4], made[4:]))
+        return (*map(make_dual, made[:2], made[4:6]), *made[2:4])
+    return tuple(map(make_dual, made[:4], made[4:]))

@@ -16,7 +16,7 @@ from .. import ops
 from ..checks import CELLS
 from ..windows import recurrent_checkpoints, recurrent_windows_backward, steps_of
 from .function import Function, gradients, needed
-from .second import Gradients
+from .second import GradientsAlong
 
 
 def keeps_gates(memory: str, mode: str) -> bool:
@@ -95,5 +95,5 @@ def _backward_op(
     )
 
 
-class WindowsBackward(Gradients):
+class WindowsBackward(GradientsAlong):
     forward = staticmethod(_backward_op)

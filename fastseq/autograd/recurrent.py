@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from .. import ops
 from ..checks import CELLS
@@ -20,7 +19,7 @@ from ..dispatch import is_traced
 from . import dual
 from .function import Function, gradients, needed, needs_gradient, recording
 from .memory import RecurrentInWindows, keeps_gates
-from .second import Gradients
+from .second import Gradients, GradientsAlong
 
 
 def recurrent(
@@ -45,10 +44,8 @@ def recurrent(
     """
     sequence = (input, batch_sizes, lengths, resets, h0, c0)
     layer = (mode, directions, bias)
-    # Of these the operator does not know.
-    special = grad_clip is not None or truncate or not keeps_gates(memory, mode)
-    if (special or not is_traced()) and _is_recorded(input, h0, c0, *weights):
-        options = (batch_first, grad_clip, truncate)
+    options = (batch_first, grad_clip, truncate)
+    if not is_traced() and _is_recorded(input, h0, c0, *weights):
         result = None
         if _duals():
             result = dual.in_one_pass(sequence, weights, layer, batch_first, truncate, False)
@@ -59,7 +56,8 @@ def recurrent(
         elif result is None:
             result = RecurrentInWindows.apply(*sequence, *layer, *options, memory, *weights)
     else:
-        result = ops.recurrent(*sequence, weights, *layer, batch_first, "nothing")
+        of_gradients = (grad_clip, truncate, memory)
+        result = ops.recurrent(*sequence, weights, *layer, batch_first, "nothing", *of_gradients)
     return result[0], result[1], result[2]
 
 
@@ -81,13 +79,12 @@ def recurrent_cell(
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
-    # Within torch.func only its levels know what they differentiate.
-    return (not is_compiling() and is_traced()) or (recording() and needs_gradient(*tensors))
+    return recording() and needs_gradient(*tensors)
 
 
 def _duals() -> bool:
-    """Whether tensors may have tangents. torch.compile takes no Function that knows of them."""
-    return not is_compiling() and forward_ad._current_level >= 0
+    """Whether tensors may have tangents."""
+    return forward_ad._current_level >= 0
 
 
 def _backward_op(
@@ -246,26 +243,8 @@ class _RecurrentCellAlong(_RecurrentCell):
         return (h, c.squeeze(0), None) if CELLS[ctx.mode].cell_state else (h, None)
 
 
-class _RecurrentBackwardAlong(_RecurrentBackward):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        _RecurrentBackward.setup_context(ctx, inputs, outputs)
-        ctx.save_for_forward(*inputs[6:])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        mode, directions, bias, grad_clip, truncate = ctx.constants
-        layer, tangents = (mode, directions, bias), tangents[6:]
-        along = [tangents[3], *tangents[7:9], *tangents[11:]]
-        with forward_ad._set_fwd_grad_enabled(True):
-            values, _ = dual.unpack(ctx.saved_tensors)
-            grads, sequence, weights = values[:3], values[3:9], values[11:]
-            made = dual.forward(sequence, weights, along, layer, False, truncate, True)
-            states = (made[0], made[3], made[4], made[7])
-            none = [False] * len(along)
-            arguments = (sequence, weights, states, along, layer, grad_clip, truncate)
-            _, second = dual.backward(grads, tangents[:3], *arguments, none, ctx.wanted)
-        return tuple(x for x in second if x is not None)
+class _RecurrentBackwardAlong(GradientsAlong):
+    forward = staticmethod(_backward_op)
 
 
 def _tangents(

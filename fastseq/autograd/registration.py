@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import attention_dual_ops, attention_ops, dual_ops, ops, windows
 from ..attention_checks import Arguments, refuse_trained_slopes
@@ -24,15 +23,16 @@ from .attention import (
     differentiable,
     second_derivatives,
 )
-from .memory import WindowsBackward
+from .function import has_tangent
+from .memory import RecurrentInWindows, WindowsBackward, keeps_gates
 from .recurrent import _RecurrentAlong, _RecurrentBackwardAlong, _RecurrentCellAlong
 
 
 def _wants_gradient(arguments: Sequence[Any]) -> bool:
     """Whether a graph is recorded; it is not where a Function calls the operator in its forward pass."""
-    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         return True
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+    return torch._C._is_fwd_grad_enabled() and has_tangent(arguments)
 
 
 def register(name: str, module: Any, differentiable: Callable[..., Any]) -> None:
@@ -54,12 +54,15 @@ def register(name: str, module: Any, differentiable: Callable[..., Any]) -> None
 
 
 def _recurrent(*arguments: Any) -> tuple[Tensor, ...]:
-    *sequence, weights, mode, directions, bias, batch_first, save = arguments
-    layer = (mode, directions, bias)
-    results = dual.in_one_pass(sequence, weights, layer, batch_first, 0, save != "nothing")
-    if results is None:
-        results = _RecurrentAlong.apply_here(*sequence, *layer, batch_first, None, 0, *weights)
-    output, h_n, c_n, saved = results
+    sequence, (weights, *layer, batch_first, save, grad_clip, truncate, memory) = arguments[:6], arguments[6:]
+    mode, options = layer[0], (batch_first, grad_clip, truncate)
+    results = dual.in_one_pass(sequence, weights, layer, batch_first, truncate, save != "nothing")
+    # Forward mode keeps gates, whatever `memory` is.
+    if results is None and (save != "nothing" or keeps_gates(memory, mode) or has_tangent(arguments)):
+        results = _RecurrentAlong.apply_here(*sequence, *layer, *options, *weights)
+    elif results is None:
+        results = RecurrentInWindows.apply_here(*sequence, *layer, *options, memory, *weights)
+    output, h_n, c_n, saved = results[:4]
     if save == "states" and CELLS[mode].cell_state:
         return output, h_n, c_n, saved[:, :, -1]
     return output, h_n, c_n, saved if save == "gates" else saved.new_empty(0)

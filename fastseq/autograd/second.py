@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..checks import problem
 from . import dual
@@ -49,6 +50,30 @@ class Gradients(Function):
         of_grads, (of_input, of_h0, of_c0, *of_weights) = grads[:3], grads[3:]
         of_sequence = (of_input, None, None, None, of_h0, of_c0)
         return (*[None] * count, *of_grads, *of_sequence, None, None, *of_weights)
+
+
+class GradientsAlong(Gradients):
+    """The same in forward mode."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        Gradients.setup_context(ctx, inputs, outputs)
+        ctx.save_for_forward(*inputs[len(ctx.constants) + 1 :])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        mode, directions, bias, grad_clip, truncate = ctx.constants[:5]
+        layer, tangents = (mode, directions, bias), tangents[len(ctx.constants) + 1 :]
+        along = [tangents[3], *tangents[7:9], *tangents[11:]]
+        with forward_ad._set_fwd_grad_enabled(True):  # for the levels outside of this one
+            values, _ = dual.unpack(ctx.saved_tensors)
+            grads, sequence, weights = values[:3], values[3:9], values[11:]
+            made = dual.forward(sequence, weights, along, layer, False, truncate, True)
+            states = (made[0], made[3], made[4], made[7])
+            none = [False] * len(along)
+            arguments = (sequence, weights, states, along, layer, grad_clip, truncate)
+            _, second = dual.backward(grads, tangents[:3], *arguments, none, ctx.wanted)
+        return tuple(x for x in second if x is not None)
 
 
 class _Second(Function):
