@@ -8,8 +8,10 @@ backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -98,6 +100,7 @@ def _backward_op(
     truncate: int,
     wanted: Sequence[bool],
     *tensors: Any,
+    keep: bool = False,
 ) -> tuple[Tensor, ...]:
     grads, sequence, (output, saved, *weights) = tensors[:3], tensors[3:9], tensors[9:]
     grad_output, grad_h_n, grad_c_n = grads
@@ -118,12 +121,22 @@ def _backward_op(
             grad_clip,
             truncate,
             wanted,
+            *((True,) if keep else ()),
         )
     )
 
 
 def _backward_function() -> type[Function]:
     return _RecurrentBackwardAlong if _duals() else _RecurrentBackward
+
+
+def _keeps(input: Tensor, grad_clip: float | None) -> bool:
+    """Whether second derivatives will be made of what both passes keep. torch.func and torch.compile see
+    operators, which keep nothing."""
+    if grad_clip is not None or not torch.is_grad_enabled() or is_traced():
+        return False
+    kernels = ops.KERNELS.get(input.device.type)
+    return kernels is not None and kernels.keeps
 
 
 class _Recurrent(Function):
@@ -163,9 +176,11 @@ class _Recurrent(Function):
         saved_tensors = ctx.saved_tensors
         needs = needed(ctx)
         wanted = [needs[0], needs[4], needs[5], *needs[12:]]
-        grads = gradients(
-            _backward_function(), (grad_output, grad_h_n, grad_c_n), saved_tensors, ctx.constants, wanted
-        )
+        function = _backward_function()
+        if function is _RecurrentBackward and _keeps(saved_tensors[0], ctx.constants[3]):
+            function = _RecurrentBackwardKept
+        grads_of = (grad_output, grad_h_n, grad_c_n)
+        grads = gradients(function, grads_of, saved_tensors, ctx.constants, wanted)
         grad_input, grad_h0, grad_c0, *grad_weights = grads
         return grad_input, None, None, None, grad_h0, grad_c0, *[None] * 6, *grad_weights
 
@@ -209,6 +224,10 @@ class _RecurrentBackward(Gradients):
     forward = staticmethod(_backward_op)
 
 
+class _RecurrentBackwardKept(Gradients):
+    forward = staticmethod(partial(_backward_op, keep=True))
+
+
 # ---- the same in forward mode ----
 #
 # These take dual tensors, where gradients may be wanted as well. What is saved for the backward pass has
@@ -250,7 +269,7 @@ class _RecurrentBackwardAlong(_RecurrentBackward):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         _RecurrentBackward.setup_context(ctx, inputs, outputs)
-        ctx.save_for_forward(*inputs[6:])
+        ctx.save_for_forward(None, *inputs[6:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -258,7 +277,7 @@ class _RecurrentBackwardAlong(_RecurrentBackward):
         layer, tangents = (mode, directions, bias), tangents[6:]
         along = [tangents[3], *tangents[7:9], *tangents[11:]]
         with forward_ad._set_fwd_grad_enabled(True):
-            values, _ = dual.unpack(ctx.saved_tensors)
+            values, _ = dual.unpack(ctx.saved_tensors[1:])
             grads, sequence, weights = values[:3], values[3:9], values[11:]
             made = dual.forward(sequence, weights, along, layer, False, truncate, True)
             states = (made[0], made[3], made[4], made[7])

@@ -17,16 +17,20 @@ class Gradients(Function):
 
     forward takes constants, which begin with mode, directions, bias, grad_clip and truncate; a list that
     says which gradients of input, h0, c0 and weights are wanted; grad_output, grad_h_n, grad_c_n; the
-    sequence; two tensors that the forward pass saved; and the weights. Second derivatives make what was saved
-    again, with its tangent, and so do not depend on how much it was.
+    sequence; two tensors that the forward pass saved; and the weights. It returns the gradients, and it may
+    return the gradient of h at every step as well (see fastseq.ops). If so, the two tensors are output and
+    gates, and second derivatives are made of tangents alone. If not, they make what was saved again, with its
+    tangent, and so do not depend on how much it was.
     """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         count = next(i for i, given in enumerate(inputs) if isinstance(given, (list, tuple)))
         ctx.constants, ctx.wanted = inputs[:count], inputs[count]
-        ctx.save_for_backward(*inputs[count + 1 :])
+        kept = outputs[sum(ctx.wanted) :]
+        ctx.save_for_backward(*(kept or (None,)), *inputs[count + 1 :])
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*kept)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
@@ -68,11 +72,15 @@ class _Second(Function):
         wanted: Sequence[bool],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        count = (len(tensors) - 14) // 2 + 3  # arguments
-        along, tensors = tensors[:count], tensors[count:]
+        count = (len(tensors) - 15) // 2 + 3  # arguments
+        along, grad_hidden, tensors = tensors[:count], tensors[count], tensors[count + 1 :]
         grads, sequence, weights = list(tensors[:3]), tensors[3:9], tensors[11:]
         layer, of_arguments = (mode, directions, bias), any(wanted[3:])
-        made = dual.forward(sequence, weights, along, layer, False, truncate, of_arguments)
+        if grad_hidden is None:
+            made = dual.forward(sequence, weights, along, layer, False, truncate, of_arguments)
+        else:
+            known = (sequence, weights, *tensors[9:11])
+            made = dual.tangents_of_known(*known, along, layer, truncate, of_arguments)
         of_grads = list(made[4:7])
         if dual.is_one_step(sequence):
             of_grads = [made[4].squeeze(0), None, made[6].squeeze(0)]
@@ -81,7 +89,7 @@ class _Second(Function):
             states = (made[0], made[3], made[4], made[7])
             nothing, none = [None] * 3, [False] * count
             arguments = (sequence, weights, states, along, layer, None, truncate)
-            _, second = dual.backward(grads, nothing, *arguments, none, wanted[3:])
+            _, second = dual.backward(grads, nothing, *arguments, none, wanted[3:], grad_hidden)
             results += [x for x in second if x is not None]
         return tuple(results)
 
