@@ -286,6 +286,5 @@ def in_one_pass(
         return None
     input, h0, c0, *weights = values
     made = forward((input, *sequence[1:4], h0, c0), weights, tangents, layer, batch_first, truncate, save)
-    if not CELLS[layer[0]].cell_state:
-        return (*map(forward_ad.make_dual, made[:2], made[4:6]), *made[2:4])
-    return tuple(map(forward_ad.make_dual, made[:4], made[4:]))
+    # Of what is empty there is no tangent.
+    return tuple(forward_ad.make_dual(x, u) if x.dim() > 1 else x for x, u in zip(made, made[4:], strict=False))

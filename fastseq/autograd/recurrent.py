@@ -133,8 +133,12 @@ def _backward_function() -> type[Function]:
 def _keeps(input: Tensor, grad_clip: float | None) -> bool:
     """Whether second derivatives will be made of what both passes keep. torch.func and torch.compile see
     operators, which keep nothing."""
-    if grad_clip is not None or not torch.is_grad_enabled() or is_traced():
-        return False
+    recorded = torch.is_grad_enabled() and not is_traced()
+    return recorded and grad_clip is None and _are_readable(input)
+
+
+def _are_readable(input: Tensor) -> bool:
+    """Whether the operators of tangents read what the forward pass has kept."""
     kernels = ops.KERNELS.get(input.device.type)
     return kernels is not None and kernels.keeps
 
@@ -278,9 +282,17 @@ class _RecurrentBackwardAlong(_RecurrentBackward):
         along = [tangents[3], *tangents[7:9], *tangents[11:]]
         with forward_ad._set_fwd_grad_enabled(True):
             values, _ = dual.unpack(ctx.saved_tensors[1:])
-            grads, sequence, weights = values[:3], values[3:9], values[11:]
-            made = dual.forward(sequence, weights, along, layer, False, truncate, True)
-            states = (made[0], made[3], made[4], made[7])
+            grads, sequence, kept, weights = values[:3], values[3:9], values[9:11], values[11:]
+            states = (*kept, *tangents[9:11])
+            if CELLS[mode].saved == 0:  # an empty tensor
+                states = (*states[:3], kept[1])
+            readable = _are_readable(sequence[0]) and not dual.is_one_step(sequence)
+            if truncate or not readable or any(x is None for x in states):
+                if readable:
+                    made = dual.tangents_of_known(sequence, weights, *kept, along, layer, truncate, True)
+                else:
+                    made = dual.forward(sequence, weights, along, layer, False, truncate, True)
+                states = (made[0], made[3], made[4], made[7])
             none = [False] * len(along)
             arguments = (sequence, weights, states, along, layer, grad_clip, truncate)
             _, second = dual.backward(grads, tangents[:3], *arguments, none, ctx.wanted)
