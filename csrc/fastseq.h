@@ -79,6 +79,9 @@ struct RecurrentDirection {
   void* grad_weight_hr;
   void* grad_h0;
   void* grad_c0;
+  // [rows, R], in the dtype of sums (float, or double beside float64): the whole gradient of h at every step, before it
+  // is bounded. Null: not wanted; read where args.known.
+  void* grad_hidden;
 };
 
 // The tensors of a layer; or their tangents, each of the shape and dtype of its tensor.
@@ -117,6 +120,9 @@ struct RecurrentArgs : RecurrentTensors {
   // The tangents of all these, or null: not wanted. What the passes read counts as zero where it is null, but for
   // output and saved; h_n, c_n, output and, where args have them, saved are written too.
   const RecurrentTensors* tangents;
+  // With tangents: only these are made, the numbers' output and saved are read, not written, and so is, by the backward
+  // pass, grad_hidden. c_n of the numbers is scratch; of the gradients those of tangents alone are wanted.
+  bool known;
 };
 
 // ---- attention ----

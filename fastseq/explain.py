@@ -289,7 +289,7 @@ def _read_cell(names: dict[int, str], arguments: Sequence[Any], results: Sequenc
 
 
 def _read_gradients(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:
-    a = ops.Backward(*arguments[:-1])
+    a, *_ = ops.split_backward(arguments)
     one_step = a.batch_sizes is None and a.input.dim() == 2
     layer = check_layer(a.input, *a[4:5], *a[7:10], a.mode, a.directions, a.bias, one_step)
     options = _options(a.lengths, a.resets, a.grad_clip, a.truncate)

@@ -138,14 +138,16 @@ def padded_backward(
     grad_clip: float | None,
     truncate: int,
     grads: Sequence[Tensor | None],
+    *kept: Tensor | None,
 ) -> None:
-    """Has run(...), which takes what this does and batch_sizes before lengths, fill `grads`."""
+    """Has run(...), which takes what this does and batch_sizes before lengths, fill `grads`, and what is
+    `kept`, whose rows lie as those of saved."""
     p = packing(lengths, layer.steps)
     bounds: tuple[Any, ...] = (grad_clip, truncate)
     if p is None:
         gradients = (grad_output, grad_h_n, grad_c_n)
         states = (resets, h0, c0, weights, output, saved)
-        run(layer, mode, *gradients, input, None, None, *states, *bounds, grads)
+        run(layer, mode, *gradients, input, None, None, *states, *bounds, grads, *kept)
         return
     grad_input, grad_h0, grad_c0, *grad_weights = grads
     packed_input = p.packed(input)
@@ -171,6 +173,7 @@ def padded_backward(
             p.of_state(grad_c0),
             *grad_weights,
         ],
+        *kept,
     )
     if grad_input is not None:
         p.pad(packed[0], grad_input)

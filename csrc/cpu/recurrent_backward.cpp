@@ -245,7 +245,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
         meet();
         product(state.projection, kOnly, own_units, rows,
                 state.d_output + chunk_row * kPlanes * pass.width_stride, pass.width_stride, state.dm,
-                pass.hidden_stride, false);
+                pass.hidden_stride, false, true);
       }
       run_cell(t, rows, chunk_row);
       meet();
@@ -259,7 +259,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
       const bool of_h0 = tensors.grad_h0 || tensors_of(kPlanes - 1).grad_h0;
       if ((time(t) > 0 || of_h0) && !none_cross) {
         product(state.recurrent_first, cell.recurrent_grad, own_outputs, rows, gradients, pass.d_stride,
-                state.dh, pass.width_stride, cell.direct);
+                state.dh, pass.width_stride, cell.direct, !args.known);
       }
       if (crossing.truncated || crossing.reset) cut_states(crossing, rows);
       backwards = !backwards;
@@ -284,21 +284,29 @@ class Backward : BackwardLayout<S, O, kPlanes> {
     static constexpr int kOnly[] = {0};  // of a weight of one segment
 
     // to = (to +) sum over the panels' segments of d[segment] * U, for own columns; block[segment] is where the
-    // segment's gradient lies in d.
+    // segment's gradient lies in d. `numbers`: whether they are wanted, or tangents alone.
     void product(const Panels<O> (&panels)[kPlanes], const int* block, Range own, Range rows, const O* from,
-                 int64_t from_stride, Scalar* to, int64_t to_stride, bool add) {
+                 int64_t from_stride, Scalar* to, int64_t to_stride, bool add, bool numbers) {
       for_each_block(own, backwards, [&](int64_t j) {
         multiply_both(panels, block, j, rows, from, from_stride,
-                      to + rows.begin * kPlanes * to_stride + panels[0].blocks.begin(j), to_stride, add);
+                      to + rows.begin * kPlanes * to_stride + panels[0].blocks.begin(j), to_stride, add,
+                      numbers);
       });
     }
 
     // Of `rows`, each with its planes.
     void multiply_both(const Panels<O> (&panels)[kPlanes], const int* block, int64_t j, Range r,
-                       const O* from, int64_t from_stride, Scalar* sums, int64_t sums_stride, bool add) {
+                       const O* from, int64_t from_stride, Scalar* sums, int64_t sums_stride, bool add,
+                       bool numbers) {
       const O* const a = from + r.begin * kPlanes * from_stride;
-      multiply_segments(panels[0], block, j, kPlanes * r.size(), a, from_stride, sums, sums_stride, add);
+      if (numbers) {
+        multiply_segments(panels[0], block, j, kPlanes * r.size(), a, from_stride, sums, sums_stride, add);
+      }
       if constexpr (kPlanes == 2) {  // d' U + d U'
+        if (!numbers) {
+          multiply_segments(panels[0], block, j, r.size(), a + from_stride, 2 * from_stride,
+                            sums + sums_stride, 2 * sums_stride, add);
+        }
         if (!panels[1].data) return;
         multiply_segments(panels[1], block, j, r.size(), a, 2 * from_stride, sums + sums_stride,
                           2 * sums_stride, true);
@@ -321,6 +329,12 @@ class Backward : BackwardLayout<S, O, kPlanes> {
       }
     }
 
+    // Of row 0 of step t; see RecurrentDirection.
+    Scalar* kept_at(int64_t t) const {
+      return tensors.grad_hidden ? static_cast<Scalar*>(tensors.grad_hidden) + steps.offset(t) * pass.width()
+                                 : nullptr;
+    }
+
     const S* grad_output_at(int64_t t, int p) const {
       const auto& grad_output = pass.plane(p).grad_output;
       if (!grad_output.data) return nullptr;
@@ -331,17 +345,21 @@ class Backward : BackwardLayout<S, O, kPlanes> {
     void sum_output_gradient(int64_t t, Range rows, int64_t chunk_row) {
       const bool clips = args.grad_clip >= 0;
       const Clip<V> clip{V(Scalar(args.grad_clip))};
+      Scalar* const kept = kept_at(t);
       for (int64_t j = own_outputs.begin; j < own_outputs.end; ++j) {
         const int64_t column = pass.outputs.begin(j);
         for (int64_t b = rows.begin; b < rows.end; ++b) {
           for_each_vector<kWidth>(1, pass.outputs.size(j), [&](int64_t, int64_t i, int64_t n) FS_BODY {
             auto sum = P::of([&](int p) FS_BODY {
+              Scalar* const kept_row = kept ? kept + b * pass.width() + column + i : nullptr;
+              if (kPlanes == 2 && p == 0 && kept) return load_upto<V>(kept_row, n);
               V sum = load<V>(state.dh + (b * kPlanes + p) * pass.width_stride + column + i);
               if (const S* const grad_output = grad_output_at(t, p)) {
                 const int64_t* const stride = pass.plane(p).grad_output.stride;
                 sum = sum +
                       load_strided<V>(grad_output + b * stride[1] + (column + i) * stride[2], stride[2], n);
               }
+              if (kPlanes == 1 && kept) store_upto(kept_row, sum, n);
               return sum;
             });
             if (clips) sum = clip(sum);
@@ -384,6 +402,8 @@ class Backward : BackwardLayout<S, O, kPlanes> {
       tile.operand = state.operand ? state.operand + row * pass.hidden_stride + unit : nullptr;
       tile.operand_stride = pass.hidden_stride;
       tile.d_operand = nullptr, tile.d_operand_stride = 0;
+      Scalar* const kept = projected ? nullptr : kept_at(t);
+      tile.kept = kept ? kept + r.begin * pass.width() + unit : nullptr, tile.kept_stride = pass.width();
       tile.clips = args.grad_clip >= 0;
       tile.dc_bound = Scalar(args.grad_clip);
       // That of a projected state is bounded before it goes through the projection.
@@ -405,7 +425,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
           StepGradTile<S, O, kPlanes> first = tile(t, r, chunk_row, j);
           first.d_operand = sums.data, first.d_operand_stride = state.recurrent_rest[0].columns(j);
           multiply_both(state.recurrent_rest, cell.recurrent_grad + cell.first_gates, j, r, gradients,
-                        pass.d_stride, sums.data, first.d_operand_stride, false);
+                        pass.d_stride, sums.data, first.d_operand_stride, false, true);
           cell.first_grad(first);
         });
       }

@@ -86,7 +86,11 @@ class Forward : RecurrentPass<S, O, kPlanes> {
       for (int p = 0; p < phases(); ++p) {
         const int first = p == 0 ? 0 : cell.first_gates;
         const int gates = (p == 0 ? cell.first_gates : cell.gates) - first;
-        state.phase[p] = {first, gates, p == phases() - 1 ? cell.step : cell.first, {}, {}};
+        const bool last = p == phases() - 1;
+        const auto run = args.known ? last ? cell.step_along : cell.first_along
+                         : last     ? cell.step
+                                    : cell.first;
+        state.phase[p] = {first, gates, run, {}, {}};
         Phase& phase = state.phase[p];
         for (int i = 0; i < kPlanes; ++i) {
           const RecurrentDirection& t = plane(i).direction[d];
@@ -103,8 +107,10 @@ class Forward : RecurrentPass<S, O, kPlanes> {
       for (O*& buffer : state.state) buffer = arena.take<O>(kPlanes * batch * state_stride);
       state.middle =
           args.proj_size || phases() == 2 ? arena.take<O>(kPlanes * batch * middle_stride) : nullptr;
-      const bool stand_in = phases() == 2 && !args.direction[d].saved;
-      for (S*& step : state.saved_step) step = stand_in ? arena.take<S>(batch * slots() * hidden) : nullptr;
+      for (int i = 0; i < kPlanes; ++i) {
+        const bool stand_in = phases() == 2 && !plane(i).direction[d].saved;
+        state.saved_step[i] = stand_in ? arena.take<S>(batch * slots() * hidden) : nullptr;
+      }
     }
     const int64_t rows = plan.direction_parts * plan.batch_parts * chunk_rows * kPlanes;
     projected_input = arena.take<Scalar>(rows * cell.gates * units.count() * units.width);
@@ -344,11 +350,12 @@ class Forward : RecurrentPass<S, O, kPlanes> {
     }
 
     // The same of `rows` rows and their tangents, which follow each its row: by the product's rule, with the tangents
-    // of weights and biases where there are any. `tangents`: whether a has any.
+    // of weights and biases where there are any. `tangents`: whether a has any. Of known numbers the rows are left out.
     void fill_both(const Panels<O> (&panels)[kPlanes], int64_t j, int64_t rows, const O* a, int64_t stride,
                    bool tangents, Scalar* to) {
       const int64_t columns = panels[0].columns(j);
-      for (int64_t row = 0; row < kPlanes * rows; ++row) {
+      const int first = args.known ? 1 : 0;
+      for (int64_t row = first; row < kPlanes * rows; row += 1 + first) {
         const Scalar* const bias = panels[row % kPlanes].bias_at(j);
         if (bias) {
           std::memcpy(to + row * columns, bias, size_t(columns) * sizeof(Scalar));
@@ -356,14 +363,18 @@ class Forward : RecurrentPass<S, O, kPlanes> {
           std::memset(to + row * columns, 0, size_t(columns) * sizeof(Scalar));
         }
       }
-      const auto add = [&](const Panels<O>& weight, int64_t count, int every, Scalar* sums) {
+      const auto add = [&](const Panels<O>& weight, int64_t count, int every, const O* from, Scalar* sums) {
         multiply<O>(weight.cut(j), count,
-                    {pairs<O>(weight.depth), elements(a), row_elements<O>(every * stride), 1, weight.at(j),
+                    {pairs<O>(weight.depth), elements(from), row_elements<O>(every * stride), 1, weight.at(j),
                      sums, every * columns, sums, every * columns});
       };
-      add(panels[0], tangents ? kPlanes * rows : rows, tangents ? 1 : kPlanes, to);
+      if (!args.known) {
+        add(panels[0], tangents ? kPlanes * rows : rows, tangents ? 1 : kPlanes, a, to);
+      } else if (tangents) {
+        add(panels[0], rows, kPlanes, a + stride, to + columns);
+      }
       if (const Panels<O>& weight = panels[kPlanes - 1]; weight.data)
-        add(weight, rows, kPlanes, to + columns);
+        add(weight, rows, kPlanes, a, to + columns);
     }
 
     void take_step(int64_t t, int64_t chunk_row, int64_t chunk_rows) {
@@ -486,8 +497,11 @@ class Forward : RecurrentPass<S, O, kPlanes> {
             S* const output = output_at(t, p);
             const int64_t output_stride = pass.plane(p).output.stride[1];
             for_each_vector<kWidth>(r.size(), n, [&](int64_t row, int64_t i, int64_t valid) FS_BODY {
-              const auto h = load<Vec<Scalar>>(sums.data + (row * kPlanes + p) * columns + i);
-              store_upto(output + (r.begin + row) * output_stride + column + i, h, valid);
+              S* const to = output + (r.begin + row) * output_stride + column + i;
+              const bool known = args.known && p == 0;
+              const auto h = known ? load_upto<Vec<Scalar>>(to, valid)
+                                   : load<Vec<Scalar>>(sums.data + (row * kPlanes + p) * columns + i);
+              if (!known) store_upto(to, h, valid);
               store_upto(h_next + ((r.begin + row) * kPlanes + p) * pass.state_stride + column + i,
                          rounded<S>(h), valid);
             });

@@ -1,7 +1,8 @@
 """Derivatives along a direction, and second derivatives, of recurrent layers and cells.
 
 With y = F(x) and the gradients B(x, v) = J(x)^T v, two operators make all of them (see fastseq.dual_ops): the
-dual forward pass, F and its tangent J(x) x', and the dual backward pass, B and its tangent.
+dual forward pass, F and its tangent J(x) x', and the dual backward pass, B and its tangent. Where the
+numbers are known, because the passes without tangents kept them, both make the tangent alone.
 
     jvp of F       the dual forward pass
     jvp of B       the dual backward pass
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .. import dual_ops
+from .. import dual_ops, ops
 from ..checks import CELLS, problem
 from .function import Function, each_entry, is_batched, make_dual, needed, unpack_dual
 
@@ -36,6 +37,12 @@ def _as_sequence(tensor: Tensor | None) -> Tensor | None:
 
 def is_one_step(sequence: Tensors) -> bool:
     return sequence[0].dim() == 2 and sequence[1] is None
+
+
+def are_readable(input: Tensor) -> bool:
+    """Whether the operators of tangents read what the forward pass has kept."""
+    kernels = ops.KERNELS.get(input.device.type)
+    return kernels is not None and kernels.keeps
 
 
 def forward(
@@ -62,6 +69,29 @@ def forward(
     )
 
 
+def tangents_of_known(
+    sequence: Tensors,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    saved: Tensor,
+    tangents: Tensors,
+    layer: tuple[str, int, bool],
+    truncate: int,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    """What forward() returns, of a layer whose output and gates are there; None for other numbers."""
+    if any(map(is_batched, tangents)):
+        options = (layer, truncate, save)
+        along = each_entry(
+            lambda entry: tangents_of_known(sequence, weights, output, saved, entry, *options)[4:], tangents
+        )
+    else:
+        of_arguments, of_weights = tangents[:3], list(tangents[3:])
+        given = (*sequence, list(weights), output, saved, *of_arguments, of_weights)
+        along = dual_ops.recurrent_tangents(*given, *layer, truncate, save)
+    return output, None, None, saved, *along
+
+
 def backward(
     cotangents: Tensors,
     cotangents_tangents: Tensors,
@@ -74,18 +104,21 @@ def backward(
     truncate: int,
     wanted: Sequence[bool],
     wanted_tangents: Sequence[bool],
+    grad_hidden: Tensor | None = None,
 ) -> list[list[Tensor | None]]:
     """The gradients, and the tangents of gradients, of input, h0, c0, *weights; None where not wanted.
 
     cotangents: of output, h_n, c_n. results: output, saved, output_tangent, saved_tangent, of a sequence.
+    grad_hidden: see recurrent_dual_backward.
     """
     moving = (*cotangents, *cotangents_tangents, *results[2:], *tangents)
     if any(map(is_batched, moving)):
-        values, options = results[:2], (layer, grad_clip, truncate, wanted, wanted_tangents)
+        bounds, options = (layer, grad_clip, truncate), (wanted, wanted_tangents, grad_hidden)
+        values = results[:2]
 
         def of_entry(moving: Tensors) -> Tensors:
             states, along = (*values, *moving[6:8]), moving[8:]
-            planes = backward(moving[:3], moving[3:6], sequence, weights, states, along, *options)
+            planes = backward(moving[:3], moving[3:6], sequence, weights, states, along, *bounds, *options)
             return [*planes[0], *planes[1]]
 
         grads = each_entry(of_entry, moving)
@@ -113,6 +146,7 @@ def backward(
             truncate,
             list(wanted),
             list(wanted_tangents),
+            *(() if grad_hidden is None else (grad_hidden,)),
         )
     )
     planes = [[next(grads) if want else None for want in plane] for plane in (wanted, wanted_tangents)]
@@ -191,13 +225,13 @@ class RecurrentDualBackward(Function):
 
     @staticmethod
     def forward(constants: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        count = (len(tensors) - 19) // 2  # weights
+        count = (len(tensors) - 20) // 2  # weights
         before, weights, rest = tensors[:12], tensors[12 : 12 + count], tensors[12 + count :]
         results, of_arguments, of_weights = rest[:2], rest[2:5], rest[5 : 5 + count]
-        tangents = (*of_arguments, list(of_weights), *rest[5 + count :])
-        return tuple(
-            dual_ops.recurrent_dual_backward(*before, list(weights), *results, *tangents, *constants)
-        )
+        *of_results, grad_hidden = rest[5 + count :]
+        tangents = (*of_arguments, list(of_weights), *of_results)
+        given = (*before, list(weights), *results, *tangents, *constants)
+        return tuple(dual_ops.recurrent_dual_backward(*given, grad_hidden))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -257,6 +291,5 @@ def in_one_pass(
         return None
     input, h0, c0, *weights = values
     made = forward((input, *sequence[1:4], h0, c0), weights, tangents, layer, batch_first, truncate, save)
-    if not CELLS[layer[0]].cell_state:
-        return (*map(make_dual, made[:2], made[4:6]), *made[2:4])
-    return tuple(map(make_dual, made[:4], made[4:]))
+    # Of what is empty there is no tangent.
+    return tuple(make_dual(x, u) if x.dim() > 1 else x for x, u in zip(made, made[4:], strict=False))

@@ -153,7 +153,13 @@ def gradients(
     constants: tuple[Any, ...],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of all that `wanted` tells of, None where not wanted."""
+    """The gradients of all that `wanted` tells of, None where not wanted.
+
+    And where no gradient comes in: as to a layer in the second derivative of its gradients, which go by its
+    output.
+    """
+    if all(grad is None for grad in grad_outputs):
+        return [None] * len(wanted)
     if not is_compiling() and any(map(is_batched, grad_outputs)):
         return each_entry(lambda entry: gradients(function, entry, tensors, constants, wanted), grad_outputs)
     if not is_compiling():  # what torch.func.vjp has saved outlives its transform

@@ -8,8 +8,10 @@ backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -19,7 +21,7 @@ from ..dispatch import is_traced
 from . import dual
 from .function import Function, gradients, needed, needs_gradient, recording
 from .memory import RecurrentInWindows, keeps_gates
-from .second import Gradients, GradientsAlong
+from .second import Gradients, GradientsAlong, gradients_along
 
 
 def recurrent(
@@ -95,6 +97,7 @@ def _backward_op(
     truncate: int,
     wanted: Sequence[bool],
     *tensors: Any,
+    keep: bool = False,
 ) -> tuple[Tensor, ...]:
     grads, sequence, (output, saved, *weights) = tensors[:3], tensors[3:9], tensors[9:]
     grad_output, grad_h_n, grad_c_n = grads
@@ -115,12 +118,20 @@ def _backward_op(
             grad_clip,
             truncate,
             wanted,
+            *((True,) if keep else ()),
         )
     )
 
 
 def _backward_function() -> type[Function]:
     return _RecurrentBackwardAlong if _duals() else _RecurrentBackward
+
+
+def _keeps(input: Tensor, grad_clip: float | None) -> bool:
+    """Whether second derivatives will be made of what both passes keep. torch.func and torch.compile see
+    operators, which keep nothing."""
+    recorded = torch.is_grad_enabled() and not is_traced()
+    return recorded and grad_clip is None and dual.are_readable(input)
 
 
 class _Recurrent(Function):
@@ -160,9 +171,11 @@ class _Recurrent(Function):
         saved_tensors = ctx.saved_tensors
         needs = needed(ctx)
         wanted = [needs[0], needs[4], needs[5], *needs[12:]]
-        grads = gradients(
-            _backward_function(), (grad_output, grad_h_n, grad_c_n), saved_tensors, ctx.constants, wanted
-        )
+        function = _backward_function()
+        if function is _RecurrentBackward and _keeps(saved_tensors[0], ctx.constants[3]):
+            function = _RecurrentBackwardKept
+        grads_of = (grad_output, grad_h_n, grad_c_n)
+        grads = gradients(function, grads_of, saved_tensors, ctx.constants, wanted)
         grad_input, grad_h0, grad_c0, *grad_weights = grads
         return grad_input, None, None, None, grad_h0, grad_c0, *[None] * 6, *grad_weights
 
@@ -206,6 +219,10 @@ class _RecurrentBackward(Gradients):
     forward = staticmethod(_backward_op)
 
 
+class _RecurrentBackwardKept(Gradients):
+    forward = staticmethod(partial(_backward_op, keep=True))
+
+
 # ---- the same in forward mode ----
 #
 # These take dual tensors, where gradients may be wanted as well. What is saved for the backward pass has
@@ -245,6 +262,7 @@ class _RecurrentCellAlong(_RecurrentCell):
 
 class _RecurrentBackwardAlong(GradientsAlong):
     forward = staticmethod(_backward_op)
+    jvp = staticmethod(partial(gradients_along, of_gates=True))
 
 
 def _tangents(

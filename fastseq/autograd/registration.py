@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import attention_dual_ops, attention_ops, dual_ops, ops, windows
 from ..attention_checks import Arguments, refuse_trained_slopes
-from ..checks import CELLS
+from ..checks import CELLS, problem
 from ..dispatch import library, nobody_listens
 from . import dual
 from .attention import (
@@ -75,7 +75,16 @@ def _recurrent_cell(*arguments: Any) -> list[Tensor]:
 
 
 def _recurrent_backward(*arguments: Any) -> list[Tensor]:
-    tensors, (weights, output, saved, *constants) = arguments[:9], arguments[9:]
+    *given, keep = arguments
+    if keep:
+        raise RuntimeError(
+            problem(
+                "keep=True where a graph is recorded",
+                "keep=True within torch.no_grad()",
+                "keep=False, which has second derivatives",
+            )
+        )
+    tensors, (weights, output, saved, *constants) = given[:9], given[9:]
     return list(_RecurrentBackwardAlong.apply_here(*constants, *tensors, output, saved, *weights))
 
 
@@ -89,10 +98,16 @@ def _recurrent_dual(*arguments: Any) -> tuple[Tensor, ...]:
     return dual.RecurrentDual.apply_here(*constants, *sequence, *weights, *of_arguments, *of_weights)
 
 
+def _recurrent_tangents(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients need results that depend on the arguments."""
+    sequence_and_weights, tangents, (*layer, truncate, save) = arguments[:7], arguments[9:13], arguments[13:]
+    return _recurrent_dual(*sequence_and_weights, *tangents, *layer, False, truncate, save)[4:]
+
+
 def _recurrent_dual_backward(*arguments: Any) -> list[Tensor]:
-    before, (weights, *rest), constants = arguments[:12], arguments[12:21], tuple(arguments[21:])
+    before, (weights, *rest), constants = arguments[:12], arguments[12:21], tuple(arguments[21:28])
     *between, of_weights, output_tangent, saved_tangent = rest
-    tensors = (*before, *weights, *between, *of_weights, output_tangent, saved_tangent)
+    tensors = (*before, *weights, *between, *of_weights, output_tangent, saved_tangent, *arguments[28:])
     return list(dual.RecurrentDualBackward.apply_here(constants, *tensors))
 
 
@@ -128,7 +143,7 @@ for _function in (_recurrent, _recurrent_cell, _recurrent_backward):
 register("recurrent_windows_backward", windows, _recurrent_windows_backward)
 # What is kept between windows has no gradient: second derivatives make it again.
 library.impl("recurrent_checkpoints", torch.library.fallthrough_kernel, "Autograd")
-for _function in (_recurrent_dual, _recurrent_dual_backward):
+for _function in (_recurrent_dual, _recurrent_tangents, _recurrent_dual_backward):
     register(_function.__name__[1:], dual_ops, _function)
 for _function in (_attention, _attention_backward):
     register(_function.__name__[1:], attention_ops, _function)

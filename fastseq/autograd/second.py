@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..checks import problem
+from ..checks import CELLS, problem
 from . import dual
 from .function import Function, gradients, needed
 
@@ -18,16 +18,20 @@ class Gradients(Function):
 
     forward takes constants, which begin with mode, directions, bias, grad_clip and truncate; a list that
     says which gradients of input, h0, c0 and weights are wanted; grad_output, grad_h_n, grad_c_n; the
-    sequence; two tensors that the forward pass saved; and the weights. Second derivatives make what was saved
-    again, with its tangent, and so do not depend on how much it was.
+    sequence; two tensors that the forward pass saved; and the weights. It returns the gradients, and it may
+    return the gradient of h at every step as well (see fastseq.ops). If so, the two tensors are output and
+    gates, and second derivatives are made of tangents alone. If not, they make what was saved again, with its
+    tangent, and so do not depend on how much it was.
     """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         count = next(i for i, given in enumerate(inputs) if isinstance(given, (list, tuple)))
         ctx.constants, ctx.wanted = inputs[:count], inputs[count]
-        ctx.save_for_backward(*inputs[count + 1 :])
+        kept = outputs[sum(ctx.wanted) :]
+        ctx.save_for_backward(*(kept or (None,)), *inputs[count + 1 :])
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*kept)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
@@ -52,28 +56,40 @@ class Gradients(Function):
         return (*[None] * count, *of_grads, *of_sequence, None, None, *of_weights)
 
 
+def gradients_along(ctx: Any, *tangents: Any, of_gates: bool = False) -> Any:
+    """The jvp of Gradients; of_gates: whether the two tensors are output and gates, which may be tangents'
+    numbers, or have tangents themselves."""
+    mode, directions, bias, grad_clip, truncate = ctx.constants[:5]
+    layer, tangents = (mode, directions, bias), tangents[len(ctx.constants) + 1 :]
+    along = [tangents[3], *tangents[7:9], *tangents[11:]]
+    with forward_ad._set_fwd_grad_enabled(True):  # for the levels outside of this one
+        values, _ = dual.unpack(ctx.saved_tensors[1:])
+        grads, sequence, kept, weights = values[:3], values[3:9], values[9:11], values[11:]
+        states = (*kept, *tangents[9:11])
+        if CELLS[mode].saved == 0:  # an empty tensor
+            states = (*states[:3], kept[1])
+        readable = of_gates and dual.are_readable(sequence[0]) and not dual.is_one_step(sequence)
+        if truncate or not readable or any(x is None for x in states):
+            if readable:
+                made = dual.tangents_of_known(sequence, weights, *kept, along, layer, truncate, True)
+            else:
+                made = dual.forward(sequence, weights, along, layer, False, truncate, True)
+            states = (made[0], made[3], made[4], made[7])
+        none = [False] * len(along)
+        arguments = (sequence, weights, states, along, layer, grad_clip, truncate)
+        _, second = dual.backward(grads, tangents[:3], *arguments, none, ctx.wanted)
+    return tuple(x for x in second if x is not None)
+
+
 class GradientsAlong(Gradients):
     """The same in forward mode."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         Gradients.setup_context(ctx, inputs, outputs)
-        ctx.save_for_forward(*inputs[len(ctx.constants) + 1 :])
+        ctx.save_for_forward(None, *inputs[len(ctx.constants) + 1 :])
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        mode, directions, bias, grad_clip, truncate = ctx.constants[:5]
-        layer, tangents = (mode, directions, bias), tangents[len(ctx.constants) + 1 :]
-        along = [tangents[3], *tangents[7:9], *tangents[11:]]
-        with forward_ad._set_fwd_grad_enabled(True):  # for the levels outside of this one
-            values, _ = dual.unpack(ctx.saved_tensors)
-            grads, sequence, weights = values[:3], values[3:9], values[11:]
-            made = dual.forward(sequence, weights, along, layer, False, truncate, True)
-            states = (made[0], made[3], made[4], made[7])
-            none = [False] * len(along)
-            arguments = (sequence, weights, states, along, layer, grad_clip, truncate)
-            _, second = dual.backward(grads, tangents[:3], *arguments, none, ctx.wanted)
-        return tuple(x for x in second if x is not None)
+    jvp = staticmethod(gradients_along)
 
 
 class _Second(Function):
@@ -93,11 +109,15 @@ class _Second(Function):
         wanted: Sequence[bool],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        count = (len(tensors) - 14) // 2 + 3  # arguments
-        along, tensors = tensors[:count], tensors[count:]
+        count = (len(tensors) - 15) // 2 + 3  # arguments
+        along, grad_hidden, tensors = tensors[:count], tensors[count], tensors[count + 1 :]
         grads, sequence, weights = list(tensors[:3]), tensors[3:9], tensors[11:]
         layer, of_arguments = (mode, directions, bias), any(wanted[3:])
-        made = dual.forward(sequence, weights, along, layer, False, truncate, of_arguments)
+        if grad_hidden is None:
+            made = dual.forward(sequence, weights, along, layer, False, truncate, of_arguments)
+        else:
+            known = (sequence, weights, *tensors[9:11])
+            made = dual.tangents_of_known(*known, along, layer, truncate, of_arguments)
         of_grads = list(made[4:7])
         if dual.is_one_step(sequence):
             of_grads = [made[4].squeeze(0), None, made[6].squeeze(0)]
@@ -106,7 +126,7 @@ class _Second(Function):
             states = (made[0], made[3], made[4], made[7])
             nothing, none = [None] * 3, [False] * count
             arguments = (sequence, weights, states, along, layer, None, truncate)
-            _, second = dual.backward(grads, nothing, *arguments, none, wanted[3:])
+            _, second = dual.backward(grads, nothing, *arguments, none, wanted[3:], grad_hidden)
             results += [x for x in second if x is not None]
         return tuple(results)
 
