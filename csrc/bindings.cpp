@@ -213,12 +213,12 @@ bool run_cell(PyObject* const* arguments) {
 PyMethodDef g_fast_calls[] = {fastseq::fast_call<run_cell, 12>("recurrent_cell"), {}};
 
 py::dict recurrent_plan(int cell, int dtype, int threads, int64_t steps, int64_t batch, int64_t input_size,
-                        int64_t hidden_size, int64_t proj_size, int directions, bool backward) {
+                        int64_t hidden_size, int64_t proj_size, int directions, bool backward, int planes) {
   int forced_plan[4] = {};
   read_forced_plan(forced_plan);
   const RecurrentPlan plan =
       fastseq::recurrent_plan({cell_of(cell), dtype_of(dtype), threads, steps, batch, input_size, hidden_size,
-                               proj_size, directions, backward, 1, forced_plan});
+                               proj_size, directions, backward, planes, forced_plan});
   py::dict d;
   d["direction_parts"] = plan.direction_parts;
   d["batch_parts"] = plan.batch_parts;

@@ -304,7 +304,8 @@ struct StepRows {
 };
 
 struct CellStepDirection {
-  StepRows now;
+  StepRows now, next;   // next: the step that the states go to
+  bool truncated;       // no tangent of a state goes there
   const void* product;  // [B, gates of the part, H]  U h, or null: zero, or made here from weight_hh
   const void* bias_hh;  // [G*H] or null
   const void* h;        // [B, H] or null: zeros
@@ -314,7 +315,15 @@ struct CellStepDirection {
   void* saved;    // [rows, slots, H] as in RecurrentDirection, or null: not wanted
 };
 
-struct CellStepArgs {
+// The tensors of a step; or their tangents.
+struct CellStepTensors {
+  CellStepDirection direction[2];
+  const void* pre;  // [rows, D, G, H]  W x + b_ih
+  SequenceTensor<void*>
+      output;  // [T, B, D*H], feature stride 1, or null: not wanted, or h_next is an operand
+};
+
+struct CellStepArgs : CellStepTensors {
   CellKind cell;
   DType dtype;
   StepPart part;
@@ -323,20 +332,31 @@ struct CellStepArgs {
       wide;  // c and c_next are float, or double of float64: over many steps, what is rounded each time drifts
   bool saves_states;  // these as in RecurrentLoopArgs
   const int64_t* lengths;
+  const uint8_t* resets;
   int64_t hidden_size;
   int directions;
-  CellStepDirection direction[2];
-  const void* pre;        // [rows, D, G, H]  W x + b_ih
   const void* weight_hh;  // [G*H, H] or null; a whole step of one direction and at most kMostFusedRows rows
-  SequenceTensor<void*> output;  // [T, B, D*H], feature stride 1, or null: not wanted
   int device;
   void* stream;
 };
 constexpr int kMostFusedRows = 8;
 
+// A step over dual numbers. Of `tangents` only addresses and strides are read; null is zeros, or not wanted.
+struct CellStepDualArgs : CellStepArgs {
+  CellStepTensors tangents;
+  // Elements between rows of product, h and h_next, of both planes, are so many rows' worth: a product of dual numbers
+  // may have rows of numbers and of tangents in turn.
+  int row_step;
+  // Where U has a tangent, of each direction: [B, gates of the part, H]  U' h, which belongs to the tangent of product,
+  // and [B, H] where h_next is left once more, for a third product to read; else null.
+  const void* product_of_weight_tangent[2];
+  void* h_next_again[2];
+};
+
 // The gradients of a step.
 struct CellGradDirection {
   StepRows now, before;  // before: the step that the states came from
+  bool truncated;        // no gradient of a state goes there
   const void* saved;     // [rows, slots, H]
   const void* h0;        // [B, H] or null: zeros; of rows without a step before, like c0
   const void* c0;        // [B, H] or null: zeros; LSTM
@@ -344,7 +364,7 @@ struct CellGradDirection {
   const void* product;  // [B, H] or null: zeros; what a product made of the step after, or of the part before
   const void* grad_c;   // [B, H] or null: zeros; LSTM
   // [B, G, H] gradient of U h + b, which the caller multiplies by U; [B, H] dh of a projected LSTM's first part. Rows
-  // that only the other direction has in this step become zero.
+  // that only the other direction has in this step become zero, and where no gradient crosses what U multiplies.
   void* grad_product;
   // [B, H] the part of dh that does not pass through U, may be grad; a rest adds to it. Null where dh is another
   // part's. Rows that only the other direction has keep all of dh in it.
@@ -353,9 +373,18 @@ struct CellGradDirection {
   void* previous;         // these three as in LoopDirection, each null: not wanted
   void* grad_candidate;
   void* grad_hidden;
+  void* operand;  // [rows, H] of the second product, again, or null: not wanted
 };
 
-struct CellGradArgs {
+// The tensors of a step's gradients; or their tangents.
+struct CellGradTensors {
+  CellGradDirection direction[2];
+  void* grad_pre;                           // [rows, D, G, H]
+  SequenceTensor<const void*> output;       // [T, B, D*H], feature stride 1
+  SequenceTensor<const void*> grad_output;  // [T, B, D*H] or null: zeros
+};
+
+struct CellGradArgs : CellGradTensors {
   CellKind cell;
   DType dtype;
   StepPart part;
@@ -366,12 +395,16 @@ struct CellGradArgs {
   double grad_clip;  // of `grad` and what is added to it, where there is one, and of grad_c
   int64_t hidden_size;
   int directions;
-  CellGradDirection direction[2];
-  void* grad_pre;                           // [rows, D, G, H]
-  SequenceTensor<const void*> output;       // [T, B, D*H], feature stride 1
-  SequenceTensor<const void*> grad_output;  // [T, B, D*H] or null: zeros
   int device;
   void* stream;
+};
+
+// The same over dual numbers: see CellStepDualArgs. row_step is that of product and grad_product.
+struct CellGradDualArgs : CellGradArgs {
+  CellGradTensors tangents;
+  int row_step;
+  const void* product_of_weight_tangent[2];  // [B, H]
+  void* grad_product_again[2];               // like grad_product
 };
 
 }  // namespace fastseq

@@ -109,6 +109,7 @@ def recurrent_plan(
     proj_size: int,
     directions: int,
     backward: bool,
+    planes: int,  # 2 with tangents
     /,
 ) -> dict[str, int | str]: ...
 
@@ -346,10 +347,11 @@ def loop_backward(
 ) -> None: ...
 
 # One step of all directions. `common` and the directions' addresses are the same for all steps of a sequence;
-# rows are (t, offset, rows) of each direction's step, for the backward pass also those of the step before it.
+# rows of each direction are (t, offset, rows) of its step, the same of the one after it, or in the backward
+# pass before it, and whether gradients of states do not cross between them.
 def cell_forward(
-    # cell, dtype, device, stream, part, packed, wide, hidden_size, saves_states, lengths, pre, weight_hh,
-    # output, its strides of t and b
+    # cell, dtype, device, stream, part, packed, wide, hidden_size, lengths, resets, saves_states, weight_hh,
+    # pre, output, its strides of t and b
     common: tuple[int, ...],
     # each: product, bias_hh, h, c, h_next, c_next, saved
     directions: tuple[tuple[int, ...], ...],
@@ -361,10 +363,20 @@ def cell_backward(
     # output, its strides of t and b, grad_output, its strides of t, b and feature
     common: tuple[float, ...],
     # each: saved, h0, c0, grad, product, grad_c, grad_product, direct, grad_c_previous, previous,
-    # grad_candidate, grad_hidden
+    # grad_candidate, grad_hidden, operand
     directions: tuple[tuple[int, ...], ...],
     rows: tuple[tuple[int, ...], ...],
     /,
+) -> None: ...
+
+# The same over dual numbers: common goes on with the tangents of pre and output, or of grad_pre, output and
+# grad_output, and row_step; each direction with its tangents, product_of_weight_tangent, and h_next_again or
+# grad_product_again.
+def cell_dual_forward(
+    common: tuple[int, ...], directions: tuple[tuple[int, ...], ...], rows: tuple[tuple[int, ...], ...], /
+) -> None: ...
+def cell_dual_backward(
+    common: tuple[float, ...], directions: tuple[tuple[int, ...], ...], rows: tuple[tuple[int, ...], ...], /
 ) -> None: ...
 def hopper_primitive(
     name: str,  # of a kernel of csrc/cuda/hopper_primitives.cu or hopper_products.cu, for the tests

@@ -52,6 +52,10 @@ class Layer(NamedTuple):
     projected: bool
     reverse: bool = False  # whether the only direction runs from the last step to the first
 
+    @property
+    def mode(self) -> str:
+        return next(mode for mode, cell in CELLS.items() if cell == self.cell)
+
 
 def problem(given: str, accepted: str, remedy: str) -> str:
     """The three lines of every error message."""

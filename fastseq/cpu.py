@@ -179,9 +179,15 @@ def backward(
 
 
 def plan_in_data(
-    layer: Layer, dtype: torch.dtype, device: torch.device, packed: bool, one_step: bool, backward: bool
+    layer: Layer,
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: bool,
+    one_step: bool,
+    backward: bool,
+    planes: int = 1,
 ) -> dict[str, Any]:
-    """What the CPU's engine does with a call; see ops.Kernels.plan."""
+    """What the CPU's engine does with a call, see ops.Kernels.plan; planes: 2 with tangents."""
 
     def cut(threads: int) -> dict[str, Any]:
         return _C.recurrent_plan(
@@ -195,10 +201,11 @@ def plan_in_data(
             layer.width if layer.projected else 0,
             layer.directions,
             backward,
+            planes,
         )
 
-    # The backward pass packs its weights even for one step.
-    kernel = "sequence" if backward or layer.steps != 1 else "cell" if one_step else "step"
+    # The backward pass packs its weights even for one step, and so does what has tangents.
+    kernel = "sequence" if backward or layer.steps != 1 or planes > 1 else "cell" if one_step else "step"
     threads = _C.available_threads(torch.get_num_threads())
     return {
         "engine": "cpu",

@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import _C
+from . import _C, cpu
 from .addresses import address, strides
 from .checks import Layer
 from .cpu import _problem, _state_addresses, _weight_addresses
 from .lengths import Packing, _of_rows, packing
+
+
+def plan_in_data(
+    layer: Layer, dtype: torch.dtype, device: torch.device, packed: bool, of_weights: bool, backward: bool
+) -> dict[str, Any]:
+    """What the CPU's engine does with a call; see dual_ops.Kernels.plan."""
+    return cpu.plan_in_data(layer, dtype, device, packed, False, backward, 2)
 
 
 def forward(layer: Layer, sequences: Any, planes: Sequence[Any], truncate: int, known: bool = False) -> None:
@@ -99,10 +107,12 @@ def _padded_forward(
     p: Packing, layer: Layer, sequences: Any, planes: Sequence[Any], truncate: int, known: bool
 ) -> None:
     packed = []
-    for arguments, (output, h_n, c_n, saved) in planes:
-        p.clear_rest(saved)
+    for i, (arguments, (output, h_n, c_n, saved)) in enumerate(planes):
+        is_read = known and i == 0
+        if not is_read:
+            p.clear_rest(saved)
         of_c = p.of_state(c_n) if layer.cell.cell_state else c_n
-        to = p.packed(output) if known and not packed else output.new_empty((p.size, output.shape[2]))
+        to = p.packed(output) if is_read else output.new_empty((p.size, output.shape[2]))
         packed.append((_packed_arguments(p, arguments), (to, p.of_state(h_n), of_c, saved)))
     forward(_of_rows(layer, p), _packed_sequences(p, sequences), packed, truncate, known)
     for (arguments, (output, h_n, c_n, _)), (_, made) in list(zip(planes, packed, strict=True))[known:]:

@@ -4,6 +4,7 @@ without asking torch's dispatcher, which takes longer than small work does."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,16 @@ def register(
     )
     torch.library.register_fake(f"fastseq::{name}", fake, lib=library)
     return getattr(torch.ops.fastseq, name).default
+
+
+def implementations(kernels: Mapping[str, Any], name: str) -> dict[str, Callable[..., Any]]:
+    """By device type, for register(): those that `kernels` has when they are called, so that tests can run
+    another device's in a device's place."""
+
+    def call(device: str, *arguments: Any) -> Any:
+        return getattr(kernels[device], name)(*arguments)
+
+    return {device: partial(call, device) for device in kernels}
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}

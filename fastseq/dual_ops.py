@@ -15,13 +15,14 @@ The step of a cell is a sequence of one step. What else the arguments are, ops.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import cpu_dual
+from . import _C, cpu_dual, dual_loops, loops
 from .checks import (
     Layer,
     check_batch_sizes,
@@ -32,7 +33,7 @@ from .checks import (
     problem,
     unsupported,
 )
-from .dispatch import library, register
+from .dispatch import implementations, library, register
 from .ops import _allocate_layer, _dense, allocate_gradients
 from .steps import wide_dtype
 
@@ -43,10 +44,11 @@ _ARGUMENTS = (
 _TANGENTS = "Tensor? input_tangent, Tensor? h0_tangent, Tensor? c0_tangent, Tensor?[] weight_tangents"
 # `save`: whether gates are kept for recurrent_dual_backward. `truncate` cuts tangents where
 # recurrent_backward cuts gradients: between the steps t - 1 and t where t is a multiple of it, if not 0.
+# With grad_clip the results have no gradients: what would be bounded of those of tangents, nobody has said.
 library.define(
     f"recurrent_dual({_ARGUMENTS}, {_TANGENTS}, str mode, int directions, bool bias, bool batch_first, "
-    "int truncate, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved, "
-    "Tensor output_tangent, Tensor h_n_tangent, Tensor c_n_tangent, Tensor saved_tangent)"
+    "int truncate, bool save, float? grad_clip=None) -> (Tensor output, Tensor h_n, Tensor c_n, "
+    "Tensor saved, Tensor output_tangent, Tensor h_n_tangent, Tensor c_n_tangent, Tensor saved_tangent)"
 )
 # output and saved: of `recurrent` or recurrent_dual, with gates.
 library.define(
@@ -122,9 +124,8 @@ def _split_forward(arguments: Sequence[Any]) -> tuple[Arguments, Sequences, Argu
 
 
 def _prepare(*arguments: Any) -> tuple[Layer, list[tuple[Tensor, ...]]]:
-    values, sequences, tangents, (mode, directions, bias, batch_first, truncate, save) = _split_forward(
-        arguments
-    )
+    values, sequences, tangents, constants = _split_forward(arguments)
+    mode, directions, bias, batch_first, truncate, save = constants[:6]
     layer = _check(values, sequences, tangents, mode, directions, bias)
     check_bounds(None, truncate)
     results = [
@@ -147,14 +148,15 @@ def _dense_arguments(arguments: Arguments) -> Arguments:
     )
 
 
-def _run(*arguments: Any) -> tuple[Tensor, ...]:
+def _run(run: Callable[..., None], *arguments: Any) -> tuple[Tensor, ...]:
+    """Checks, allocates, has run(layer, sequences, planes, truncate) fill the results."""
     layer, results = _prepare(*arguments)
-    values, sequences, tangents, (*_, truncate, _) = _split_forward(arguments)
+    values, sequences, tangents, constants = _split_forward(arguments)
     if sequences.batch_sizes is not None:
         check_batch_sizes(sequences.batch_sizes, layer)
     sequences = Sequences(_dense(sequences.batch_sizes), sequences.lengths, _dense(sequences.resets))
     planes = [(_dense_arguments(a), r) for a, r in zip((values, tangents), results, strict=True)]
-    cpu_dual.forward(layer, sequences, planes, truncate)
+    run(layer, sequences, planes, constants[4])
     return (*results[0], *results[1])
 
 
@@ -195,6 +197,13 @@ def _run_tangents(*given: Any) -> tuple[Tensor, ...]:
 # ------------------------------------------------------------------------------------------------ gradients
 
 
+def multiplies_by_tangents(layer: Layer, of_weights: Sequence[Tensor | None]) -> bool:
+    """Whether weights that a step multiplies by, weight_hh or weight_hr, have tangents."""
+    count = len(of_weights) // layer.directions
+    of_directions = [of_weights[i : i + count] for i in range(0, len(of_weights), count)]
+    return any(d[1] is not None or (layer.projected and d[-1] is not None) for d in of_directions)
+
+
 class Results(NamedTuple):
     """What a layer's forward pass made, or the tangents of it, as the backward pass reads it."""
 
@@ -226,7 +235,7 @@ class Backward(NamedTuple):
     grad_hidden: Tensor | None
 
 
-def _split_backward(given: Sequence[Any]) -> Backward:
+def split_backward(given: Sequence[Any]) -> Backward:
     cotangents = Cotangents(*given[:3]), Cotangents(*given[3:6])
     input, batch_sizes, lengths, resets, h0, c0, weights, output, saved = given[6:15]
     *tangents, output_tangent, saved_tangent = given[15:21]
@@ -258,7 +267,7 @@ def _readable(results: Results) -> Results:
 
 
 def _prepare_backward(*given: Any) -> tuple[Backward, Layer, list[list[Tensor | None]]]:
-    a = _split_backward(given)
+    a = split_backward(given)
     values = a.arguments[0]
     input = values.input
     layer = _check(values, a.sequences, a.arguments[1], a.mode, a.directions, a.bias)
@@ -291,7 +300,9 @@ def _fake_backward(*given: Any) -> list[Tensor]:
     return [grad for plane in grads for grad in plane if grad is not None]
 
 
-def _run_backward(*given: Any) -> list[Tensor]:
+def _run_backward(run: Callable[..., None], *given: Any) -> list[Tensor]:
+    """Checks, allocates, has run(layer, sequences, planes, grad_clip, truncate, grad_hidden) fill the
+    gradients."""
     a, layer, grads = _prepare_backward(*given)
     if a.sequences.batch_sizes is not None:
         check_batch_sizes(a.sequences.batch_sizes, layer)
@@ -310,25 +321,50 @@ def _run_backward(*given: Any) -> list[Tensor]:
             a.cotangents, a.arguments, a.results, grads, strict=True
         )
     ]
-    cpu_dual.backward(layer, sequences, planes, a.grad_clip, a.truncate, _dense(a.grad_hidden))
+    run(layer, sequences, planes, a.grad_clip, a.truncate, _dense(a.grad_hidden))
     return [grad for plane in grads for grad in plane if grad is not None]
 
 
-def _elsewhere(op: str, arguments: Sequence[object]) -> Any:
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    if tensors and all(tensor.is_cuda for tensor in tensors):
-        raise NotImplementedError(
-            problem(
-                f"a forward-mode or second derivative of a recurrent network on CUDA ({op})",
-                "first derivatives in reverse mode there, all first and second ones on the CPU",
-                "input.cpu() and module.cpu(), or torch.nn's cell in a loop over time",
-            )
-        )
-    unsupported(op, arguments)
+# --------------------------------------------------------------------------------------------- registration
 
 
-recurrent_dual = register("recurrent_dual", {"cpu": _run}, _fake, _elsewhere)
-recurrent_tangents = register("recurrent_tangents", {"cpu": _run_tangents}, _fake_tangents, _elsewhere)
-recurrent_dual_backward = register(
-    "recurrent_dual_backward", {"cpu": _run_backward}, _fake_backward, _elsewhere
+OPERATORS = ("recurrent_dual", "recurrent_dual_backward")
+
+
+class Kernels(NamedTuple):
+    """The two operators on one device.
+
+    plan(layer, dtype, device, packed, of_weights, backward), for fastseq.explain: what such a call runs, as
+    in ops.Kernels; of_weights: whether weights that a step multiplies by have tangents.
+    """
+
+    recurrent_dual: Callable[..., Any]
+    recurrent_dual_backward: Callable[..., Any]
+    plan: Callable[..., dict[str, Any]]
+
+
+def loop_kernels(engine: loops.Engine) -> Kernels:
+    """The operators where time loops run on `engine`."""
+    return Kernels(
+        partial(_run, partial(dual_loops.forward, engine)),
+        partial(_run_backward, partial(dual_loops.backward, engine)),
+        partial(dual_loops.plan_in_data, engine),
+    )
+
+
+KERNELS = {
+    "cpu": Kernels(
+        partial(_run, cpu_dual.forward),
+        partial(_run_backward, cpu_dual.backward),
+        cpu_dual.plan_in_data,
+    )
+}
+if _C.cuda_info()["built"]:
+    KERNELS["cuda"] = loop_kernels(loops.CUDA)
+
+# Of what is known tangents are made on the CPU alone: see ops.Kernels.keeps.
+recurrent_tangents = register("recurrent_tangents", {"cpu": _run_tangents}, _fake_tangents, unsupported)
+recurrent_dual, recurrent_dual_backward = (
+    register(name, implementations(KERNELS, name), fake, unsupported)
+    for name, fake in zip(OPERATORS, (_fake, _fake_backward), strict=True)
 )

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import _C, precision, steps
 from .addresses import addresses, strides
 from .checks import DTYPES, Layer, problem
-from .steps import Bounds, Gradients
+from .steps import Gradients
 
 
 class Engine(NamedTuple):
@@ -194,6 +194,11 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
+class Bounds(NamedTuple):
+    grad_clip: float  # of the gradients of states at each step; infinite: none
+    truncate: int  # the gradients do not cross before every such step; 0: they do
+
+
 class Rows(NamedTuple):
     """Which rows have a step, and which states do not come from the step before, as the kernels take them."""
 
@@ -295,12 +300,11 @@ def forward(
         if c is not None:
             c.zero_() if c0 is None else c.copy_(c0)
         kernels = _cell_kernels(engine, layer, input)
-        layout = steps.Layout(
-            layer.steps, layer.batch, batch_sizes, layer.reverse, given.lengths, given.resets
-        )
-        kept = (_if_any(saved), save == "states")
+        layout = _layout(layer, batch_sizes, given)
+        kept = ([output], [_if_any(saved)], save == "states")
         with precision.products(of_rnn):
-            steps.forward(kernels, mode, layout, _weights(directions), pre, h_n, c, output, *kept)
+            h = steps.Matrix(h_n, (h_n,))
+            steps.forward(kernels, mode, layout, _weights(directions), [pre], h, [c], *kept)
         if c is not None:
             c_n.copy_(c)
         return
@@ -375,16 +379,21 @@ def _if_any(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
-def _weights(directions: Sequence[_Direction]) -> steps.Weights:
+def _layout(layer: Layer, batch_sizes: Tensor | None, given: Rows, truncate: int = 0) -> steps.Layout:
+    rows = (given.lengths, given.resets, truncate)
+    return steps.Layout(layer.steps, layer.batch, batch_sizes, layer.reverse, *rows)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Side by side, so that one product is for all directions."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
 
-    def stacked(tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
 
+def _weights(directions: Sequence[_Direction]) -> steps.Weights:
     biases = [d.bias_hh for d in directions if d.bias_hh is not None]
     projections = [d.weight_hr for d in directions if d.weight_hr is not None]
-    hh = stacked([d.weight_hh for d in directions])
-    return steps.Weights(hh, biases or None, stacked(projections) if projections else None)
+    hh = _stacked([d.weight_hh for d in directions])
+    return steps.Weights(hh, [biases or None], _stacked(projections) if projections else None)
 
 
 @_plainly
@@ -559,9 +568,10 @@ def _backward_in_steps(
 
     grad_h = gradient(grad_h_n, layer.width)
     grad_c = gradient(grad_c_n, layer.hidden_size) if layer.cell.cell_state else None
-    layout = steps.Layout(layer.steps, layer.batch, batch_sizes, layer.reverse, given.lengths, given.resets)
-    arguments = (h0, c0, output, _if_any(saved), grad_output, grad_h, grad_c, bounds, made)
-    steps.backward(kernels, mode, layout, _weights(directions), *arguments)
+    layout = _layout(layer, batch_sizes, given, bounds.truncate)
+    of_loop = steps.Given(h0, c0, output, _if_any(saved), grad_output, grad_h, grad_c)
+    clip = bounds.grad_clip
+    steps.backward(kernels, mode, layout, _weights(directions), [of_loop], clip, [made])
 
 
 def _weight_gradients(

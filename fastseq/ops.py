@@ -33,7 +33,14 @@ from .checks import (
     problem,
     unsupported,
 )
-from .dispatch import READS_TENSORS, library, nobody_listens, plain_device, register
+from .dispatch import (
+    READS_TENSORS,
+    implementations,
+    library,
+    nobody_listens,
+    plain_device,
+    register,
+)
 from .steps import wide_dtype
 
 # weights: for each direction weight_ih, weight_hh, then bias_ih, bias_hh if `bias`, then weight_hr of a
@@ -378,7 +385,7 @@ if _C.cuda_info()["built"]:
 _FAKES = (_recurrent_fake, _recurrent_cell_fake, _recurrent_backward_fake)
 _DISPATCHED = Kernels(
     *(
-        register(name, {where: getattr(k, name) for where, k in KERNELS.items()}, fake, unsupported)
+        register(name, implementations(KERNELS, name), fake, unsupported)
         for name, fake in zip(OPERATORS, _FAKES, strict=True)
     )
 )

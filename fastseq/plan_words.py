@@ -177,6 +177,18 @@ def _loop_in_words(plan: dict[str, Any], mode: str, layer: Layer, dtype: torch.d
     return architecture, words, _loop_reasons(plan, layer, dtype)
 
 
+def _dual_loop_in_words(plan: dict[str, Any], mode: str, layer: Layer, _: torch.dtype) -> Words:
+    major, minor = plan["facts"][:2]
+    architecture = f"compute capability {major}.{minor}"
+    if plan["kernel"] == "none":
+        return architecture, ["there are no rows"], []
+    with_tangent = ", and of the numbers with the weight's tangent" * (plan["partition"]["planes"] == 3)
+    words = "for each step one product of torch of numbers and tangents" + with_tangent
+    twice = layer.projected or mode == "GRU_RESET_BEFORE"
+    words += ", and a kernel for what is left of both" + ", and these two once more" * twice
+    return architecture, [words], ["no kernel runs all steps of numbers and tangents: a loop in Python does"]
+
+
 def _time(plan: dict[str, Any]) -> str:
     return f"{plan['microseconds']:.1f} us a step"
 
@@ -321,5 +333,6 @@ ENGINES: dict[str, Callable[..., Words]] = {
     "cpu_attention": _attention_in_words,
     "attention_blocks": _attention_blocks_in_words,
     "loop": _loop_in_words,
+    "dual_loop": _dual_loop_in_words,
     "cuda_attention": _cuda_attention_in_words,
 }

@@ -24,7 +24,8 @@ from .checks import CELLS, Cell
 
 WHOLE, FIRST, REST = range(3)  # parts of a step
 
-# Of each direction (t, offset, rows) of a step; in the backward pass the same of the step before it too.
+# Of each direction (t, offset, rows) of a step, the same of the one after it, or before it in the backward
+# pass, and whether no gradient of a state crosses between them.
 Now = tuple[tuple[int, ...], ...]
 Operation = Callable[[Now], None]
 
@@ -40,6 +41,7 @@ class Layout(NamedTuple):
     reverse: bool  # whether the only direction runs from the last step to the first
     lengths: Tensor | None
     resets: Tensor | None
+    truncate: int = 0  # no gradient, or tangent, of a state crosses before every such step; 0: all do
 
     @property
     def packed(self) -> bool:
@@ -53,56 +55,69 @@ class Rows:
         steps, batch, sizes = layout.steps, layout.batch, layout.batch_sizes
         sizes = [batch] * steps if sizes is None else sizes.tolist()
         self.steps = list(zip(range(steps), accumulate(sizes, initial=0), sizes, strict=False))
-        self.first = int(layout.reverse)
+        self.first, self.truncate = int(layout.reverse), layout.truncate
 
     def forward(self, directions: int) -> Iterator[Now]:
-        """Direction 0 from the first step to the last, direction 1 from the last to the first."""
-        ways = self.steps, self.steps[::-1]
-        return zip(*ways[self.first : self.first + directions], strict=True)
+        """Each step with the one after it; direction 0 from the first step to the last, direction 1 from the
+        last to the first."""
+        return self._of((self.steps, self.steps[::-1]), directions)
 
     def backward(self, directions: int) -> Iterator[Now]:
         """The other way round, each step with the one before it."""
-        steps = self.steps[::-1], self.steps
-        ways = [[a + b for a, b in zip(way, [*way[1:], NOTHING], strict=True)] for way in steps]
-        return zip(*ways[self.first : self.first + directions], strict=True)
+        return self._of((self.steps[::-1], self.steps), directions)
+
+    def _of(self, ways: Sequence[Sequence[tuple[int, int, int]]], directions: int) -> Iterator[Now]:
+        ways = ways[self.first : self.first + directions]
+        pairs = [zip(way, [*way[1:], NOTHING], strict=True) for way in ways]
+        return zip(*([(*a, *b, self._truncated(a, b)) for a, b in way] for way in pairs), strict=True)
+
+    def _truncated(self, now: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+        return bool(self.truncate and other[2]) and max(now[0], other[0]) % self.truncate == 0
 
 
-class Bounds(NamedTuple):
-    grad_clip: float  # of the gradients of states at each step; infinite: none
-    truncate: int  # the gradients do not cross before every such step; 0: they do
+Planes = Sequence[Tensor | None]  # a tensor, or one and its tangent, None where it is zero or not wanted
 
 
-class Cut:
-    """Clears the rows of `states` (D, B, size) that do not cross between two steps."""
+class Matrix(NamedTuple):
+    """What a product reads or makes, of each direction. Of dual numbers one product makes both planes, with
+    each row of numbers followed by the row of their tangents: then the weight is read once. Where the weight
+    has a tangent too, there are three matrices for a direction, also one product: numbers and tangents with
+    the weight, and the numbers again with the weight's tangent, so that nothing is multiplied in vain."""
 
-    def __init__(self, layout: Layout, truncate: int, *states: Tensor | None) -> None:
-        self.layout, self.truncate = layout, truncate
-        self.states = [state for state in states if state is not None]
+    whole: Tensor  # (D, B, size); (D, 2 B, size); (3 D, B, size)
+    planes: tuple[Tensor, ...]  # (D, B, size) of numbers, of tangents, of the third
 
-    def __call__(self, direction: int, t: int, rows: slice) -> None:
-        """Between t - 1 and t, whose rows lie there."""
-        everything = self.truncate and t % self.truncate == 0
-        if not everything and self.layout.resets is None:
-            return
-        count, lengths = rows.stop - rows.start, self.layout.lengths
-        if not everything:
-            cut = self.layout.resets.reshape(-1)[rows]
-        else:
-            cut = None if lengths is None else lengths[:count] > t
-        for state in self.states:
-            own = state[direction, :count]
-            own.zero_() if cut is None else own.masked_fill_(cut.unsqueeze(1), 0)
+    def narrow(self, begin: int, end: int) -> Matrix:
+        """These columns; for a product to read."""
+        return self._replace(whole=self.whole[:, :, begin:end])
+
+    @property
+    def of_weight_tangent(self) -> Tensor | None:
+        return self.planes[2] if len(self.planes) == 3 else None
+
+    @property
+    def row_step(self) -> int:
+        return 2 if len(self.planes) == 2 else 1
+
+
+def new_matrix(like: Tensor, directions: int, batch: int, size: int, planes: int) -> Matrix:
+    """Of uninitialized memory."""
+    if planes == 2:
+        memory = like.new_empty((directions, batch, 2, size))
+        return Matrix(memory.view(directions, 2 * batch, size), memory.unbind(2))
+    memory = like.new_empty((directions, planes, batch, size))
+    return Matrix(memory.view(planes * directions, batch, size), memory.unbind(1))
 
 
 class Product:
     """result = operand @ weight, of every direction and the step's rows."""
 
-    def __init__(self, operand: Tensor, weight: Tensor, result: Tensor) -> None:
-        self.all, self.weight = (operand, result), weight
-        self.operand, self.result, self.rows = operand, result, result.shape[1]
+    def __init__(self, operand: Matrix, weight: Tensor, result: Matrix) -> None:
+        self.all, self.weight, self.row_step = (operand.whole, result.whole), weight, result.row_step
+        (self.operand, self.result), self.rows = self.all, self.all[1].shape[1]
 
     def __call__(self, now: Now) -> None:
-        rows = max(step[2] for step in now)
+        rows = max(step[2] for step in now) * self.row_step
         if rows != self.rows:
             self.operand, self.result = (tensor[:, :rows] for tensor in self.all)
             self.rows = rows
@@ -146,67 +161,96 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 class Weights(NamedTuple):
     """Those that a step multiplies by, of all directions."""
 
-    hh: Tensor  # (D, G*H, R)
-    bias_hh: Sequence[Tensor] | None  # (G*H) of each
-    hr: Tensor | None  # (D, R, H)
+    hh: Tensor  # (D, G*H, R); as the third of three matrices its tangent
+    bias_hh: Sequence[Sequence[Tensor] | None]  # of numbers and of tangents: (G*H) of each direction
+    hr: Tensor | None  # (D, R, H), or three matrices
+
+
+def _common(kernels: Kernels, part: int, layout: Layout, wide: bool, units: int) -> tuple[Any, ...]:
+    """What the arguments of every kernel begin with."""
+    return (*kernels[1:], part, layout.packed, wide, units, *addresses(layout.lengths, layout.resets))
 
 
 def forward_step(
     kernels: Kernels,
     mode: str,
-    packed: bool,
+    layout: Layout,
     weights: Weights,
-    pre: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    h_next: Tensor,
-    c_next: Tensor | None,
-    output: Tensor | None,
-    saved: Tensor | None,
+    pre: Planes,
+    h: Matrix | None,
+    c: Planes,
+    h_next: Matrix,
+    c_next: Planes,
+    output: Planes,
+    saved: Planes,
     saves_states: bool = False,
-    lengths: Tensor | None = None,
 ) -> list[Operation]:
     """What a step does: h (D, B, R) and c (D, B, H) before it, which may be None for zeros, h_next and c_next
     after it, which may be the same; c_next and c may be wide. pre (rows, D*G*H), output (T, B, D*R) and saved
-    (D, rows, slots, H), or if `saves_states` (D, rows, H) of c. What lies behind `lengths` is left alone."""
-    directions, batch = h_next.shape[:2]
-    hidden = weights.hh.shape[1] // CELLS[mode].gates
-    operations: list[Operation] = []
+    (D, rows, slots, H), or if `saves_states` (D, rows, H) of c. What lies behind lengths is left alone.
 
-    def multiply(operand: Tensor | None, weight: Tensor) -> Tensor | None:
+    Of dual numbers all tensors have two planes."""
+    directions, batch, width = h_next.planes[0].shape
+    hidden, planes = weights.hh.shape[1] // CELLS[mode].gates, len(h_next.planes)
+    operations: list[Operation] = []
+    none: Planes = [None, None]
+
+    def new(size: int) -> Matrix:
+        return new_matrix(h_next.whole, directions, batch, size, planes)
+
+    def multiply(operand: Matrix | None, weight: Tensor) -> Matrix | None:
         if operand is None:
             return None
-        result = h_next.new_empty((directions, batch, weight.shape[1]))
+        result = new(weight.shape[1])
         operations.append(Product(operand, weight.transpose(1, 2), result))
         return result
 
     def finish(
         part: int,
-        product: Tensor | None,
-        h: Tensor | None,
-        c: Tensor | None,
-        h_next: Tensor,
-        c_next: Tensor | None,
-        output: Tensor | None,
+        product: Matrix | None,
+        h: Matrix | None,
+        c: Planes,
+        h_next: Matrix,
+        c_next: Planes,
+        output: Planes,
     ) -> None:
-        wide = any(state is not None and state.dtype is not h_next.dtype for state in (c, c_next))
-        common = (*kernels[1:], part, packed, wide, h_next.shape[2], saves_states)
-        common += (*addresses(lengths, pre, None, output), *strides(output, 2))
-        tensors = (product, weights.bias_hh, h, c, h_next, c_next, saved)
-        operations.append(Launch(kernels.module.cell_forward, common, directions, *tensors))
+        units, dtype = h_next.planes[0].shape[2], h_next.whole.dtype
+        wide = any(state is not None and state.dtype is not dtype for state in (c[0], c_next[0]))
+        common = (*_common(kernels, part, layout, wide, units), saves_states, 0)
+        common += (*addresses(pre[0], output[0]), *strides(output[0], 2))
+        of_h, of_product = none if h is None else h.planes, none if product is None else product.planes
+        tensors: list[Any] = []
+        for p in range(min(planes, 2)):
+            tensors += [
+                of_product[p],
+                weights.bias_hh[p],
+                of_h[p],
+                c[p],
+                h_next.planes[p],
+                c_next[p],
+                saved[p],
+            ]
+        kernel = kernels.module.cell_forward
+        if planes > 1:
+            kernel = kernels.module.cell_dual_forward
+            common += (*addresses(pre[1], output[1]), *strides(output[1], 2), h_next.row_step)
+            tensors += [None if product is None else product.of_weight_tangent, h_next.of_weight_tangent]
+        operations.append(Launch(kernel, common, directions, *tensors))
 
     if mode == "GRU_RESET_BEFORE":
-        z, operand = torch.empty_like(h_next, dtype=wide_dtype(h_next)), torch.empty_like(h_next)
+        wide = wide_dtype(h_next.whole)
+        z = [torch.empty_like(plane, dtype=wide) for plane in h_next.planes[:2]]
+        operand = new(width)
         product = multiply(h, weights.hh[:, : 2 * hidden])
-        finish(FIRST, product, h, None, operand, z, None)
+        finish(FIRST, product, h, none, operand, z, none)
         product = multiply(operand, weights.hh[:, 2 * hidden :])
-        finish(REST, product, h, z, h_next, None, output)
+        finish(REST, product, h, z, h_next, none, output)
     elif weights.hr is not None:
-        operand = h_next.new_empty((directions, batch, hidden))
+        operand = new(hidden)
         product = multiply(h, weights.hh)
-        finish(WHOLE, product, None, c, operand, c_next, None)
+        finish(WHOLE, product, None, c, operand, c_next, none)
         product = multiply(operand, weights.hr)
-        finish(REST, product, None, None, h_next, None, output)
+        finish(REST, product, None, none, h_next, none, output)
     else:
         product = multiply(h, weights.hh)
         finish(WHOLE, product, h, c, h_next, c_next, output)
@@ -233,20 +277,26 @@ def cell(
     """One step of one direction: pre (B, G*H), h and c (B, H) before it, None for zeros, and after it, saved
     (B, slots, H). With few rows the kernel makes the product too."""
     batch, hidden = h_next.shape
-    now = ((0, 0, batch),)
+    now = ((0, 0, batch, *NOTHING, False),)
     if mode == "GRU_RESET_BEFORE":
-        weights = Weights(weight_hh.unsqueeze(0), None if bias_hh is None else [bias_hh], None)
-        states = [None if t is None else t.unsqueeze(0) for t in (h, c, h_next, c_next, None, saved)]
-        for operation in forward_step(kernels, mode, False, weights, pre, *states):
+        layout = Layout(1, batch, None, False, None, None)
+        weights = Weights(weight_hh.unsqueeze(0), [None if bias_hh is None else [bias_hh]], None)
+        of_h, of_c, of_h_next, of_c_next, of_saved = (
+            None if t is None else t.unsqueeze(0) for t in (h, c, h_next, c_next, saved)
+        )
+        states = (None if of_h is None else Matrix(of_h, (of_h,)), [of_c], Matrix(of_h_next, (of_h_next,)))
+        for operation in forward_step(
+            kernels, mode, layout, weights, [pre], *states, [of_c_next], [None], [of_saved]
+        ):
             operation(now)
         return
     fused = h is not None and may_fuse(CELLS[mode], batch)
     product = None if fused or h is None else h @ weight_hh.t()
-    of_output = (0, 0, 0)  # none beside h_next
-    common = (*kernels[1:], WHOLE, False, False, hidden, False)
-    common += addresses(None, pre, weight_hh if fused else None)
+    of_rows_and_output = (0, 0), (0, 0, 0)  # no lengths or resets, and no output beside h_next
+    common = (*kernels[1:], WHOLE, False, False, hidden, *of_rows_and_output[0], False)
+    common += (*addresses(weight_hh if fused else None, pre), *of_rows_and_output[1])
     tensors = addresses(product, bias_hh, h, c, h_next, c_next, saved)
-    kernels.module.cell_forward((*common, *of_output), (tensors,), now)
+    kernels.module.cell_forward(common, (tensors,), now)
 
 
 def forward(
@@ -254,30 +304,19 @@ def forward(
     mode: str,
     layout: Layout,
     weights: Weights,
-    pre: Tensor,
-    h: Tensor,
-    c: Tensor | None,
-    output: Tensor,
-    saved: Tensor | None,
+    pre: Planes,
+    h: Matrix,
+    c: Planes,
+    output: Planes,
+    saved: Planes,
     saves_states: bool,
 ) -> None:
     """All steps. h (D, B, R) and c (D, B, H), wide, are the initial states, and the last ones afterwards;
     the rest as in forward_step."""
-    states, kept = (h, c, h, c), (output, saved, saves_states, layout.lengths)
-    operations = forward_step(kernels, mode, layout.packed, weights, pre, *states, *kept)
-    rows, cut = Rows(layout), Cut(layout, 0, h, c)
-    for now in rows.forward(len(h)):
+    operations = forward_step(kernels, mode, layout, weights, pre, h, c, h, c, output, saved, saves_states)
+    for now in Rows(layout).forward(len(h.planes[0])):
         for operation in operations:
             operation(now)
-        if layout.resets is None:
-            continue
-        for d, (t, offset, count) in enumerate(now):
-            if d == 1 or layout.reverse:
-                if t > 0:
-                    cut(d, t, slice(offset, offset + count))
-            elif t + 1 < layout.steps:
-                t, offset, count = rows.steps[t + 1]
-                cut(d, t, slice(offset, offset + count))
 
 
 class Gradients(NamedTuple):
@@ -289,6 +328,20 @@ class Gradients(NamedTuple):
     hidden: Tensor | None  # (D, rows, R) of h_t, projected LSTM
     h0: Tensor | None
     c0: Tensor | None
+    operand: Tensor | None = None  # (D, rows, H) of the second product
+
+
+class Given(NamedTuple):
+    """What the backward pass reads of a plane, and the states' gradients, wide, that it carries along; what
+    these hold when it returns is of no use."""
+
+    h0: Tensor | None
+    c0: Tensor | None
+    output: Tensor
+    saved: Tensor | None
+    grad_output: Tensor | None
+    grad_h: Tensor  # (D, B, R) of the last states
+    grad_c: Tensor | None  # (D, B, H)
 
 
 def backward(
@@ -296,77 +349,84 @@ def backward(
     mode: str,
     layout: Layout,
     weights: Weights,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    output: Tensor,
-    saved: Tensor | None,
-    grad_output: Tensor | None,
-    grad_h: Tensor,
-    grad_c: Tensor | None,
-    bounds: Bounds,
-    grads: Gradients,
+    given: Sequence[Given],
+    grad_clip: float,
+    grads: Sequence[Gradients],
+    planes: int = 1,
 ) -> None:
-    """All steps. grad_h (D, B, R) and grad_c (D, B, H), wide, are the gradients of the last states; what they
-    hold when it returns is of no use."""
-    directions, batch, width = grad_h.shape
-    hidden = grads.pre.shape[2] // CELLS[mode].gates
-    wide = grad_h.dtype is not output.dtype
+    """All steps. grad_clip bounds the gradients of states at each step; infinite: nothing does. Of dual
+    numbers there are two `given` and two `grads`, and 2 or 3 `planes` of matrices: see Matrix."""
+    output, none = given[0].output, [None] * len(given)
+    grad_h, grad_output = [a.grad_h for a in given], [a.grad_output for a in given]
+    previous, operand = [made.previous for made in grads], [made.operand for made in grads]
+    directions, batch, width = grad_h[0].shape
+    gates = grads[0].pre.shape[2]
+    hidden, wide = gates // CELLS[mode].gates, grad_h[0].dtype is not output.dtype
     operations: list[Operation] = []
-    grad_product = output.new_empty((directions, batch, grads.pre.shape[2]))
-    # What the step before made, but for rows that it did not have: zeros, or what their last step left.
-    product = output.new_zeros(grad_h.shape)
 
-    def multiply(operand: Tensor, weight: Tensor) -> Tensor:
-        result = output.new_empty((directions, batch, weight.shape[2]))
+    def new(size: int) -> Matrix:
+        return new_matrix(output, directions, batch, size, planes)
+
+    def multiply(operand: Matrix, weight: Tensor) -> Matrix:
+        result = new(weight.shape[2])
         operations.append(Product(operand, weight, result))
         return result
 
     def finish(
         part: int,
         units: int,
-        grad: Tensor | None,
-        product: Tensor,
-        grad_output: Tensor | None,
-        grad_product: Tensor,
-        direct: Tensor | None,
-        previous: Tensor | None,
-        hidden: Tensor | None = None,
+        grad: Planes,
+        product: Matrix,
+        grad_output: Planes,
+        grad_product: Matrix,
+        direct: Planes,
+        previous: Planes = none,
+        hidden: Planes = none,
+        operand: Planes = none,
     ) -> None:
-        common = (*kernels[1:], part, layout.packed, wide, units)
-        common += (*addresses(layout.lengths, layout.resets), bounds.grad_clip)
-        common += (*addresses(grads.pre, output), *strides(output, 2))
-        common += (*addresses(grad_output), *strides(grad_output, 3))
-        tensors = (saved, h0, c0, grad, product, grad_c, grad_product, direct, grad_c)
-        tensors += (previous, grads.candidate, hidden)
-        operations.append(Launch(kernels.module.cell_backward, common, directions, *tensors))
+        common = (*_common(kernels, part, layout, wide, units), grad_clip)
+        tensors: list[Any] = []
+        for p, (a, made) in enumerate(zip(given, grads, strict=True)):
+            common += (*addresses(made.pre, a.output), *strides(a.output, 2))
+            common += (*addresses(grad_output[p]), *strides(grad_output[p], 3))
+            tensors += [a.saved, a.h0, a.c0, grad[p], product.planes[p], a.grad_c, grad_product.planes[p]]
+            tensors += [direct[p], a.grad_c, previous[p], made.candidate, hidden[p], operand[p]]
+        kernel = kernels.module.cell_backward
+        if planes > 1:
+            kernel = kernels.module.cell_dual_backward
+            common += (product.row_step,)
+            tensors += [product.of_weight_tangent, grad_product.of_weight_tangent]
+        operations.append(Launch(kernel, common, directions, *tensors))
 
+    # What the step before made, but for rows that it did not have: zeros, or what their last step left.
+    product, grad_product = new(width), new(gates)
+    product.whole.zero_()
     whole = grad_product, weights.hh
     if mode == "GRU_RESET_BEFORE":
         split = 2 * hidden
-        finish(FIRST, hidden, grad_h, product, grad_output, grad_product, grad_h, grads.previous)
-        of_operand = multiply(grad_product[:, :, split:], weights.hh[:, split:])
-        finish(REST, hidden, None, of_operand, None, grad_product, grad_h, None)
-        whole = grad_product[:, :, :split], weights.hh[:, :split]
+        finish(FIRST, hidden, grad_h, product, grad_output, grad_product, grad_h, previous)
+        of_operand = multiply(grad_product.narrow(split, gates), weights.hh[:, split:])
+        finish(REST, hidden, none, of_operand, none, grad_product, grad_h, operand=operand)
+        whole = grad_product.narrow(0, split), weights.hh[:, :split]
     elif weights.hr is not None:
-        operand = torch.empty_like(product)
-        finish(FIRST, width, grad_h, product, grad_output, operand, grad_h, grads.previous, grads.hidden)
-        of_cell = multiply(operand, weights.hr)
-        finish(WHOLE, hidden, None, of_cell, None, grad_product, None, None)
+        of_h, of_hidden = new(width), [made.hidden for made in grads]
+        finish(FIRST, width, grad_h, product, grad_output, of_h, grad_h, previous, of_hidden)
+        of_cell = multiply(of_h, weights.hr)
+        finish(WHOLE, hidden, none, of_cell, none, grad_product, none, operand=operand)
     else:
-        finish(WHOLE, hidden, grad_h, product, grad_output, grad_product, grad_h, grads.previous)
+        finish(WHOLE, hidden, grad_h, product, grad_output, grad_product, grad_h, previous)
     operations.append(Product(*whole, product))
-    cut = Cut(layout, bounds.truncate, grad_h, grad_c, product)
-    cuts = bounds.truncate or layout.resets is not None
+    of_h0 = any(made.h0 is not None for made in grads)
     for s, now in enumerate(Rows(layout).backward(directions)):
-        if s + 1 == layout.steps and grads.h0 is None:
+        if s + 1 == layout.steps and not of_h0:
             operations.pop()
         for operation in operations:
             operation(now)
-        for d, (t, offset, count, t_before, offset_before, count_before) in enumerate(now):
-            if cuts and count_before:
-                later = (t, offset, count) if t > t_before else (t_before, offset_before, count_before)
-                cut(d, later[0], slice(later[1], later[1] + min(count, count_before)))
-    if grads.h0 is not None:
-        grads.h0.copy_(grad_h.add_(product))
-    if grads.c0 is not None and grad_c is not None:
-        grads.c0.copy_(grad_c)
+    for p, (a, made) in enumerate(zip(given, grads, strict=True)):
+        if made.h0 is not None:
+            total = a.grad_h.add_(product.planes[p])
+            if p == 1 and product.of_weight_tangent is not None:
+                total.add_(product.of_weight_tangent)
+            made.h0.copy_(total)
+        if made.c0 is not None and a.grad_c is not None:
+            made.c0.copy_(a.grad_c)

@@ -99,7 +99,7 @@ LADDER = {
         *("", "_accuracy", "_dropout", "_gradcheck", "_gradgradcheck", "_masked", "_options", "_properties"),
         *("_tangents", "_weights"),
     )
-}
+} | {"test_dual_operators", "test_second_derivatives"}
 RUNGS = [
     "cpu",
     pytest.param("twin", marks=pytest.mark.cuda_host),

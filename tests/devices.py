@@ -1,8 +1,8 @@
 """Where the tests run the CUDA kernels: on their host twin, which takes CPU tensors, and on a GPU.
 
 A test that takes the fixture `device` runs on both, `twin` is the first alone, `gpu` the second. While a
-device is in use, fastseq runs on its kernels; see Device.using. The tests of attention know nothing of this:
-conftest.py runs them on every rung, with CPU tensors.
+device is in use, fastseq runs on its kernels; see Device.using. The tests of attention and of dual numbers
+know nothing of this: conftest.py runs them on every rung, with CPU tensors.
 """
 
 import os
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cuda_host
-from fastseq import _C, attention_dual_ops, attention_ops, loops, ops, precision
+from fastseq import _C, attention_dual_ops, attention_ops, dual_ops, loops, ops, precision
 from harness import (
     Case,
     assert_all_as_accurate_as_torch,
@@ -107,6 +107,14 @@ class Recorded:
         self.ran.append({"kernel": "steps", "pass": "backward"})
         self.module.cell_backward(*arguments)
 
+    def cell_dual_forward(self, *arguments):
+        self.ran.append({"kernel": "steps over dual numbers", "pass": "forward"})
+        self.module.cell_dual_forward(*arguments)
+
+    def cell_dual_backward(self, *arguments):
+        self.ran.append({"kernel": "steps over dual numbers", "pass": "backward"})
+        self.module.cell_dual_backward(*arguments)
+
 
 class Device:
     """`where`: torch's device of the tensors; `facts`: the default ones."""
@@ -135,6 +143,7 @@ class Device:
             pytest.skip("clusters need compute capability 9.0")
         engine = loops.Engine(self.module, lambda index: facts, self.stream)
         kernels, reads_tensors = ops.KERNELS.get(self.where), ops.READS_TENSORS
+        dual_kernels = dual_ops.KERNELS.get(self.where)
         of_attention = attention_ops.KERNELS.get(self.where)
         of_dual = attention_dual_ops.KERNELS.get(self.where)
         attention_ops.KERNELS[self.where] = attention_ops.cuda_kernels(engine)
@@ -143,6 +152,7 @@ class Device:
         before = {name: os.environ.get(name) for name in FORCED}
         allow_tf32 = torch.backends.cudnn.allow_tf32
         ops.KERNELS[self.where], ops.READS_TENSORS = ops.loop_kernels(engine), False
+        dual_ops.KERNELS[self.where] = dual_ops.loop_kernels(engine)
         os.environ.update(zip(FORCED, (forced, attention), strict=True))
         torch.backends.cudnn.allow_tf32 = tf32
         self.module.ran.clear()
@@ -150,6 +160,7 @@ class Device:
             yield self.module.ran
         finally:
             ops.KERNELS[self.where], ops.READS_TENSORS = kernels, reads_tensors
+            dual_ops.KERNELS[self.where] = dual_kernels
             attention_ops.KERNELS[self.where], attention_ops.READS_TENSORS = of_attention, reads_tensors
             attention_dual_ops.KERNELS[self.where] = of_dual
             torch.backends.cudnn.allow_tf32 = allow_tf32
@@ -233,11 +244,44 @@ def carried(tensor, where: str):
     return empty.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+def _carried(name, kernel):
+    """An operator of recurrent networks that is given CPU tensors, and runs on the GPU."""
+
+    def run(*arguments):
+        schema = getattr(torch.ops.fastseq, name).default._schema
+        given = list(arguments)
+        for i, argument in enumerate(schema.arguments):
+            if isinstance(given[i], list | tuple):
+                given[i] = [carried(x, "cuda") for x in given[i]]
+            elif argument.name != "batch_sizes":  # which stay on the CPU
+                given[i] = carried(given[i], "cuda")
+        results = kernel(*given)
+        return type(results)(carried(x, "cpu") for x in results)
+
+    return run
+
+
 @contextmanager
 def carried_to_the_gpu():
-    """Attention of CPU tensors runs on the GPU, and its results come back."""
+    """Attention and recurrent networks of CPU tensors run on the GPU, and their results come back."""
     if reason := why_no_gpu():
         pytest.skip(reason)
+    tables = {ops: ops.OPERATORS, dual_ops: dual_ops.OPERATORS}
+    before = {table: (table.KERNELS["cpu"], ops.READS_TENSORS) for table in tables}
+    for table, names in tables.items():
+        gpu = table.KERNELS["cuda"]
+        table.KERNELS["cpu"] = gpu._replace(**{name: _carried(name, getattr(gpu, name)) for name in names})
+    ops.READS_TENSORS = False
+    try:
+        with _attention_carried_to_the_gpu():
+            yield
+    finally:
+        for table, (kernels, ops.READS_TENSORS) in before.items():
+            table.KERNELS["cpu"] = kernels
+
+
+@contextmanager
+def _attention_carried_to_the_gpu():
     of_gpu, of_cpu = attention_ops.KERNELS["cuda"], attention_ops.KERNELS["cpu"]
 
     def run(kernel, *arguments):

@@ -74,6 +74,7 @@ def cpu_cut(call, backward):
         layer.width if layer.projected else 0,
         layer.directions,
         backward,
+        1,
     )
 
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.func import functional_call, jvp
 
 import fastseq
-from fastseq import attention_dual_ops
+from fastseq import _C, attention_dual_ops
 
 
 def q_k_v(*shape):
@@ -75,3 +77,79 @@ def test_blocks_are_those_that_run(monkeypatch, sizes):
     monkeypatch.setitem(attention_dual_ops.KERNELS, "cpu", attention_dual_ops.in_blocks(True))
     (call,) = fastseq.explain(along(fastseq.scaled_dot_product_attention, *q_k_v(*sizes)))
     assert max(ran) == tuple(call.plan.partition.values())
+
+
+# ---- recurrent networks ----
+
+
+def input_along(module, input):
+    """A call in forward mode along its input."""
+
+    def call():
+        with torch.no_grad(), forward_ad.dual_level():
+            module(forward_ad.make_dual(input, torch.ones_like(input)))
+
+    return call
+
+
+def weights_along(module, input):
+    """A call in forward mode along its weights."""
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    return lambda: jvp(lambda w: functional_call(module, w, (input,))[0], (weights,), (weights,))
+
+
+def penalty(module, input):
+    """A gradient penalty, whose derivative is a second one."""
+
+    def call():
+        x = input.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+        grad.square().sum().backward()
+
+    return call
+
+
+LAYER = {"LSTM": fastseq.LSTM, "GRU": fastseq.GRU, "RNN_TANH": fastseq.RNN}
+
+
+@pytest.mark.parametrize("mode", LAYER)
+def test_a_layer_in_forward_mode_is_reported_with_its_sizes(mode, two_threads):
+    module = LAYER[mode](4, 32, num_layers=2)
+    first, second = fastseq.explain(input_along(module, torch.randn(9, 3, 4)))
+    for call, name in ((first, "module.weight_hh_l0"), (second, "module.weight_hh_l1")):
+        assert (call.operator, call.mode, call.weight) == ("recurrent_dual", mode, name)
+        assert (call.plan.kernel, call.plan.architecture) == ("sequence", _C.cpu_info()["isa"])
+        assert (call.backward, call.saved) == (None, {})
+    assert str(first).startswith(f"{mode} along a direction, float32 on cpu, T 9, B 3, I 4, H 32")
+    cell, dtype = _C.CELLS[mode]["code"], _C.DTYPES["float32"]
+    cut = _C.recurrent_plan(cell, dtype, 2, 9, 3, 4, 32, 0, 1, False, 2)
+    assert first.plan.partition == cut
+
+
+def test_second_derivatives_of_a_layer_are_reported_with_what_is_saved():
+    module, x = fastseq.LSTM(4, 8, truncate=6), torch.randn(9, 3, 4)
+    calls = fastseq.explain(penalty(module, x))
+    names = [call.operator for call in calls]
+    assert names == ["recurrent", "recurrent_backward", "recurrent_dual", "recurrent_dual_backward"]
+    *_, along, gradients = calls
+    gates, a_state = 9 * 3 * 5 * 8 * 4, 9 * 3 * 8 * 4
+    kept = {"input": x.nbytes, "tangent of input": x.nbytes, "gates": gates, "tangent of gates": gates}
+    kept |= {"output": a_state, "tangent of output": a_state}
+    assert along.saved == kept | {"weights": sum(p.nbytes for p in module.parameters())}
+    assert along.backward.partition == gradients.plan.partition
+    assert along.options == gradients.options == ("truncate 6",)
+    assert str(gradients).startswith("the gradients of LSTM along a direction, ")
+
+
+@pytest.mark.cuda_host
+def test_steps_over_dual_numbers_are_said_to_be_steps(twin):
+    module, x = fastseq.GRU(4, 8, bidirectional=True), torch.randn(9, 3, 4)
+    for call, planes, words in (
+        (input_along(module, x), 2, "of numbers and tangents, and a kernel"),
+        (weights_along(module, x), 3, "with the weight's tangent"),
+    ):
+        (told,) = fastseq.explain(call)
+        assert (told.plan.kernel, told.plan.partition) == ("steps", {"planes": planes})
+        assert told.plan.architecture == "compute capability 9.0"
+        assert words in told.plan.words[0]
+        assert "a loop in Python" in told.plan.reasons[0]

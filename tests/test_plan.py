@@ -38,6 +38,7 @@ def plan(
         rest.get("proj_size", 0),
         rest.get("directions", 1),
         rest.get("backward", False),
+        rest.get("planes", 1),
     )
 
 

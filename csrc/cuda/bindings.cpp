@@ -82,21 +82,20 @@ void read_step(Integers& from, Args& args) {
   args.hidden_size = from.next();
 }
 
-// common and the directions' addresses are the same for all steps; `rows` is what changes: for each direction the
-// step's rows, and the rows before them.
+// common and the directions' addresses are the same for all steps; `rows` is what changes.
 struct StepArguments {
   Integers common, directions, rows;
   StepArguments(const py::tuple& common, const py::tuple& directions, const py::tuple& rows)
       : common(common), directions(directions), rows(rows) {}
 
-  // read(direction, its addresses, its rows) for each.
+  // read(i, direction i, its addresses, its rows) for each.
   template <class Args, class Read>
   void for_directions(Args& args, Read read) {
     args.directions = int(directions.left());
     if (args.directions < 1 || args.directions > 2) throw py::value_error("directions: one or two");
     for (int i = 0; i < args.directions; ++i) {
       Integers addresses = directions.nested(), of_rows = rows.nested();
-      read(args.direction[i], addresses, of_rows);
+      read(i, args.direction[i], addresses, of_rows);
       if (addresses.left() || of_rows.left()) throw py::type_error("directions: too many integers");
     }
     if (common.left() || rows.left())
@@ -104,51 +103,95 @@ struct StepArguments {
   }
 };
 
-void run_cell_forward(const py::tuple& common, const py::tuple& directions, const py::tuple& rows) {
-  StepArguments from(common, directions, rows);
-  CellStepArgs args = {};
+// Of a direction.
+void read_rows(Integers& from, StepRows& now, StepRows& other, bool& truncated) {
+  now = read_step_rows(from), other = read_step_rows(from), truncated = from.next();
+}
+
+void read_addresses(Integers& from, CellStepDirection& d) {
+  d.product = from.pointer<void>(), d.bias_hh = from.pointer<void>();
+  d.h = from.pointer<void>(), d.c = from.pointer<void>();
+  d.h_next = from.pointer<void>(), d.c_next = from.pointer<void>();
+  d.saved = from.pointer<void>();
+}
+
+void read_addresses(Integers& from, CellGradDirection& d) {
+  d.saved = from.pointer<void>();
+  d.h0 = from.pointer<void>(), d.c0 = from.pointer<void>();
+  d.grad = from.pointer<void>(), d.product = from.pointer<void>();
+  d.grad_c = from.pointer<void>();
+  d.grad_product = from.pointer<void>(), d.direct = from.pointer<void>();
+  d.grad_c_previous = from.pointer<void>(), d.previous = from.pointer<void>();
+  d.grad_candidate = from.pointer<void>(), d.grad_hidden = from.pointer<void>();
+  d.operand = from.pointer<void>();
+}
+
+void read_common(Integers& from, CellStepTensors& tensors) {
+  tensors.pre = from.pointer<void>();
+  read_sequence(from, 2, tensors.output);
+}
+
+void read_common(Integers& from, CellGradTensors& tensors) {
+  tensors.grad_pre = from.pointer<void>();
+  read_sequence(from, 2, tensors.output);
+  read_sequence(from, 3, tensors.grad_output);
+}
+
+void read_cell(StepArguments& from, CellStepArgs& args) {
   read_step(from.common, args);
-  args.saves_states = from.common.next(), args.lengths = from.common.pointer<const int64_t>();
-  args.pre = from.common.pointer<void>(), args.weight_hh = from.common.pointer<void>();
-  read_sequence(from.common, 2, args.output);
-  from.for_directions(args, [](CellStepDirection& d, Integers& addresses, Integers& of_rows) {
-    d.now = read_step_rows(of_rows);
-    d.product = addresses.pointer<void>(), d.bias_hh = addresses.pointer<void>();
-    d.h = addresses.pointer<void>(), d.c = addresses.pointer<void>();
-    d.h_next = addresses.pointer<void>(), d.c_next = addresses.pointer<void>();
-    d.saved = addresses.pointer<void>();
+  args.lengths = from.common.pointer<const int64_t>(), args.resets = from.common.pointer<const uint8_t>();
+  args.saves_states = from.common.next(), args.weight_hh = from.common.pointer<void>();
+  read_common(from.common, args);
+}
+
+void read_cell(StepArguments& from, CellGradArgs& args) {
+  read_step(from.common, args);
+  args.lengths = from.common.pointer<const int64_t>(), args.resets = from.common.pointer<const uint8_t>();
+  args.grad_clip = from.common.real();
+  read_common(from.common, args);
+}
+
+StepRows& other_step(CellStepDirection& d) { return d.next; }
+StepRows& other_step(CellGradDirection& d) { return d.before; }
+void** again(CellStepDualArgs& args) { return args.h_next_again; }
+void** again(CellGradDualArgs& args) { return args.grad_product_again; }
+
+template <class Args, const char* (*run)(const Args&)>
+void run_cell(const py::tuple& common, const py::tuple& directions, const py::tuple& rows) {
+  StepArguments from(common, directions, rows);
+  Args args = {};
+  read_cell(from, args);
+  from.for_directions(args, [](int, auto& d, Integers& addresses, Integers& of_rows) {
+    read_rows(of_rows, d.now, other_step(d), d.truncated);
+    read_addresses(addresses, d);
   });
   const char* error;
   {
     py::gil_scoped_release release;
-    error = cell_forward(args);
+    error = run(args);
   }
   check(error, args.device);
 }
 
-void run_cell_backward(const py::tuple& common, const py::tuple& directions, const py::tuple& rows) {
+// Over dual numbers: after what belongs to the numbers comes the same of their tangents.
+template <class Args, const char* (*run)(const Args&)>
+void run_cell_dual(const py::tuple& common, const py::tuple& directions, const py::tuple& rows) {
   StepArguments from(common, directions, rows);
-  CellGradArgs args = {};
-  read_step(from.common, args);
-  args.lengths = from.common.pointer<const int64_t>(), args.resets = from.common.pointer<const uint8_t>();
-  args.grad_clip = from.common.real();
-  args.grad_pre = from.common.pointer<void>();
-  read_sequence(from.common, 2, args.output);
-  read_sequence(from.common, 3, args.grad_output);
-  from.for_directions(args, [](CellGradDirection& d, Integers& addresses, Integers& of_rows) {
-    d.now = read_step_rows(of_rows), d.before = read_step_rows(of_rows);
-    d.saved = addresses.pointer<void>();
-    d.h0 = addresses.pointer<void>(), d.c0 = addresses.pointer<void>();
-    d.grad = addresses.pointer<void>(), d.product = addresses.pointer<void>();
-    d.grad_c = addresses.pointer<void>();
-    d.grad_product = addresses.pointer<void>(), d.direct = addresses.pointer<void>();
-    d.grad_c_previous = addresses.pointer<void>(), d.previous = addresses.pointer<void>();
-    d.grad_candidate = addresses.pointer<void>(), d.grad_hidden = addresses.pointer<void>();
+  Args args = {};
+  read_cell(from, args);
+  read_common(from.common, args.tangents);
+  args.row_step = int(from.common.next());
+  from.for_directions(args, [&](int i, auto& d, Integers& addresses, Integers& of_rows) {
+    read_rows(of_rows, d.now, other_step(d), d.truncated);
+    read_addresses(addresses, d);
+    read_addresses(addresses, args.tangents.direction[i]);
+    args.product_of_weight_tangent[i] = addresses.pointer<void>();
+    again(args)[i] = addresses.pointer<void>();
   });
   const char* error;
   {
     py::gil_scoped_release release;
-    error = cell_backward(args);
+    error = run(args);
   }
   check(error, args.device);
 }
@@ -262,8 +305,10 @@ void bind(py::module_& m) {
   m.def("cuda_attention_backward", &run_attention<true>);
   m.def("loop_forward", &run_loop<false>);
   m.def("loop_backward", &run_loop<true>);
-  m.def("cell_forward", &run_cell_forward);
-  m.def("cell_backward", &run_cell_backward);
+  m.def("cell_forward", &run_cell<CellStepArgs, cell_forward>);
+  m.def("cell_backward", &run_cell<CellGradArgs, cell_backward>);
+  m.def("cell_dual_forward", &run_cell_dual<CellStepDualArgs, cell_dual_forward>);
+  m.def("cell_dual_backward", &run_cell_dual<CellGradDualArgs, cell_dual_backward>);
   m.def("hopper_primitive", &hopper_primitive, py::call_guard<py::gil_scoped_release>());
 }
 

@@ -6,6 +6,7 @@
 
 #include <utility>
 
+#include "../cells/dual.h"
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"

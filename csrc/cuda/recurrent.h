@@ -11,5 +11,7 @@ const char* recurrent_loop_forward(const RecurrentLoopArgs& args, const LoopPlan
 const char* recurrent_loop_backward(const RecurrentLoopArgs& args, const LoopPlan& plan);
 const char* cell_forward(const CellStepArgs& args);
 const char* cell_backward(const CellGradArgs& args);
+const char* cell_dual_forward(const CellStepDualArgs& args);
+const char* cell_dual_backward(const CellGradDualArgs& args);
 
 }  // namespace fastseq::FASTSEQ_ISA

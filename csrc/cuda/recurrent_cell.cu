@@ -46,14 +46,28 @@ const char* cell_forward(const CellStepArgs& args) {
   return with_storage(args.dtype, [&](auto storage) {
     using S = decltype(storage);
     if (args.weight_hh) return run_everywhere<FusedCellKernel<S>>(args, args.hidden_size * kWarp);
-    return run_everywhere<CellKernel<S>>(args, units_of(args));
+    return run_everywhere<CellKernel<S, CellStepArgs>>(args, units_of(args));
   });
 }
 
 const char* cell_backward(const CellGradArgs& args) {
   const DeviceGuard guard(args.device);
   return with_storage(args.dtype, [&](auto storage) {
-    return run_everywhere<CellGradKernel<decltype(storage)>>(args, units_of(args));
+    return run_everywhere<CellGradKernel<decltype(storage), CellGradArgs>>(args, units_of(args));
+  });
+}
+
+const char* cell_dual_forward(const CellStepDualArgs& args) {
+  const DeviceGuard guard(args.device);
+  return with_storage(args.dtype, [&](auto storage) {
+    return run_everywhere<CellKernel<decltype(storage), CellStepDualArgs>>(args, units_of(args));
+  });
+}
+
+const char* cell_dual_backward(const CellGradDualArgs& args) {
+  const DeviceGuard guard(args.device);
+  return with_storage(args.dtype, [&](auto storage) {
+    return run_everywhere<CellGradKernel<decltype(storage), CellGradDualArgs>>(args, units_of(args));
   });
 }
 

@@ -12,118 +12,86 @@
 // one warp for each sub-core. 95 to 106 registers, 128 in float64.
 #pragma once
 
-#include <prim.h>
-
-#include "cells.h"
-#include "recurrent_items.h"
+#include "cell_tensors.h"
 
 namespace fastseq::FASTSEQ_ISA {
 
-template <class S>
-using ScalarOf = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
-template <class S>
-FS_DEVICE ScalarOf<S> read(const void* tensor, int64_t at) {
-  return tensor ? ScalarOf<S>(widen(static_cast<const S*>(tensor)[at])) : ScalarOf<S>(0);
-}
-// What the next product reads, or the next step.
-template <class S>
-FS_DEVICE void write(void* tensor, int64_t at, ScalarOf<S> value) {
-  if (tensor) narrow(value, static_cast<S*>(tensor)[at]);
-}
-// States between steps, which may be wide.
-template <class S>
-FS_DEVICE ScalarOf<S> read_state(bool wide, const void* state, int64_t at) {
-  if (!wide || !state) return read<S>(state, at);
-  return static_cast<const ScalarOf<S>*>(state)[at];
-}
-template <class S>
-FS_DEVICE void write_state(bool wide, void* state, int64_t at, ScalarOf<S> value) {
-  if (!wide || !state) return write<S>(state, at, value);
-  static_cast<ScalarOf<S>*>(state)[at] = value;
-}
-// What lies until the backward pass.
-template <class S>
-FS_DEVICE void leave(void* tensor, int64_t at, ScalarOf<S> value) {
-  if (tensor) keep(static_cast<S*>(tensor) + at, value);
-}
-
-// Rows of the direction that has most of them.
-template <class Args>
-FS_DEVICE int64_t most_rows(const Args& a) {
-  const int64_t rows = a.direction[0].now.rows, others = a.directions == 2 ? a.direction[1].now.rows : 0;
-  return rows > others ? rows : others;
-}
-
-// body(direction, row, unit) for the thread's share of them; rows that the direction does not have too.
-template <class Args, class Body>
-FS_DEVICE void for_units(const Args& a, Body body) {
-  const int64_t of_direction = most_rows(a) * a.hidden_size;
-  for (int64_t i = int64_t(block_index()) * thread_count() + thread_index(); i < a.directions * of_direction;
-       i += int64_t(block_count()) * thread_count()) {
-    const int direction = i >= of_direction;
-    const int64_t j = i - direction * of_direction;
-    body(direction, j / a.hidden_size, j % a.hidden_size);
-  }
-}
-
 // What follows the product, for one unit of one row; u holds the gates of the part, without bias.
-template <class S>
-FS_DEVICE void finish_step(const CellStepArgs& a, int direction, int64_t row, int64_t unit, ScalarOf<S>* u) {
-  using T = ScalarOf<S>;
+template <class S, class Args>
+FS_DEVICE void finish_step(const Args& a, int direction, int64_t row, int64_t unit, ValueOf<S, Args>* u) {
+  using V = ValueOf<S, Args>;
   const CellStepDirection& d = a.direction[direction];
   const int64_t hidden = a.hidden_size, at = row * hidden + unit, of_all = d.now.offset + row;
-  T x[kMostGates];
+  const int64_t of_operand = row * row_step(a) * hidden + unit;
+  const Crossing to_next = crossing(a, d.now, d.next, d.truncated, row);
+  V x[kMostGates];
+  const auto tensors = [&](auto plane) -> const CellStepDirection& {
+    return tensors_of<plane>(a).direction[direction];
+  };
   const auto read_gates = [&](int first, int last, int gates) {
     const int64_t from = (of_all * a.directions + direction) * gates * hidden + unit;
     FS_UNROLL
     for (int g = 0; g < kMostGates; ++g) {
       if (g < first || g >= last) continue;
-      x[g] = read<S>(a.pre, from + g * hidden);
-      u[g] += read<S>(d.bias_hh, g * hidden + unit);
+      x[g] = of_planes<V>([&](auto plane) { return read<S>(tensors_of<plane>(a).pre, from + g * hidden); });
+      u[g] =
+          u[g] + of_planes<V>([&](auto plane) { return read<S>(tensors(plane).bias_hh, g * hidden + unit); });
     }
   };
-  const auto put_saved = [&](int slots, int i, T value) {
-    leave<S>(d.saved, (of_all * slots + i) * hidden + unit, value);
+  const auto put_saved = [&](int slots, int i, V value) {
+    each_plane(value, [&](auto plane, auto x) {
+      leave<S>(tensors(plane).saved, (of_all * slots + i) * hidden + unit, x);
+    });
   };
-  const auto put_h = [&](T h) {
-    write<S>(d.h_next, at, h);
-    if (a.output.data) keep(row_at<S>(a.output, a.packed, d.now, row) + direction * hidden + unit, h);
+  const auto read_c = [&] {
+    return of_planes<V>([&](auto plane) { return read_state<S>(a.wide, tensors(plane).c, at); });
+  };
+  const auto put_c = [&](V c) {
+    each_plane(c, [&](auto plane, auto x) { write_state<S>(a.wide, tensors(plane).c_next, at, x); });
+  };
+  const auto put_h = [&](V h) {
+    const V next = a.output.data ? crossed(h, to_next) : h;  // an operand stays in its step
+    each_plane(next, [&](auto plane, auto x) { write<S>(tensors(plane).h_next, of_operand, x); });
+    if constexpr (kHasTangents<Args>) write<S>(a.h_next_again[direction], of_operand, next.value);
+    if (!a.output.data) return;
+    each_plane(h, [&](auto plane, auto x) {
+      keep(row_at<S>(tensors_of<plane>(a).output, a.packed, d.now, row) + direction * hidden + unit, x);
+    });
   };
   if (a.cell == CellKind::kLstm && a.part == StepPart::kRest) {
     put_h(u[0]);
     return;
   }
-  const T h = read<S>(d.h, at);
+  const V h = of_planes<V>([&](auto plane) { return read<S>(tensors(plane).h, of_operand); });
   if (a.cell == CellKind::kGruResetBefore) {
-    using C = GRUResetBefore<T>;
-    T saved[C::kSaved];
+    using C = GRUResetBefore<V>;
+    V saved[C::kSaved];
     if (a.part == StepPart::kFirst) {
-      T operand = 0;
+      V operand = 0;
       read_gates(0, C::kFirstGates, C::kGates);
       C::first(x, u, h, saved, operand);
       for (int i = 0; i < C::kFirstGates; ++i) put_saved(C::kSaved, i, saved[i]);
-      write_state<S>(a.wide, d.c_next, at, saved[C::Z]);
+      put_c(saved[C::Z]);
       put_h(operand);
     } else {
-      T h_next = 0, unused = 0;
+      V h_next = 0, unused = 0;
       read_gates(C::kFirstGates, C::kGates, C::kGates);
-      saved[C::Z] = read_state<S>(a.wide, d.c, at);
-      C::step(x, u, h, T(0), saved, h_next, unused);
+      saved[C::Z] = read_c();
+      C::step(x, u, h, V(0), saved, h_next, unused);
       put_saved(C::kSaved, C::N, saved[C::N]);
       put_h(h_next);
     }
     return;
   }
-  with_cell<T, 1>(a.cell, [&](auto cell) {
+  with_cell<V, 1>(a.cell, [&](auto cell) {
     using C = decltype(cell);
     constexpr int kSlots = C::kSaved + C::kCellState;
-    T saved[C::kSaved + 1], h_next = 0, c_next = 0;
+    V saved[C::kSaved + 1], h_next = 0, c_next = 0;
     read_gates(0, C::kGates, C::kGates);
-    take_step<C>(x, u, h, C::kCellState ? read_state<S>(a.wide, d.c, at) : T(0), saved, h_next, c_next);
+    take_step<C>(x, u, h, C::kCellState ? read_c() : V(0), saved, h_next, c_next);
     if constexpr (C::kCellState) {
       saved[C::kSaved] = c_next;
-      write_state<S>(a.wide, d.c_next, at, c_next);
+      put_c(crossed(c_next, to_next));
     }
     if (a.saves_states) {
       if constexpr (C::kCellState) put_saved(1, 0, c_next);
@@ -135,9 +103,10 @@ FS_DEVICE void finish_step(const CellStepArgs& a, int direction, int64_t row, in
   });
 }
 
-template <class S>
+template <class S, class Arguments>
 struct CellKernel {
-  using Args = CellStepArgs;
+  using Args = Arguments;
+  using V = ValueOf<S, Args>;
   static constexpr int kThreads = 256;
   static FS_DEVICE void run(const Args& a) {
     const bool lstm = a.cell == CellKind::kLstm, reset_before = a.cell == CellKind::kGruResetBefore;
@@ -146,13 +115,15 @@ struct CellKernel {
     const int first = rest && reset_before ? 2 : 0;
     const int last = reset_before && !rest ? 2 : rest && lstm ? 1 : gates;
     for_units(a, [&](int direction, int64_t row, int64_t unit) {
-      const CellStepDirection& d = a.direction[direction];
-      if (!has_step(a.lengths, d.now, row)) return;
-      ScalarOf<S> u[kMostGates] = {};
+      if (!has_step(a.lengths, a.direction[direction].now, row)) return;
+      V u[kMostGates] = {};
       FS_UNROLL
       for (int g = 0; g < kMostGates; ++g) {
         if (g < first || g >= last) continue;
-        u[g] = read<S>(d.product, (row * (last - first) + g - first) * a.hidden_size + unit);
+        const int64_t at = (row * row_step(a) * (last - first) + g - first) * a.hidden_size + unit;
+        u[g] = of_planes<V>(
+            [&](auto plane) { return read<S>(tensors_of<plane>(a).direction[direction].product, at); });
+        if constexpr (kHasTangents<Args>) u[g].tangent += read<S>(a.product_of_weight_tangent[direction], at);
       }
       finish_step<S>(a, direction, row, unit, u);
     });
@@ -242,10 +213,11 @@ struct FusedCellKernel {
   }
 };
 
-template <class S>
+template <class S, class Arguments>
 struct CellGradKernel {
-  using Args = CellGradArgs;
+  using Args = Arguments;
   using T = ScalarOf<S>;
+  using V = ValueOf<S, Args>;
   static constexpr int kThreads = 256;
   static FS_DEVICE void run(const Args& a) {
     for_units(a, [&](int direction, int64_t row, int64_t unit) { Unit(a, direction, row, unit).run(); });
@@ -257,8 +229,8 @@ struct CellGradKernel {
     const CellGradDirection& d;
     const int direction;
     const int64_t row, unit, hidden, at, of_all;
-    const bool active, before,
-        resets;  // before: whether the row has the step before; resets: its states are zero
+    const bool active, before;  // whether the row has this step, and the one before
+    const Crossing to_before;
 
     FS_DEVICE Unit(const Args& a, int direction, int64_t row, int64_t unit)
         : a(a),
@@ -271,8 +243,7 @@ struct CellGradKernel {
           of_all(d.now.offset + row),
           active(has_step(a.lengths, d.now, row)),
           before(has_step(a.lengths, d.before, row)),
-          resets(active && before && a.resets &&
-                 a.resets[(d.before.t > d.now.t ? d.before : d.now).offset + row]) {}
+          to_before(active ? crossing(a, d.now, d.before, d.truncated, row) : Crossing{false, false}) {}
 
     FS_DEVICE void run() const {
       if (a.cell == CellKind::kLstm && a.part == StepPart::kFirst) {
@@ -280,109 +251,156 @@ struct CellGradKernel {
       } else if (a.cell == CellKind::kGruResetBefore) {
         reset_before();
       } else {
-        with_cell<T, 1>(a.cell, [&](auto cell) { whole<decltype(cell)>(); });
+        with_cell<V, 1>(a.cell, [&](auto cell) { whole<decltype(cell)>(); });
       }
     }
 
     // ---- what a unit reads ----
 
-    FS_DEVICE T output(const StepRows& step) const {
-      return T(widen(row_at<const S>(a.output, a.packed, step, row)[direction * hidden + unit]));
+    template <int plane>
+    FS_DEVICE const CellGradDirection& tensors() const {
+      return tensors_of<plane>(a).direction[direction];
     }
-    FS_DEVICE T h_before() const { return resets ? T(0) : before ? output(d.before) : read<S>(d.h0, at); }
-    FS_DEVICE T saved(const StepRows& step, int slots, int i) const {
-      return read<S>(d.saved, ((step.offset + row) * slots + i) * hidden + unit);
+    FS_DEVICE V output(const StepRows& step) const {
+      return of_planes<V>([&](auto plane) {
+        return T(widen(
+            row_at<const S>(tensors_of<plane>(a).output, a.packed, step, row)[direction * hidden + unit]));
+      });
     }
-    FS_DEVICE T grad_of_state() const { return read_state<S>(a.wide, d.grad, at) + read<S>(d.product, at); }
+    FS_DEVICE V h_before() const {
+      if (before) return crossed(output(d.before), to_before);
+      return of_planes<V>([&](auto plane) { return read<S>(tensors<plane>().h0, at); });
+    }
+    FS_DEVICE V c_before(int slots, int slot) const {
+      if (before) return crossed(saved(d.before, slots, slot), to_before);
+      return of_planes<V>([&](auto plane) { return read<S>(tensors<plane>().c0, at); });
+    }
+    FS_DEVICE V saved(const StepRows& step, int slots, int i) const {
+      const int64_t from = ((step.offset + row) * slots + i) * hidden + unit;
+      return of_planes<V>([&](auto plane) { return read<S>(tensors<plane>().saved, from); });
+    }
+    FS_DEVICE V grad_of_state() const {
+      const int64_t of_product = row * row_step(a) * hidden + unit;
+      V dh = of_planes<V>([&](auto plane) {
+        return read_state<S>(a.wide, tensors<plane>().grad, at) +
+               read<S>(tensors<plane>().product, of_product);
+      });
+      if constexpr (kHasTangents<Args>)
+        dh.tangent += read<S>(a.product_of_weight_tangent[direction], of_product);
+      return dh;
+    }
+    FS_DEVICE V grad_c() const {
+      return of_planes<V>([&](auto plane) { return read_state<S>(a.wide, tensors<plane>().grad_c, at); });
+    }
     FS_DEVICE Clip<T> clip() const { return {T(a.grad_clip)}; }
-    FS_DEVICE T grad_h() const {
-      T dh = grad_of_state();
-      if (a.grad_output.data) {
-        const S* const from = row_at<const S>(a.grad_output, a.packed, d.now, row);
-        dh += T(widen(from[(direction * hidden + unit) * a.grad_output.stride[2]]));
-      }
+    FS_DEVICE V grad_h() const {
+      const V of_output = of_planes<V>([&](auto plane) {
+        const auto& grad_output = tensors_of<plane>(a).grad_output;
+        if (!grad_output.data) return T(0);
+        const S* const from = row_at<const S>(grad_output, a.packed, d.now, row);
+        return T(widen(from[(direction * hidden + unit) * grad_output.stride[2]]));
+      });
+      const V dh = grad_of_state() + of_output;
       return d.grad ? clip()(dh) : dh;
     }
 
     // ---- what it leaves ----
 
-    FS_DEVICE void put_pre(int gates, int gate, T value) const {
-      leave<S>(a.grad_pre, ((of_all * a.directions + direction) * gates + gate) * hidden + unit, value);
+    FS_DEVICE void put_pre(int gates, int gate, V value) const {
+      each_plane(value, [&](auto plane, T x) {
+        leave<S>(tensors_of<plane>(a).grad_pre,
+                 ((of_all * a.directions + direction) * gates + gate) * hidden + unit, x);
+      });
     }
-    FS_DEVICE void put_product(int gates, int gate, T value) const {
-      write<S>(d.grad_product, (row * gates + gate) * hidden + unit, value);
+    FS_DEVICE void put_product(int gates, int gate, V value) const {
+      const int64_t to = (row * row_step(a) * gates + gate) * hidden + unit;
+      each_plane(value, [&](auto plane, T x) { write<S>(tensors<plane>().grad_product, to, x); });
+      if constexpr (kHasTangents<Args>) write<S>(a.grad_product_again[direction], to, value.value);
     }
-    FS_DEVICE void put_direct(T value) const { write_state<S>(a.wide, d.direct, at, value); }
+    // What the step before takes is zero where it is cut.
+    FS_DEVICE V to_step_before(V grad) const { return to_before.cut ? V(0) : grad; }
+    FS_DEVICE void put_direct(V value) const {
+      each_plane(value, [&](auto plane, T x) { write_state<S>(a.wide, tensors<plane>().direct, at, x); });
+    }
+    // The tensor, one of a direction, of all rows.
+    FS_DEVICE void put_row(void* CellGradDirection::* tensor, V value) const {
+      each_plane(value,
+                 [&](auto plane, T x) { leave<S>(tensors<plane>().*tensor, of_all * hidden + unit, x); });
+    }
     FS_DEVICE void put_previous() const {
-      if (d.previous) leave<S>(d.previous, of_all * hidden + unit, h_before());
+      if (d.previous) put_row(&CellGradDirection::previous, h_before());
     }
 
     FS_DEVICE void projected() const {
-      const T dh = active ? grad_h() : T(0);
+      const V dh = active ? grad_h() : V(0);
       put_product(1, 0, dh);
-      put_direct(active ? T(0) : grad_of_state());
+      put_direct(active ? V(0) : grad_of_state());
       if (!active) return;
-      leave<S>(d.grad_hidden, of_all * hidden + unit, dh);
+      put_row(&CellGradDirection::grad_hidden, dh);
       put_previous();
     }
 
     FS_DEVICE void reset_before() const {
-      using C = GRUResetBefore<T>;
-      T of_gates[C::kSaved], grads[C::kGrads] = {};
+      using C = GRUResetBefore<V>;
+      V of_gates[C::kSaved], grads[C::kGrads] = {};
       const bool first = a.part == StepPart::kFirst;
       if (active) {
         for (int slot = 0; slot < C::kSaved; ++slot) of_gates[slot] = saved(d.now, C::kSaved, slot);
-        const T h = h_before();
-        T direct = 0, unused = 0;
+        const V h = h_before();
+        V direct = 0, operand = 0;
         if (first) {
-          C::step_grad(of_gates, h, T(0), T(0), T(0), grad_h(), T(0), grads, direct, unused);
+          C::step_grad(of_gates, h, V(0), V(0), V(0), grad_h(), V(0), grads, direct, operand);
+          put_direct(direct);
           put_previous();
         } else {
-          direct = read_state<S>(a.wide, d.direct, at);
-          C::first_grad(of_gates, h, grad_h(), grads, direct, unused);
+          direct =
+              of_planes<V>([&](auto plane) { return read_state<S>(a.wide, tensors<plane>().direct, at); });
+          C::first_grad(of_gates, h, grad_h(), grads, direct, operand);
+          put_direct(to_step_before(direct));
+          put_row(&CellGradDirection::operand, operand);
         }
-        put_direct(direct);
       } else if (first) {
         put_direct(grad_of_state());
       }
       for_constants<C::kGates>([&](auto gate) {
         if ((gate == C::R) == first) return;
         if (active) put_pre(C::kGates, gate, grads[gate]);
-        put_product(C::kGates, gate, grads[gate]);
+        put_product(C::kGates, gate, gate == C::N ? grads[gate] : to_step_before(grads[gate]));
       });
     }
 
     template <class C>
     FS_DEVICE void whole() const {
       constexpr int kSlots = C::kSaved + C::kCellState;
-      T of_gates[kSlots + 1] = {}, grads[C::kGrads] = {};
+      V of_gates[kSlots + 1] = {}, grads[C::kGrads] = {};
       if (active) {
         for (int slot = 0; slot < kSlots; ++slot) of_gates[slot] = saved(d.now, kSlots, slot);
         // c before an LSTM's step, h before a GRU's, h after an RNN's, which saves nothing else.
-        const T state = C::kCellState && resets   ? T(0)
-                        : C::kCellState && before ? saved(d.before, kSlots, C::kSaved)
-                        : C::kCellState           ? read<S>(d.c0, at)
-                        : kSlots == 0             ? output(d.now)
-                                                  : h_before();
-        T direct = 0, dc = 0;
+        const V state = C::kCellState ? c_before(kSlots, C::kSaved)
+                        : kSlots == 0 ? output(d.now)
+                                      : h_before();
+        V direct = 0, dc = 0;
         C::step_grad(of_gates, state, state, state, of_gates[C::kCellState ? C::kSaved : 0], grad_h(),
-                     C::kCellState ? read_state<S>(a.wide, d.grad_c, at) : T(0), grads, direct, dc, clip());
+                     C::kCellState ? grad_c() : V(0), grads, direct, dc, clip());
         for_constants<C::kGates>([&](auto gate) {
           constexpr int kGrad = C::kInputGrad[gate];
           put_pre(C::kGates, gate, grads[kGrad]);
         });
-        if constexpr (C::kGrads > C::kGates) {
-          leave<S>(d.grad_candidate, of_all * hidden + unit, grads[C::kGates]);
+        if constexpr (C::kGrads > C::kGates) put_row(&CellGradDirection::grad_candidate, grads[C::kGates]);
+        put_direct(to_step_before(direct));
+        if constexpr (C::kCellState) {
+          each_plane(to_step_before(dc), [&](auto plane, T x) {
+            write_state<S>(a.wide, tensors<plane>().grad_c_previous, at, x);
+          });
+          if (d.operand) put_row(&CellGradDirection::operand, C::output(of_gates[C::O], of_gates[C::kSaved]));
         }
-        put_direct(direct);
-        if constexpr (C::kCellState) write_state<S>(a.wide, d.grad_c_previous, at, dc);
         put_previous();
       } else if (d.direct) {
         put_direct(grad_of_state());
       }
       for_constants<C::kGates>([&](auto gate) {
         constexpr int kGrad = C::kRecurrentGrad[gate];
-        put_product(C::kGates, gate, grads[kGrad]);
+        put_product(C::kGates, gate, to_step_before(grads[kGrad]));
       });
     }
   };

@@ -26,11 +26,15 @@ FS_DEVICE bool has_step(const int64_t* lengths, const StepRows& step, int64_t ro
   return row < step.rows && (!lengths || step.t < lengths[row]);
 }
 
-// Bounds a gradient from both sides; NaN stays NaN.
+// Bounds a gradient from both sides; NaN stays NaN. The tangent of what is bounded is zero.
 template <class T>
 struct Clip {
   T bound;
   FS_DEVICE T operator()(T x) const { return x > bound ? bound : x < -bound ? -bound : x; }
+  FS_DEVICE Dual<T> operator()(Dual<T> x) const {
+    const bool bounded = x.value > bound || x.value < -bound;
+    return {(*this)(x.value), bounded ? T(0) : x.tangent};
+  }
 };
 
 // A unit of a row. `inside`: both exist.

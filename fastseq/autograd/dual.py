@@ -53,10 +53,11 @@ def forward(
     batch_first: bool,
     truncate: int,
     save: bool,
+    grad_clip: float | None = None,
 ) -> tuple[Tensor, ...]:
     """What recurrent_dual returns; `tangents`: of input, h0, c0, *weights."""
     if any(map(is_batched, tangents)):
-        options = (layer, batch_first, truncate, save)
+        options = (layer, batch_first, truncate, save, grad_clip)
         values = forward(sequence, weights, [None] * len(tangents), *options)
         along = each_entry(lambda entry: forward(sequence, weights, entry, *options)[4:], tangents)
         return (*values[:4], *along)
@@ -65,7 +66,7 @@ def forward(
         tangents = [*map(_as_sequence, tangents[:3]), *tangents[3:]]
     of_arguments, of_weights = tangents[:3], list(tangents[3:])
     return dual_ops.recurrent_dual(
-        *sequence, list(weights), *of_arguments, of_weights, *layer, batch_first, truncate, save
+        *sequence, list(weights), *of_arguments, of_weights, *layer, batch_first, truncate, save, grad_clip
     )
 
 
@@ -173,6 +174,7 @@ class RecurrentDual(Function):
         batch_first: bool,
         truncate: int,
         save: bool,
+        grad_clip: float | None,
         *tensors: Tensor | None,  # sequence, *weights, tangents
     ) -> tuple[Tensor, ...]:
         sequence, weights, tangents = _split(tensors)
@@ -180,23 +182,25 @@ class RecurrentDual(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        mode, directions, bias, _, truncate, _, *tensors = inputs
+        mode, directions, bias, _, truncate, _, grad_clip, *tensors = inputs
         output, _, c_n, saved, output_tangent, _, c_n_tangent, saved_tangent = outputs
         ctx.save_for_backward(*tensors, output, saved, output_tangent, saved_tangent)
-        ctx.constants = mode, directions, bias, truncate
+        ctx.constants, ctx.grad_clip = (mode, directions, bias, truncate), grad_clip
         ctx.set_materialize_grads(False)
         of_cells = () if CELLS[mode].cell_state else (c_n, c_n_tangent)
         ctx.mark_non_differentiable(saved, saved_tangent, *of_cells)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if ctx.grad_clip is not None:
+            refuse_bounded()
         *layer, truncate = ctx.constants
         *tensors, output, saved, output_tangent, saved_tangent = ctx.saved_tensors
         sequence, weights, tangents = _split(tensors)
         of_results, of_tangents = list(grads[:3]), list(grads[4:7])
         if not CELLS[layer[0]].cell_state:  # a graph has gradients even of what is not differentiable
             of_results[2] = of_tangents[2] = None
-        needs = needed(ctx)[6:]
+        needs = needed(ctx)[7:]
         of_values = [needs[0], needs[4], needs[5], *needs[6 : 6 + len(weights)]]
         of_directions = list(needs[6 + len(weights) :])
         gradients_of_tangents, gradients_of_values = backward(
@@ -213,7 +217,7 @@ class RecurrentDual(Function):
             of_values,
         )
         of_input, of_h0, of_c0, *of_weights = gradients_of_values
-        return (*[None] * 6, of_input, None, None, None, of_h0, of_c0, *of_weights, *gradients_of_tangents)
+        return (*[None] * 7, of_input, None, None, None, of_h0, of_c0, *of_weights, *gradients_of_tangents)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -262,6 +266,16 @@ def refuse_more(what: str, instead: str) -> NoReturn:
     )
 
 
+def refuse_bounded() -> NoReturn:
+    raise RuntimeError(
+        problem(
+            "a second derivative of a recurrent layer with grad_clip",
+            "first derivatives, and second ones without grad_clip",
+            "grad_clip=None, or torch.nn.utils.clip_grad_norm_ on the parameters",
+        )
+    )
+
+
 # ------------------------------------------------------------------------------------------ forward mode
 
 
@@ -278,6 +292,7 @@ def in_one_pass(
     batch_first: bool,
     truncate: int,
     save: bool,
+    grad_clip: float | None,
 ) -> tuple[Tensor, ...] | None:
     """What `recurrent` returns, as dual tensors. None where there are no tangents, and where gradients are
     recorded as well."""
@@ -290,6 +305,7 @@ def in_one_pass(
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*values, *tangents):
         return None
     input, h0, c0, *weights = values
-    made = forward((input, *sequence[1:4], h0, c0), weights, tangents, layer, batch_first, truncate, save)
+    options = (layer, batch_first, truncate, save, grad_clip)
+    made = forward((input, *sequence[1:4], h0, c0), weights, tangents, *options)
     # Of what is empty there is no tangent.
     return tuple(make_dual(x, u) if x.dim() > 1 else x for x, u in zip(made, made[4:], strict=False))

@@ -1,7 +1,7 @@
 """What the autograd Functions of the operators share.
 
 The Functions stand outside of the operators, and are skipped when no gradient is needed. Each one's backward
-pass is a Function too, of class Backward, so that a second derivative is an error.
+pass is a Function too, which has second derivatives; a third is an error.
 """
 
 from __future__ import annotations
@@ -129,21 +129,6 @@ class Backward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         pass
-
-
-def refuse(what: str, instead: str) -> Any:
-    """The backward pass of a Backward: `what` has no second derivative, `instead` has."""
-
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
-        raise RuntimeError(
-            problem(
-                f"a second derivative through {what}",
-                "first derivatives",
-                f"create_graph=False, or {instead}",
-            )
-        )
-
-    return staticmethod(backward)
 
 
 def gradients(

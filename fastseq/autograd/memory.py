@@ -45,7 +45,10 @@ class RecurrentInWindows(Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         sequence, layer = (input, batch_sizes, lengths, resets, h0, c0), (mode, directions, bias)
-        output, h_n, c_n, states = ops.recurrent(*sequence, weights, *layer, batch_first, "states")
+        of_gradients = (grad_clip, truncate, memory)
+        output, h_n, c_n, states = ops.recurrent(
+            *sequence, weights, *layer, batch_first, "states", *of_gradients
+        )
         if not steps_of(memory):
             return output, h_n, c_n, states
         options = (mode, directions, h_n.shape[1], memory, truncate)
@@ -65,6 +68,8 @@ class RecurrentInWindows(Function):
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, *_: None
     ) -> Any:
         needs = needed(ctx)
+        if grad_output is grad_h_n is grad_c_n is None:  # see recurrent.py
+            return (None,) * len(needs)
         wanted = [needs[0], needs[4], needs[5], *needs[13:]]
         grads_of = (grad_output, grad_h_n, grad_c_n)
         grads = gradients(WindowsBackward, grads_of, ctx.saved_tensors, ctx.constants, wanted)

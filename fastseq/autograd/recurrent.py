@@ -50,7 +50,8 @@ def recurrent(
     if not is_traced() and _is_recorded(input, h0, c0, *weights):
         result = None
         if _duals():
-            result = dual.in_one_pass(sequence, weights, layer, batch_first, truncate, False)
+            options_along = (batch_first, truncate, False, grad_clip)
+            result = dual.in_one_pass(sequence, weights, layer, *options_along)
         if result is None and _duals():  # which keeps gates, whatever `memory` is
             result = _RecurrentAlong.apply(*sequence, *layer, *options, *weights)
         elif result is None and keeps_gates(memory, mode):
@@ -152,7 +153,7 @@ class _Recurrent(Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         sequence, layer = (input, batch_sizes, lengths, resets, h0, c0), (mode, directions, bias)
-        return ops.recurrent(*sequence, weights, *layer, batch_first, "gates")
+        return ops.recurrent(*sequence, weights, *layer, batch_first, "gates", grad_clip, truncate)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -167,9 +168,11 @@ class _Recurrent(Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, _: None
     ) -> Any:
+        needs = needed(ctx)
+        if grad_output is grad_h_n is grad_c_n is None:  # as where a second derivative read the output
+            return (None,) * len(needs)
         # input, batch_sizes, lengths, resets, h0, c0, output, saved, *weights
         saved_tensors = ctx.saved_tensors
-        needs = needed(ctx)
         wanted = [needs[0], needs[4], needs[5], *needs[12:]]
         function = _backward_function()
         if function is _RecurrentBackward and _keeps(saved_tensors[0], ctx.constants[3]):
@@ -204,6 +207,8 @@ class _RecurrentCell(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, *others: Tensor | None) -> Any:
+        if all(grad is None for grad in (grad_h, *others)):
+            return (None,) * 8
         input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, h, saved = ctx.saved_tensors
         grad_c = others[0] if len(others) == 2 else None
         bias = bias_ih is not None
@@ -238,9 +243,10 @@ class _RecurrentAlong(_Recurrent):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        mode, directions, bias, _, truncate = ctx.constants
+        mode, directions, bias, grad_clip, truncate = ctx.constants
         along = [tangents[0], *tangents[4:6], *tangents[12:]]
-        made = _tangents(ctx, along, (mode, directions, bias), ctx.batch_first, truncate, False)
+        options = (ctx.batch_first, truncate, False, grad_clip)
+        made = _tangents(ctx, along, (mode, directions, bias), *options)
         return made[4], made[5], made[6] if CELLS[mode].cell_state else None, None
 
 
@@ -255,7 +261,7 @@ class _RecurrentCellAlong(_RecurrentCell):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         bias = len(ctx.saved_tensors) == 10
         along = tangents[: 7 if bias else 5]
-        made = _tangents(ctx, along, (ctx.mode, 1, bias), False, 0, False)
+        made = _tangents(ctx, along, (ctx.mode, 1, bias), False, 0, False, None)
         h, c = made[4].squeeze(0), made[6]
         return (h, c.squeeze(0), None) if CELLS[ctx.mode].cell_state else (h, None)
 
@@ -269,11 +275,9 @@ def _tangents(
     ctx: Any,
     along: Sequence[Tensor | None],
     layer: tuple[str, int, bool],
-    batch_first: bool,
-    truncate: int,
-    save: bool,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     """What recurrent_dual makes of the tensors saved for the forward mode."""
     with forward_ad._set_fwd_grad_enabled(True):  # for the levels outside of this one
         values, _ = dual.unpack(ctx.saved_tensors)
-        return dual.forward(values[:6], values[6:], along, layer, batch_first, truncate, save)
+        return dual.forward(values[:6], values[6:], along, layer, *options)

@@ -56,7 +56,7 @@ def register(name: str, module: Any, differentiable: Callable[..., Any]) -> None
 def _recurrent(*arguments: Any) -> tuple[Tensor, ...]:
     sequence, (weights, *layer, batch_first, save, grad_clip, truncate, memory) = arguments[:6], arguments[6:]
     mode, options = layer[0], (batch_first, grad_clip, truncate)
-    results = dual.in_one_pass(sequence, weights, layer, batch_first, truncate, save != "nothing")
+    results = dual.in_one_pass(sequence, weights, layer, batch_first, truncate, save != "nothing", grad_clip)
     # Forward mode keeps gates, whatever `memory` is.
     if results is None and (save != "nothing" or keeps_gates(memory, mode) or has_tangent(arguments)):
         results = _RecurrentAlong.apply_here(*sequence, *layer, *options, *weights)
@@ -101,7 +101,7 @@ def _recurrent_dual(*arguments: Any) -> tuple[Tensor, ...]:
 def _recurrent_tangents(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients need results that depend on the arguments."""
     sequence_and_weights, tangents, (*layer, truncate, save) = arguments[:7], arguments[9:13], arguments[13:]
-    return _recurrent_dual(*sequence_and_weights, *tangents, *layer, False, truncate, save)[4:]
+    return _recurrent_dual(*sequence_and_weights, *tangents, *layer, False, truncate, save, None)[4:]
 
 
 def _recurrent_dual_backward(*arguments: Any) -> list[Tensor]:

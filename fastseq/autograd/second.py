@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..checks import CELLS, problem
+from ..checks import CELLS
 from . import dual
 from .function import Function, gradients, needed
 
@@ -37,13 +37,7 @@ class Gradients(Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         constants = ctx.constants[:5]
         if constants[3] is not None:
-            raise RuntimeError(
-                problem(
-                    "a second derivative of a recurrent layer with grad_clip",
-                    "first derivatives, and second ones without grad_clip",
-                    "grad_clip=None, or torch.nn.utils.clip_grad_norm_ on the parameters",
-                )
-            )
+            dual.refuse_bounded()
         remaining = iter(cotangents)
         along = [next(remaining) if want else None for want in ctx.wanted]
         count = len(ctx.constants) + 1
@@ -92,11 +86,45 @@ class GradientsAlong(Gradients):
     jvp = staticmethod(gradients_along)
 
 
+class _Known(NamedTuple):
+    """What Gradients saved: numbers, of which tangents are made."""
+
+    grad_hidden: Tensor | None
+    grads: Sequence[Tensor | None]
+    sequence: Sequence[Tensor | None]
+    kept: Sequence[Tensor]
+    weights: Sequence[Tensor]
+
+    @staticmethod
+    def of(tensors: Sequence[Any]) -> _Known:
+        return _Known(tensors[0], tensors[1:4], tensors[4:10], tensors[10:12], tensors[12:])
+
+    def tangents(self, along: Any, layer: Any, truncate: int, save: bool) -> tuple[Any, ...]:
+        """As dual.forward() returns them."""
+        if self.grad_hidden is None:
+            return dual.forward(self.sequence, self.weights, along, layer, False, truncate, save)
+        return dual.tangents_of_known(self.sequence, self.weights, *self.kept, along, layer, truncate, save)
+
+    def second(
+        self, of_grads: Any, made: Any, along: Any, layer: Any, truncate: int, wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The tangents of the gradients, where those of what is given are `of_grads` and `along`."""
+        states, none = (made[0], made[3], made[4], made[7]), [False] * len(wanted)
+        arguments = (self.sequence, self.weights, states, along, layer, None, truncate)
+        return dual.backward(self.grads, of_grads, *arguments, none, wanted, self.grad_hidden)[1]
+
+
+def _arguments_in(tensors: Sequence[Any]) -> int:
+    """Of along, and then of what Gradients saved: how many there are of the former."""
+    return (len(tensors) - 15) // 2 + 3
+
+
 class _Second(Function):
     """The vector-Jacobian product of Gradients.
 
-    Where gradients are J(x)^T v, that of v for the cotangents u is J(x) u, and that of x the tangent of the
-    gradients along u.
+    Where gradients are B(x, v) = J(x)^T v, that of v for the cotangents u is J(x) u, that of x the tangent
+    of B(x, v) along (u, 0). Both are linear in u, and so have a gradient, for which
+    torch.autograd.functional.hvp asks: for cotangents p and q, the tangent of B(x, v) along (q, p).
     """
 
     @staticmethod
@@ -109,34 +137,38 @@ class _Second(Function):
         wanted: Sequence[bool],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        count = (len(tensors) - 15) // 2 + 3  # arguments
-        along, grad_hidden, tensors = tensors[:count], tensors[count], tensors[count + 1 :]
-        grads, sequence, weights = list(tensors[:3]), tensors[3:9], tensors[11:]
-        layer, of_arguments = (mode, directions, bias), any(wanted[3:])
-        if grad_hidden is None:
-            made = dual.forward(sequence, weights, along, layer, False, truncate, of_arguments)
-        else:
-            known = (sequence, weights, *tensors[9:11])
-            made = dual.tangents_of_known(*known, along, layer, truncate, of_arguments)
+        count = _arguments_in(tensors)
+        along, known = tensors[:count], _Known.of(tensors[count:])
+        layer, of_arguments = ((mode, directions, bias), truncate), any(wanted[3:])
+        made = known.tangents(along, *layer, of_arguments)
         of_grads = list(made[4:7])
-        if dual.is_one_step(sequence):
+        if dual.is_one_step(known.sequence):
             of_grads = [made[4].squeeze(0), None, made[6].squeeze(0)]
         results = [x for x, want in zip(of_grads, wanted, strict=False) if want]
         if of_arguments:
-            states = (made[0], made[3], made[4], made[7])
-            nothing, none = [None] * 3, [False] * count
-            arguments = (sequence, weights, states, along, layer, None, truncate)
-            _, second = dual.backward(grads, nothing, *arguments, none, wanted[3:], grad_hidden)
+            second = known.second([None] * 3, made, along, *layer, wanted[3:])
             results += [x for x in second if x is not None]
         return tuple(results)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        pass
+        mode, directions, bias, _, truncate, ctx.wanted, *tensors = inputs
+        ctx.layer, ctx.count = ((mode, directions, bias), truncate), _arguments_in(tensors)
+        ctx.save_for_backward(*tensors[ctx.count :])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        dual.refuse_more("a third derivative", dual.LOOP)
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        needs = needed(ctx)[6:]
+        of_along, others = needs[: ctx.count], needs[ctx.count :]
+        if any(others):
+            dual.refuse_more("a third derivative", dual.LOOP)
+        known, remaining = _Known.of(ctx.saved_tensors), iter(cotangents)
+        given = [next(remaining) if want else None for want in ctx.wanted]
+        of_grads, along = given[:3], given[3:]
+        made = known.tangents(along, *ctx.layer, True)
+        grads = known.second(of_grads, made, along, *ctx.layer, of_along)
+        return (*[None] * 6, *grads, *[None] * len(others))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
