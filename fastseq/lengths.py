@@ -42,9 +42,10 @@ class Packing(NamedTuple):
     def clear_rest(self, saved: Tensor) -> None:
         """Of (D, T * B, ...), before the kernels fill it, what no row does: nothing reads it, but it is a
         result, and the same in each call."""
+        if saved.dim() == 1:  # of an RNN, nothing
+            return
         if saved.nbytes < _PAGES:
-            if saved.dim() > 1:
-                saved[:, self.size :].zero_()
+            saved[:, self.size :].zero_()
             return
         # New pages are zeros, which take neither time nor memory until something is written to them.
         pages = mmap.mmap(-1, saved.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

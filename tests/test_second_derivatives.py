@@ -67,9 +67,11 @@ def test_forward_mode_of_modules_is_the_difference_of_results(case):
     assert gradcheck(call, leaves, fast_mode=True, **checks, **GRADCHECK)
 
 
+@pytest.mark.parametrize("pages", [0, 1 << 30], ids=["large", "small"])  # what is kept, see lengths.py
 @pytest.mark.parametrize("mode", MODES)
-def test_packed_sequences_and_lengths(mode):
+def test_packed_sequences_and_lengths(mode, pages, monkeypatch):
     """Packed rows as they are, and lengths of padded ones."""
+    monkeypatch.setattr(fastseq.lengths, "_PAGES", pages)
     case = replace(SMALL, mode=mode, bidirectional=True, batch=3)
     module, data = make_module(case), make_data(case)
     rows = torch.randn(6, 2, dtype=torch.float64).abs().requires_grad_()
