@@ -178,7 +178,7 @@ class RecurrentDual(Function):
         *tensors: Tensor | None,  # sequence, *weights, tangents
     ) -> tuple[Tensor, ...]:
         sequence, weights, tangents = _split(tensors)
-        return forward(sequence, weights, tangents, (mode, directions, bias), batch_first, truncate, True)
+        return forward(sequence, weights, tangents, (mode, directions, bias), batch_first, truncate, save)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:

@@ -30,9 +30,11 @@ from .recurrent import _RecurrentAlong, _RecurrentBackwardAlong, _RecurrentCellA
 
 def _wants_gradient(arguments: Sequence[Any]) -> bool:
     """Whether a graph is recorded; it is not where a Function calls the operator in its forward pass."""
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-        return True
-    return torch._C._is_fwd_grad_enabled() and has_tangent(arguments)
+    return _is_reverse(arguments) or (torch._C._is_fwd_grad_enabled() and has_tangent(arguments))
+
+
+def _is_reverse(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
 
 
 def register(name: str, module: Any, differentiable: Callable[..., Any]) -> None:
@@ -95,6 +97,8 @@ def _recurrent_windows_backward(*arguments: Any) -> list[Tensor]:
 
 def _recurrent_dual(*arguments: Any) -> tuple[Tensor, ...]:
     sequence, (weights, *of_arguments, of_weights), constants = arguments[:6], arguments[6:11], arguments[11:]
+    *layer, save, grad_clip = constants
+    constants = (*layer, save or _is_reverse(arguments), grad_clip)
     return dual.RecurrentDual.apply_here(*constants, *sequence, *weights, *of_arguments, *of_weights)
 
 
