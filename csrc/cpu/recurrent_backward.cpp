@@ -413,7 +413,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
 
     void run_cell(int64_t t, Range rows, int64_t chunk_row) {
       for (int64_t j = own_units.begin; j < own_units.end; ++j) {
-        for_each_row_block<kPlanes>(rows, [&](Range r) { cell.step_grad(tile(t, r, chunk_row, j)); });
+        for_each_row_block(rows, kPlanes, [&](Range r) { cell.step_grad(tile(t, r, chunk_row, j)); });
       }
     }
 
@@ -421,7 +421,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
       TileBuffer<Scalar> sums;
       const O* const gradients = state.d + chunk_row * kPlanes * pass.d_stride;
       for (int64_t j = own_units.begin; j < own_units.end; ++j) {
-        for_each_row_block<kPlanes>(rows, [&](Range r) {
+        for_each_row_block(rows, kPlanes, [&](Range r) {
           StepGradTile<S, O, kPlanes> first = tile(t, r, chunk_row, j);
           first.d_operand = sums.data, first.d_operand_stride = state.recurrent_rest[0].columns(j);
           multiply_both(state.recurrent_rest, cell.recurrent_grad + cell.first_gates, j, r, gradients,
@@ -441,7 +441,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
       for (int64_t j = 0; j < panels.blocks.count(); ++j) {
         const int64_t column = panels.blocks.begin(j), n = panels.blocks.size(j), columns = panels.columns(j);
         int64_t t = first;
-        for_each_row_block(own, [&](Range r) {
+        for_each_row_block(own, 1, [&](Range r) {
           const auto multiply_rows = [&](const Panels<O>& weight, int plane, bool add) {
             multiply_segments(weight, cell.input_grad, j, r.size(),
                               state.d + (r.begin * kPlanes + plane) * pass.d_stride, kPlanes * pass.d_stride,
