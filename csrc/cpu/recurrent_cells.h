@@ -140,7 +140,7 @@ struct CellOps {
   const int *input_grad, *recurrent_grad;
   void (*first)(const StepTile<S, O, kPlanes>&);
   void (*step)(const StepTile<S, O, kPlanes>&);
-  // Of tangents alone, where the tile's saved, and output, have the numbers already; null without tangents.
+  // Of tangents alone, where the tile's saved, and output, have the numbers already: x and u are of one plane then.
   void (*first_along)(const StepTile<S, O, kPlanes>&);
   void (*step_along)(const StepTile<S, O, kPlanes>&);
   void (*first_grad)(const StepGradTile<S, O, kPlanes>&);
@@ -440,7 +440,7 @@ struct CellTile {
   FS_BODY static void load_known(const Step& t, int64_t row, int64_t i, int64_t n, Known<Lane>* x, V* u) {
     for (int g = kBegin; g < kEnd; ++g) {
       const auto tangent = [&](const auto* from) FS_BODY {
-        return load<Lane>(from + ((row * kPlanes + 1) * (kEnd - kBegin) + g - kBegin) * t.block + i);
+        return load<Lane>(from + (row * (kEnd - kBegin) + g - kBegin) * t.block + i);
       };
       const S* const known =
           C::kSaved ? t.saved[0] + saved_at(t, row, i, g) : t.output[0] + row * t.output_stride[0] + i;
