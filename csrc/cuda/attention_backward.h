@@ -332,10 +332,7 @@ struct GradKeys {
         grad_scores<kAny, E>(call, scoring, dropout, s, orient, query_at, x, dx, kept);
         finish_grad_scores<kAny>(query_at, x, dx);
         if constexpr (kAny) {
-          if (dropout.active) {
-            for_elements<kRowTiles, kQueryTiles>(
-                [&](int m, int n, int e) { x[m][n][e] = kept(m, n, e) ? x[m][n][e] : T(0); });
-          }
+          if (dropout.active) drop(kept, x);
         }
         add_product<M>(special, grad_value, x, grads_of(tile), first_column, value_features);
         if (kAny && scoring.cap != 0) {

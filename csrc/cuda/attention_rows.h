@@ -62,6 +62,18 @@ FS_DEVICE T remainder_of(T x) {
   return is_finite(r) ? r : T(0);
 }
 
+// A lane's features of a query's output, as write_row() has them, and what rounding took from them if somebody wants it.
+template <class E, int kTiles, class Value>
+FS_DEVICE void write_with_remainder(const HeadTensor& to, const HeadTensor& remainder, const Sequence& s,
+                                    int64_t head, int query, int first_column, int features, bool pairs,
+                                    const Value& value) {
+  write_row<E, kTiles>(s.query_row<E>(to, head, query), first_column, features, pairs, value);
+  if (sizeof(E) == 2 && remainder.data) {
+    write_row<E, kTiles>(s.query_row<E>(remainder, head, query), first_column, features, pairs,
+                         [&](int n, int e) { return remainder_of<E>(value(n, e)); });
+  }
+}
+
 // Two neighbouring features of a row, rounded; with `pair` at a multiple of two elements. The second may not be there.
 template <class E, class T>
 FS_DEVICE void write_two(E* to, T first, T second, bool two, bool pair) {
