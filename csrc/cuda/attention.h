@@ -8,10 +8,12 @@ namespace fastseq::FASTSEQ_ISA {
 
 const char* attention_forward(const AttentionArgs& args, const GpuAttentionPlan& plan);
 const char* attention_backward(const AttentionArgs& args, const GpuAttentionPlan& plan);
+const char* attention_dual_forward(const AttentionDualArgs& args, const GpuAttentionPlan& plan);
 
 namespace attention {
 
 struct Call;
+struct DualCall;
 
 // Of one arithmetic, in files of their own, which are compiled side by side. First what no sequence has, if packed.
 template <class M>
@@ -25,6 +27,8 @@ template <class M>
 const char* launch_weights(Call& call, const GpuAttentionPlan& plan);
 template <class M>
 const char* launch_backward(Call& call, const GpuAttentionPlan& plan);
+template <class M>
+const char* launch_dual_forward(DualCall& call, const GpuAttentionPlan& plan);
 
 // The kernels for compute capability 9.0 of one 16-bit dtype.
 template <class E>

@@ -32,6 +32,13 @@ struct Call {
   int mask_parts;                               // the mask's gradient is summed up in so many parts
 };
 
+// A call over dual numbers. In the tangents' places what Call has for its tensors.
+struct DualCall : Call {
+  AttentionTangents tangents;
+  bool aligned_query_tangent, aligned_key_tangent, aligned_value_tangent;
+  bool pairs_of_output_tangent, pairs_of_mask_tangent;
+};
+
 FS_DEVICE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 FS_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 FS_DEVICE int larger(int a, int b) { return a > b ? a : b; }

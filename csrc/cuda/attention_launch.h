@@ -9,7 +9,7 @@
 namespace fastseq::FASTSEQ_ISA::attention {
 
 template <class Kernel>
-const char* launch_pass(Call& call, const TilePass& pass) {
+const char* launch_pass(typename Kernel::Args& call, const TilePass& pass) {
   if (pass.blocks == 0) return nullptr;
   if (pass.threads != Kernel::kThreads || pass.shared_bytes != Kernel::kSharedBytes)
     return "the plan is another kernel's";

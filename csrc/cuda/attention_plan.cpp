@@ -13,7 +13,7 @@ namespace {
 
 using namespace attention;
 
-constexpr int kDecodeRows = 16;
+constexpr int kDecodeRows = 16, kMostFeatures = 256;
 // Rows of a key head up to which its keys are cut into parts, how many keys there are for each row then, and how many a
 // part has at least: with more rows there are blocks enough, with fewer keys joining the parts takes as long as reading
 // them.
@@ -240,6 +240,23 @@ void plan_forward(const AttentionProblem& p, GpuAttentionPlan& plan) {
   if (p.weights) plan.weights = weights_pass(p);
 }
 
+// Over dual numbers: what has no kernel the caller makes in blocks of other operations.
+void plan_dual(const AttentionProblem& p, GpuAttentionPlan& plan) {
+  const int size = element_size(p.dtype);
+  TilePass forward =
+      with_sizes(size, plan.features, [&](auto s, auto f) { return pass<DualForwardShape<s, f>>(s, 2, 8); });
+  plan.not_tiles = p.backward                                            ? "the backward pass"
+                   : p.weights                                           ? "weights are returned"
+                   : std::max(p.head_size, p.value_size) > kMostFeatures ? "heads of more than 256 features"
+                   : forward.shared_bytes > p.device.shared_bytes        ? kNoRoom
+                                                                         : "";
+  if (!plan.not_tiles.empty()) return;
+  plan.kernel = AttentionKernelKind::kTiles, plan.options = true;
+  forward.slots = slots(p, rows_of(p), forward.own);
+  forward.blocks = heads(p) * forward.slots;
+  plan.forward = forward;
+}
+
 void plan_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
   const int size = element_size(p.dtype);
   plan.hopper = takes_hopper_backward(p, plan);
@@ -291,7 +308,7 @@ void plan_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
 
 GpuAttentionPlan attention_plan(const AttentionProblem& p) {
   const int64_t most_features = std::max(p.head_size, p.value_size);
-  if (most_features > 256) {
+  if (most_features > kMostFeatures && !p.dual) {
     refuse("heads of " + std::to_string(most_features) + " features on CUDA", "up to 256",
            "more heads of fewer features, or query.cpu(), key.cpu() and value.cpu()");
   }
@@ -304,7 +321,11 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
   plan.features = features_of(p);
   plan.options = p.options;
   plan.parts = 1, plan.part_keys = int(p.keys), plan.mask_parts = 1;
-  p.backward ? plan_backward(p, plan) : plan_forward(p, plan);
+  if (p.dual) {
+    plan_dual(p, plan);
+  } else {
+    p.backward ? plan_backward(p, plan) : plan_forward(p, plan);
+  }
   check(p, plan);
   return plan;
 }

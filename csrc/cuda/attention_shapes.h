@@ -44,6 +44,13 @@ using ForwardShape = ByFeatures<
     BySize<kSize, TileShape<128, 4, kAny ? 1 : 2, 32>, TileShape<128, 4, 1, 32>, TileShape<128, 2, 1, 8>>,
     BySize<kSize, TileShape<256, 4, 1, 32>, TileShape<256, 4, 1, 16, 2>, TileShape<256, 2, 1, 8, 2>>>;
 
+// Forward over dual numbers: likewise, with tiles of the tangents too, within 99 KB but for doubles of 256 features.
+template <int kSize, int kFeatures>
+using DualForwardShape = ByFeatures<
+    kFeatures, BySize<kSize, TileShape<64, 4, 1, 32>, TileShape<64, 4, 1, 16>, TileShape<64, 4, 1, 8, 2>>,
+    BySize<kSize, TileShape<128, 4, 1, 16>, TileShape<128, 4, 1, 8>, TileShape<128, 4, 1, 8, 4>>,
+    BySize<kSize, TileShape<256, 4, 1, 16, 2>, TileShape<256, 2, 1, 8, 2>, TileShape<256, 8, 1, 8, 8>>>;
+
 // Up to 16 rows: one warp each, many blocks side by side, with keys in parts.
 template <int kSize, int kFeatures>
 using DecodeShape = ByFeatures<
