@@ -180,9 +180,12 @@ def _problem_of(
     )
 
 
-def problem_of_dual(sizes: Attention, a: Arguments, backward: bool, of_weights: bool) -> Problem:
-    """Of a call over dual numbers."""
-    return _problem_of(sizes, a, backward, None, False, False)._replace(weights=of_weights, dual=True)
+def problem_of_dual(
+    sizes: Attention, a: Arguments, backward: bool, of_mask: bool, of_weights: bool
+) -> Problem:
+    """Of a call over dual numbers. of_weights: whether they are returned, or have a gradient."""
+    problem = _problem_of(sizes, a, backward, None, False, False)
+    return problem._replace(of_mask=of_mask, weights=of_weights, dual=True)
 
 
 def forward(engine: Engine, sizes: Attention, a: Arguments, *results: Tensor) -> None:

@@ -103,6 +103,10 @@ class Recorded:
         self.ran.append({**plan.describe(), "pass": "dual forward"})
         self.module.cuda_attention_dual_forward(plan, *numbers)
 
+    def cuda_attention_dual_backward(self, plan, *numbers):
+        self.ran.append({**plan.describe(), "pass": "dual backward"})
+        self.module.cuda_attention_dual_backward(plan, *numbers)
+
     def cell_forward(self, *arguments):
         self.ran.append({"kernel": "steps", "pass": "forward"})
         self.module.cell_forward(*arguments)

@@ -67,16 +67,27 @@ DualCall call_of(const AttentionDualArgs& args, const GpuAttentionPlan& plan) {
   call.aligned_query_tangent = rows_at_multiples(args.query, chunk, size);
   call.aligned_key_tangent = rows_at_multiples(args.key, chunk, size);
   call.aligned_value_tangent = rows_at_multiples(args.value, chunk, size);
+  call.aligned_grad_output_tangent = rows_at_multiples(args.grad_output, chunk, size);
+  call.aligned_delta_tangents = call.aligned_deltas && rows_at_multiples(args.output, chunk, size) &&
+                                (!args.remainder.data || rows_at_multiples(args.remainder, chunk, size)) &&
+                                (!args.grad_output.data || call.aligned_grad_output_tangent);
+  call.pairs_of_grad_query_tangent = rows_at_multiples(args.grad_query, 2, size);
+  call.pairs_of_grad_key_tangent = rows_at_multiples(args.grad_key, 2, size);
+  call.pairs_of_grad_value_tangent = rows_at_multiples(args.grad_value, 2, size);
+  call.delta_tangent = call.delta;
+  call.delta_tangent.data = static_cast<unsigned char*>(args.primal.workspace) + plan.delta_tangent_at;
   call.pairs_of_output_tangent = pairs_of_output(args.output, args.remainder, size);
   call.pairs_of_mask_tangent = pairs_of_mask(args.mask, args.primal.dtype);
   return call;
 }
-// Its tangents in the places of the results, for what writes the results of rows that see nothing: all zeros there, so
-// that of lse is in the place of something else.
+// Its tangents in the places of results and gradients, for what writes these where nothing is seen: all tangents are zeros
+// there, so that of lse is in the place of something that is.
 Call call_of_tangents(const DualCall& call) {
   Call of = call;
   of.a.output = call.tangents.output, of.a.remainder = call.tangents.remainder;
   of.a.lse = of.a.inverse_sum = {}, of.a.highest = call.tangents.lse;
+  of.a.grad_query = call.tangents.grad_query, of.a.grad_key = call.tangents.grad_key,
+  of.a.grad_value = call.tangents.grad_value;
   return of;
 }
 
@@ -126,6 +137,14 @@ const char* attention_dual_forward(const AttentionDualArgs& args, const GpuAtten
     const char* error = attention::launch_outside<M>(call);
     if (!error) error = attention::launch_outside<M>(call_of_tangents(call));
     return error ? error : attention::launch_dual_forward<M>(call, plan);
+  });
+}
+const char* attention_dual_backward(const AttentionDualArgs& args, const GpuAttentionPlan& plan) {
+  DualCall call = call_of(args, plan);
+  return with_arithmetic(args.primal, [&](auto m) {
+    using M = decltype(m);
+    const char* const error = attention::launch_outside_grads<M>(call_of_tangents(call));
+    return error ? error : attention::launch_dual_backward<M>(call, plan);
   });
 }
 

@@ -64,30 +64,16 @@ struct DualForward {
     const int first_tile = some.begin / kKeys,
               end_tile = some.begin < some.end ? (some.end + kKeys - 1) / kKeys : first_tile;
     const auto fetch_keys = [&](int tile) {
-      if (tile < end_tile) {
-        const auto load = [&](FeatureTile to, const HeadTensor& from, bool aligned) {
-          load_keys<kThreads>(to, from, s, rows.kv_head, tile * kKeys, kKeys, features, aligned);
-        };
-        const Dual to = keys_of(tile);
-        load(to.primal, a.key, call.aligned_key);
-        if (to.moves) load(to.tangent, tangents.key, call.aligned_key_tangent);
-      }
+      if (tile < end_tile)
+        load_dual_keys<kThreads>(keys_of(tile), call, s, rows.kv_head, tile * kKeys, kKeys);
       copy_async_commit();
     };
     const auto fetch_values = [&](int tile) {
-      if (tile < end_tile) {
-        const auto load = [&](FeatureTile to, const HeadTensor& from, bool aligned) {
-          load_keys<kThreads>(to, from, s, rows.kv_head, tile * kKeys, kKeys, value_features, aligned);
-        };
-        const Dual to = values_of(tile);
-        load(to.primal, a.value, call.aligned_value);
-        if (to.moves) load(to.tangent, tangents.value, call.aligned_value_tangent);
-      }
+      if (tile < end_tile)
+        load_dual_values<kThreads>(values_of(tile), call, s, rows.kv_head, tile * kKeys, kKeys);
       copy_async_commit();
     };
-    load_queries<kThreads>(queries.primal, a.query, rows, features, call.aligned_query);
-    if (queries.moves)
-      load_queries<kThreads>(queries.tangent, tangents.query, rows, features, call.aligned_query_tangent);
+    load_dual_queries<kThreads>(queries, call, rows);
     fetch_keys(first_tile);
     fetch_values(first_tile);
 
@@ -152,9 +138,7 @@ struct DualForward {
       copy_async_wait<2>();
       const Dual values = values_of(tile);
       const bool special =
-          any_in_block((edge || masked) &&
-                       (loaded_special<kThreads>(values.primal, kKeys, value_features) ||
-                        (values.moves && loaded_special<kThreads>(values.tangent, kKeys, value_features))));
+          any_in_block((edge || masked) && values.template loaded_special<kThreads>(kKeys, value_features));
       if (!works) continue;
       add_dual_product<M>(special, output, output_tangent, x, change, moves_scores, values, first_column,
                           value_features);

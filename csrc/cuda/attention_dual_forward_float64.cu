@@ -1,4 +1,4 @@
-#include "attention_launch_dual.h"
+#include "attention_launch_dual_forward.h"
 
 namespace fastseq::FASTSEQ_ISA::attention {
 template const char* launch_dual_forward<Float64Math>(DualCall& call, const GpuAttentionPlan& plan);

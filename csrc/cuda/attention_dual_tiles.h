@@ -10,7 +10,51 @@ template <class E, int kColumns>
 struct DualTile {
   Tile<E, kColumns> primal, tangent;
   bool moves;  // whether there is a tangent
+
+  // Whether there is a NaN or an infinity in what this thread has loaded of either.
+  template <int kThreads>
+  FS_DEVICE bool loaded_special(int rows, int features) const {
+    return attention::loaded_special<kThreads>(primal, rows, features) ||
+           (moves && attention::loaded_special<kThreads>(tangent, rows, features));
+  }
 };
+
+// Both halves, of which the tangent is left out if there is none: see load_keys() and load_queries().
+template <int kThreads, class E, int kColumns>
+FS_DEVICE void load_dual_keys(const DualTile<E, kColumns>& to, const DualCall& call, const Sequence& s,
+                              int kv_head, int first, int count) {
+  const int features = int(call.a.head_size);
+  load_keys<kThreads>(to.primal, call.a.key, s, kv_head, first, count, features, call.aligned_key);
+  if (!to.moves) return;
+  load_keys<kThreads>(to.tangent, call.tangents.key, s, kv_head, first, count, features,
+                      call.aligned_key_tangent);
+}
+template <int kThreads, class E, int kColumns>
+FS_DEVICE void load_dual_values(const DualTile<E, kColumns>& to, const DualCall& call, const Sequence& s,
+                                int kv_head, int first, int count) {
+  const int features = int(call.a.value_size);
+  load_keys<kThreads>(to.primal, call.a.value, s, kv_head, first, count, features, call.aligned_value);
+  if (!to.moves) return;
+  load_keys<kThreads>(to.tangent, call.tangents.value, s, kv_head, first, count, features,
+                      call.aligned_value_tangent);
+}
+template <int kThreads, class E, int kColumns, int kRows>
+FS_DEVICE void load_dual_queries(const DualTile<E, kColumns>& to, const DualCall& call,
+                                 const RowTile<kRows>& rows) {
+  const int features = int(call.a.head_size);
+  load_queries<kThreads>(to.primal, call.a.query, rows, features, call.aligned_query);
+  if (!to.moves) return;
+  load_queries<kThreads>(to.tangent, call.tangents.query, rows, features, call.aligned_query_tangent);
+}
+template <int kThreads, class E, int kColumns, int kRows>
+FS_DEVICE void load_dual_grads(const DualTile<E, kColumns>& to, const DualCall& call,
+                               const RowTile<kRows>& rows) {
+  const int features = int(call.a.value_size);
+  load_queries<kThreads>(to.primal, call.a.grad_output, rows, features, call.aligned_grad_output);
+  if (!to.moves) return;
+  load_queries<kThreads>(to.tangent, call.tangents.grad_output, rows, features,
+                         call.aligned_grad_output_tangent);
+}
 
 // x = left right^T, and its tangent left' right^T + left right'^T.
 template <class M, int kRowTiles, int kColumnTiles, int kColumns>
@@ -128,6 +172,30 @@ FS_DEVICE void add_dual_product(bool special, Sums<typename M::Sum> (&d)[kRowTil
   } else {
     multiply_dual_sums<M>(d, tangent, left, change, moves, right, first_column, features);
   }
+}
+
+// The tangent alone: d += left' right + left right'.
+template <class M, int kRowTiles, int kDepthTiles, int kColumnTiles, int kColumns>
+FS_DEVICE void add_tangent_of_product(bool special, Sums<typename M::Sum> (&d)[kRowTiles][kColumnTiles],
+                                      const Sums<typename M::Sum> (&left)[kRowTiles][kDepthTiles],
+                                      const Sums<typename M::Sum> (&change)[kRowTiles][kDepthTiles],
+                                      const DualTile<typename M::Element, kColumns>& right, int first_column,
+                                      int features) {
+  if (!special) {
+    multiply_sums<M>(d, change, right.primal, first_column, features);
+    if (right.moves) multiply_sums<M>(d, left, right.tangent, first_column, features);
+    return;
+  }
+  Sums<typename M::Sum> to[kRowTiles][kColumnTiles], from[2][kRowTiles][kDepthTiles];
+  copy_sums(to, d), copy_sums(from[0], change), copy_sums(from[1], left);
+  constexpr int kShape = (kRowTiles * 64 + kColumnTiles) * 64 + kDepthTiles;
+  add_special_product<M, true, kShape>(to[0], kRowTiles, kColumnTiles, from[0][0], kDepthTiles, right.primal,
+                                       first_column, features);
+  if (right.moves) {
+    add_special_product<M, true, kShape>(to[0], kRowTiles, kColumnTiles, from[1][0], kDepthTiles,
+                                         right.tangent, first_column, features);
+  }
+  copy_sums(d, to);
 }
 
 }  // namespace fastseq::FASTSEQ_ISA::attention

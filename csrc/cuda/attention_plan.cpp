@@ -243,18 +243,36 @@ void plan_forward(const AttentionProblem& p, GpuAttentionPlan& plan) {
 // Over dual numbers: what has no kernel the caller makes in blocks of other operations.
 void plan_dual(const AttentionProblem& p, GpuAttentionPlan& plan) {
   const int size = element_size(p.dtype);
-  TilePass forward =
-      with_sizes(size, plan.features, [&](auto s, auto f) { return pass<DualForwardShape<s, f>>(s, 2, 8); });
-  plan.not_tiles = p.backward                                            ? "the backward pass"
+  TilePass forward = {}, grad_queries = {}, grad_keys = {};
+  with_sizes(size, plan.features, [&](auto s, auto f) {
+    if (!p.backward) {
+      forward = pass<DualForwardShape<s, f>>(s, 2, 8);
+    } else {
+      grad_queries = pass<DualGradQueriesShape<s, f>>(s, 4, 8);
+      grad_keys = pass<DualGradKeysShape<s, f>>(s, 4, 8);
+      grad_keys.shared_bytes += 2 * grad_keys.other * dual_query_bytes(s);
+    }
+  });
+  const int bytes = std::max({forward.shared_bytes, grad_queries.shared_bytes, grad_keys.shared_bytes});
+  const bool fits = bytes <= p.device.shared_bytes && (!p.backward || has_dual_backward(size, plan.features));
+  plan.not_tiles = p.weights && p.backward                               ? "a gradient of the weights"
                    : p.weights                                           ? "weights are returned"
+                   : p.of_mask                                           ? "a gradient of the mask"
                    : std::max(p.head_size, p.value_size) > kMostFeatures ? "heads of more than 256 features"
-                   : forward.shared_bytes > p.device.shared_bytes        ? kNoRoom
+                   : !fits                                               ? kNoRoom
                                                                          : "";
   if (!plan.not_tiles.empty()) return;
   plan.kernel = AttentionKernelKind::kTiles, plan.options = true;
-  forward.slots = slots(p, rows_of(p), forward.own);
-  forward.blocks = heads(p) * forward.slots;
-  plan.forward = forward;
+  const auto place = [&](TilePass& pass, int64_t all) {
+    if (!pass.threads) return;
+    pass.slots = slots(p, all, pass.own);
+    pass.blocks = heads(p) * pass.slots;
+  };
+  place(forward, rows_of(p)), place(grad_queries, rows_of(p)), place(grad_keys, p.keys);
+  plan.forward = forward, plan.grad_queries = grad_queries, plan.grad_keys = grad_keys;
+  if (!p.backward) return;
+  plan.delta_tangent_at = aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * sum_size_of(p));
+  plan.workspace_bytes = 2 * plan.delta_tangent_at;
 }
 
 void plan_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {

@@ -60,7 +60,7 @@ struct GpuAttentionPlan {
   int mask_parts;
   bool one_pass;  // of the backward pass
   // Where things lie in the workspace.
-  int64_t output_at, highest_at, sum_at, delta_at, mask_at, sums_at, workspace_bytes;
+  int64_t output_at, highest_at, sum_at, delta_at, delta_tangent_at, mask_at, sums_at, workspace_bytes;
 };
 
 // Throws std::runtime_error, in three lines, if nothing fits or the forced plan does not.

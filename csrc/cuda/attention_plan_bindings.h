@@ -49,7 +49,10 @@ inline py::dict describe_dual_attention(const GpuAttentionPlan& plan) {
   d["kernel"] = plan.not_tiles.empty() ? "tiles" : "blocks";
   d["not_tiles"] = plan.not_tiles;
   d["features"] = plan.features, d["workspace_bytes"] = plan.workspace_bytes;
-  if (plan.forward.threads) passes["forward"] = describe_pass(plan.forward);
+  const auto add = [&](const char* name, const TilePass& pass) {
+    if (pass.threads) passes[name] = describe_pass(pass);
+  };
+  add("forward", plan.forward), add("grad_queries", plan.grad_queries), add("grad_keys", plan.grad_keys);
   d["passes"] = passes;
   return d;
 }

@@ -188,15 +188,16 @@ void run_attention(const py::handle& plan, const py::args& numbers) {
   check(error, args.device, "attention");
 }
 
-void run_attention_dual_forward(const py::handle& plan, const py::args& numbers) {
+template <bool kBackward>
+void run_attention_dual(const py::handle& plan, const py::args& numbers) {
   Integers from(numbers);
-  AttentionDualArgs args = read_dual_forward(from);
+  AttentionDualArgs args = kBackward ? read_dual_backward(from) : read_dual_forward(from);
   read_device(from, args.primal);
   const GpuAttentionPlan& of_call = py::cast<const BoundAttentionPlan&>(plan).plan;
   const char* error;
   {
     py::gil_scoped_release release;
-    error = attention_dual_forward(args, of_call);
+    error = kBackward ? attention_dual_backward(args, of_call) : attention_dual_forward(args, of_call);
   }
   check(error, args.primal.device, "attention");
 }
@@ -273,7 +274,8 @@ void bind(py::module_& m) {
   if (PyModule_AddFunctions(m.ptr(), g_fast_calls) != 0) throw py::error_already_set();
   m.def("cuda_attention_forward", &run_attention<false>);
   m.def("cuda_attention_backward", &run_attention<true>);
-  m.def("cuda_attention_dual_forward", &run_attention_dual_forward);
+  m.def("cuda_attention_dual_forward", &run_attention_dual<false>);
+  m.def("cuda_attention_dual_backward", &run_attention_dual<true>);
   m.def("loop_forward", &run_loop<false>);
   m.def("loop_backward", &run_loop<true>);
   m.def("cell_forward", &run_cell_forward);

@@ -1,4 +1,4 @@
-// Attention over dual numbers, of one arithmetic.
+// The forward pass over dual numbers of one arithmetic.
 #pragma once
 
 #include "attention_dual_forward.h"
