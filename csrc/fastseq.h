@@ -205,10 +205,9 @@ struct AttentionArgs {
   void* workspace;  // of the size that the plan says, 256-byte aligned
 };
 
-// Attention over dual numbers: a call as above, and the tangent of each of its tensors. Of arguments and incoming
-// gradients null is zeros; of results, and of gradients, not wanted. The CPU's engine alone has it.
-struct AttentionDualArgs {
-  AttentionArgs primal;
+// The tangent of each of a call's tensors. Of arguments and incoming gradients null is zeros; of results, and of
+// gradients, not wanted.
+struct AttentionTangents {
   HeadTensor query, key, value;
   AttentionMask mask;  // of the kind of the mask
   const void* sinks;   // [Hq]
@@ -223,6 +222,11 @@ struct AttentionDualArgs {
   HeadTensor grad_query, grad_key, grad_value;
   void* grad_mask;  // in the dtype of sums, zero-filled, with the strides of primal.grad_mask_stride
   void* grad_sinks;
+};
+
+// Attention over dual numbers: a call as above, and its tangents.
+struct AttentionDualArgs : AttentionTangents {
+  AttentionArgs primal;
 };
 
 // ---- the time loop alone, as the CUDA engine runs it ----
