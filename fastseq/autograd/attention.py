@@ -41,6 +41,7 @@ from .function import Backward, Function, each_entry, gradients, is_batched, nee
 _TENSORS = 10  # of Arguments
 _NUMBERS = 6  # of those that follow
 _AT = (0, 1, 2, 3, 8)  # of those that have derivatives: query, key, value, attn_mask and sinks
+_VALUES = 5  # of DualResults; behind them are their tangents
 
 
 def attention(*arguments: Any) -> tuple[Tensor, ...]:
@@ -94,7 +95,9 @@ def differentiable(apply: Callable[..., Any], *arguments: Any) -> Sequence[Tenso
         return apply(*arguments)
     primals, tangents = zip(*duals, strict=True)
     tangents = [tangents[i] for i in _AT]
-    recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*primals, *tangents)
+    # A batched tensor does not tell whether it requires a gradient.
+    wants = torch._C._any_requires_grad(*primals, *tangents) or any(map(is_batched, tangents))
+    recorded = torch.is_grad_enabled() and wants
     with torch.set_grad_enabled(torch.is_grad_enabled() and is_traced()):
         results = _along(primals, tangents, arguments[_TENSORS:-1])
     if recorded:
@@ -108,10 +111,10 @@ def differentiable(apply: Callable[..., Any], *arguments: Any) -> Sequence[Tenso
 
 
 def _unpack(tensors: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Numbers and tangents of each, at the innermost level."""
+    """Numbers and tangents of each, at the innermost level; what is batched is a tangent itself."""
     if forward_ad._current_level < 0:
         return [(x, None) for x in tensors]
-    return [(None, None) if x is None else tuple(forward_ad.unpack_dual(x)) for x in tensors]
+    return [(x, None) if x is None or is_batched(x) else tuple(forward_ad.unpack_dual(x)) for x in tensors]
 
 
 def _along(
@@ -121,11 +124,22 @@ def _along(
     results: Sequence[Tensor] = (),
 ) -> DualResults:
     """attention_dual, with its derivatives; constants: numbers, and whether weights are returned; results: if
-    they are known already."""
+    they are known already. Tangents may be batches of them, see each_entry."""
     arguments = (*tensors, *tangents, *constants)
-    if not is_traced():
+    if is_traced():
+        return DualResults(*results) if results else attention_dual_ops.attention_dual(*arguments)
+    moving = (*tangents, *results[_VALUES:])
+    if not any(map(is_batched, moving)):
         return DualResults(*Tangents.apply(*arguments, *results))
-    return DualResults(*results) if results else attention_dual_ops.attention_dual(*arguments)
+    nothing = (None,) * len(_AT)
+    values = results[:_VALUES] or Tangents.apply(*tensors, *nothing, *constants)[:_VALUES]
+
+    def of_entry(entry: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        along, known = entry[: len(_AT)], entry[len(_AT) :]
+        known = (*values, *known) if known else ()
+        return Tangents.apply(*tensors, *along, *constants, *known)[_VALUES:]
+
+    return DualResults(*values, *each_entry(of_entry, moving))
 
 
 # ------------------------------------------------------------------------------------------ first derivatives
@@ -223,17 +237,6 @@ def _raise(what: str) -> NoReturn:
     )
 
 
-def _entry_by_entry(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For batches of gradients, see each_entry."""
-
-    def of_entries(ctx: Any, *grads: Tensor | None) -> Any:
-        if any(map(is_batched, grads)):
-            return tuple(each_entry(lambda entry: backward(ctx, *entry), grads))
-        return backward(ctx, *grads)
-
-    return of_entries
-
-
 def _third(what: str) -> Any:
     """The backward pass, or forward mode, of what has no further derivative."""
     return staticmethod(lambda ctx, *_: _raise(what))
@@ -261,7 +264,6 @@ class EagerAttentionBackward(_AttentionBackward):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         needs = ctx.needs_input_grad
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
@@ -308,9 +310,12 @@ def _changes(
 
 
 def _second_derivatives(*arguments: Any) -> Sequence[Tensor]:
-    """attention_dual_backward, with what derivatives it has."""
+    """attention_dual_backward, with what derivatives it has; tensors may be batched, see each_entry."""
     if is_traced():
         return attention_dual_ops.attention_dual_backward(*arguments)
+    tensors, constants = arguments[: -_NUMBERS - 2], arguments[-_NUMBERS - 2 :]
+    if any(map(is_batched, tensors)):
+        return each_entry(lambda entry: second_derivatives("apply", *entry, *constants), tensors)
     return second_derivatives("apply", *arguments)
 
 
@@ -349,7 +354,6 @@ class Tangents(Function):
         ctx.mark_non_differentiable(r.remainder, r.normalizer, r.remainder_tangent, *unused)
 
     @staticmethod
-    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
         tensors, results = saved[:15], DualResults(*saved[15:])
@@ -379,7 +383,6 @@ class SecondDerivatives(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved, needs = unwrap_dead_wrappers(ctx.saved_tensors), ctx.needs_input_grad
         of_results, tensors = saved[:3], saved[3:]
