@@ -36,7 +36,7 @@ from ..attention_checks import Arguments
 from ..attention_dual_ops import DualResults
 from ..checks import problem
 from ..dispatch import is_traced
-from .function import Backward, Function, each_entry, gradients, is_batched, needs_gradient, recording
+from .function import Backward, Function, each_entry, gradients, is_batched, needed, needs_gradient, recording
 
 _TENSORS = 10  # of Arguments
 _NUMBERS = 6  # of those that follow
@@ -193,7 +193,7 @@ class _Attention(Function):
         grad_weights: Tensor | None,
         *_: Tensor | None,
     ) -> Any:
-        needs = ctx.needs_input_grad
+        needs = needed(ctx)
         wanted = [needs[i] for i in _AT]
         incoming = (grad_output, grad_lse, grad_weights)
         function = _AttentionBackward if is_compiling() else EagerAttentionBackward
@@ -265,7 +265,7 @@ class EagerAttentionBackward(_AttentionBackward):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad
+        needs = needed(ctx)
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
         of_results, tensors = saved[:3], saved[3:]
         if all(grad is None for grad in grads):
@@ -274,7 +274,7 @@ class EagerAttentionBackward(_AttentionBackward):
         tangents = [next(remaining) if want else None for want in ctx.wanted]
         results = _along(tensors, tangents, (*ctx.numbers, of_results[2] is not None))
         changed = (results.output_tangent, results.lse_tangent, results.weights_tangent)
-        first = [x if needed else None for x, needed in zip(changed, needs[8:11], strict=True)]
+        first = [x if need else None for x, need in zip(changed, needs[8:11], strict=True)]
         wanted = [needs[11 + i] for i in _AT]
         second = _changes(of_results, (None,) * 3, tensors, tangents, results, ctx.numbers, wanted)
         return (*[None] * 8, *first, *_among_tensors(second), *[None] * ctx.given)
@@ -357,7 +357,7 @@ class Tangents(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
         tensors, results = saved[:15], DualResults(*saved[15:])
-        needs = ctx.needs_input_grad
+        needs = needed(ctx)
         wanted, wanted_tangents = list(needs[10:15]), [needs[i] for i in _AT]
         given = (*grads[5:8], *grads[:3], *tensors, *_kept(results))
         made = iter(_second_derivatives(*given, *ctx.numbers, wanted, wanted_tangents))
@@ -384,7 +384,7 @@ class SecondDerivatives(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved, needs = unwrap_dead_wrappers(ctx.saved_tensors), ctx.needs_input_grad
+        saved, needs = unwrap_dead_wrappers(ctx.saved_tensors), needed(ctx)
         of_results, tensors = saved[:3], saved[3:]
         of_grads = sum(ctx.wanted)
         if any(grad is not None for grad in grads[:of_grads]):
@@ -395,7 +395,7 @@ class SecondDerivatives(Function):
             return (None,) * len(needs)
         results = _along(tensors, along, (*ctx.numbers, of_results[2] is not None or needs[5]))
         changed = (results.output_tangent, results.lse_tangent, results.weights_tangent)
-        first = [x if needed else None for x, needed in zip(changed, needs[3:6], strict=True)]
+        first = [x if need else None for x, need in zip(changed, needs[3:6], strict=True)]
         nothing = (None,) * 3
         wanted = list(needs[16:21])
         second = _changes(of_results, nothing, tensors, along, results, ctx.numbers, wanted)
