@@ -43,6 +43,7 @@ from .function import (
     gradients,
     is_batched,
     make_dual,
+    needed,
     needs_gradient,
     recording,
     unpack_dual,
@@ -51,6 +52,7 @@ from .function import (
 _TENSORS = 10  # of Arguments
 _NUMBERS = 6  # of those that follow
 _AT = (0, 1, 2, 3, 8)  # of those that have derivatives: query, key, value, attn_mask and sinks
+_VALUES = 5  # of DualResults; behind them are their tangents
 
 
 def attention(*arguments: Any) -> tuple[Tensor, ...]:
@@ -105,7 +107,9 @@ def differentiable(apply: Callable[..., Any], *arguments: Any) -> Sequence[Tenso
         return apply(*arguments)
     primals, tangents = zip(*duals, strict=True)
     tangents = [tangents[i] for i in _AT]
-    recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*primals, *tangents)
+    # A batched tensor does not tell whether it requires a gradient.
+    wants = torch._C._any_requires_grad(*primals, *tangents) or any(map(is_batched, tangents))
+    recorded = torch.is_grad_enabled() and wants
     with torch.set_grad_enabled(torch.is_grad_enabled() and is_traced()):
         results = _along(primals, tangents, arguments[_TENSORS:-1])
     if recorded:
@@ -119,8 +123,8 @@ def differentiable(apply: Callable[..., Any], *arguments: Any) -> Sequence[Tenso
 
 
 def _unpack(tensors: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Numbers and tangents of each, at the innermost level."""
-    return [(None, None) if x is None else tuple(unpack_dual(x)) for x in tensors]
+    """Numbers and tangents of each, at the innermost level; what is batched is a tangent itself."""
+    return [(x, None) if x is None or is_batched(x) else tuple(unpack_dual(x)) for x in tensors]
 
 
 def _along(
@@ -130,11 +134,22 @@ def _along(
     results: Sequence[Tensor] = (),
 ) -> DualResults:
     """attention_dual, with its derivatives; constants: numbers, and whether weights are returned; results: if
-    they are known already."""
+    they are known already. Tangents may be batches of them, see each_entry."""
     arguments = (*tensors, *tangents, *constants)
-    if not is_traced():
+    if is_traced():
+        return DualResults(*results) if results else attention_dual_ops.attention_dual(*arguments)
+    moving = (*tangents, *results[_VALUES:])
+    if not any(map(is_batched, moving)):
         return DualResults(*Tangents.apply(*arguments, *results))
-    return DualResults(*results) if results else attention_dual_ops.attention_dual(*arguments)
+    nothing = (None,) * len(_AT)
+    values = results[:_VALUES] or Tangents.apply(*tensors, *nothing, *constants)[:_VALUES]
+
+    def of_entry(entry: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        along, known = entry[: len(_AT)], entry[len(_AT) :]
+        known = (*values, *known) if known else ()
+        return Tangents.apply(*tensors, *along, *constants, *known)[_VALUES:]
+
+    return DualResults(*values, *each_entry(of_entry, moving))
 
 
 # ------------------------------------------------------------------------------------------ first derivatives
@@ -188,7 +203,7 @@ class _Attention(Function):
         grad_weights: Tensor | None,
         *_: Tensor | None,
     ) -> Any:
-        needs = ctx.needs_input_grad
+        needs = needed(ctx)
         wanted = [needs[i] for i in _AT]
         incoming = (grad_output, grad_lse, grad_weights)
         function = _AttentionBackward if is_compiling() else EagerAttentionBackward
@@ -232,17 +247,6 @@ def _raise(what: str) -> NoReturn:
     )
 
 
-def _entry_by_entry(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For batches of gradients, see each_entry."""
-
-    def of_entries(ctx: Any, *grads: Tensor | None) -> Any:
-        if any(map(is_batched, grads)):
-            return tuple(each_entry(lambda entry: backward(ctx, *entry), grads))
-        return backward(ctx, *grads)
-
-    return of_entries
-
-
 def _third(what: str) -> Any:
     """The backward pass, or forward mode, of what has no further derivative."""
     return staticmethod(lambda ctx, *_: _raise(what))
@@ -270,9 +274,8 @@ class EagerAttentionBackward(_AttentionBackward):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad
+        needs = needed(ctx)
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
         of_results, tensors = saved[:3], saved[3:]
         if all(grad is None for grad in grads):
@@ -281,7 +284,7 @@ class EagerAttentionBackward(_AttentionBackward):
         tangents = [next(remaining) if want else None for want in ctx.wanted]
         results = _along(tensors, tangents, (*ctx.numbers, of_results[2] is not None))
         changed = (results.output_tangent, results.lse_tangent, results.weights_tangent)
-        first = [x if needed else None for x, needed in zip(changed, needs[8:11], strict=True)]
+        first = [x if need else None for x, need in zip(changed, needs[8:11], strict=True)]
         wanted = [needs[11 + i] for i in _AT]
         second = _changes(of_results, (None,) * 3, tensors, tangents, results, ctx.numbers, wanted)
         return (*[None] * 8, *first, *_among_tensors(second), *[None] * ctx.given)
@@ -317,9 +320,12 @@ def _changes(
 
 
 def _second_derivatives(*arguments: Any) -> Sequence[Tensor]:
-    """attention_dual_backward, with what derivatives it has."""
+    """attention_dual_backward, with what derivatives it has; tensors may be batched, see each_entry."""
     if is_traced():
         return attention_dual_ops.attention_dual_backward(*arguments)
+    tensors, constants = arguments[: -_NUMBERS - 2], arguments[-_NUMBERS - 2 :]
+    if any(map(is_batched, tensors)):
+        return each_entry(lambda entry: second_derivatives("apply", *entry, *constants), tensors)
     return second_derivatives("apply", *arguments)
 
 
@@ -358,11 +364,10 @@ class Tangents(Function):
         ctx.mark_non_differentiable(r.remainder, r.normalizer, r.remainder_tangent, *unused)
 
     @staticmethod
-    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
         tensors, results = saved[:15], DualResults(*saved[15:])
-        needs = ctx.needs_input_grad
+        needs = needed(ctx)
         wanted, wanted_tangents = list(needs[10:15]), [needs[i] for i in _AT]
         given = (*grads[5:8], *grads[:3], *tensors, *_kept(results))
         made = iter(_second_derivatives(*given, *ctx.numbers, wanted, wanted_tangents))
@@ -388,9 +393,8 @@ class SecondDerivatives(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved, needs = unwrap_dead_wrappers(ctx.saved_tensors), ctx.needs_input_grad
+        saved, needs = unwrap_dead_wrappers(ctx.saved_tensors), needed(ctx)
         of_results, tensors = saved[:3], saved[3:]
         of_grads = sum(ctx.wanted)
         if any(grad is not None for grad in grads[:of_grads]):
@@ -401,7 +405,7 @@ class SecondDerivatives(Function):
             return (None,) * len(needs)
         results = _along(tensors, along, (*ctx.numbers, of_results[2] is not None or needs[5]))
         changed = (results.output_tangent, results.lse_tangent, results.weights_tangent)
-        first = [x if needed else None for x, needed in zip(changed, needs[3:6], strict=True)]
+        first = [x if need else None for x, need in zip(changed, needs[3:6], strict=True)]
         nothing = (None,) * 3
         wanted = list(needs[16:21])
         second = _changes(of_results, nothing, tensors, along, results, ctx.numbers, wanted)
