@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import functional
 from ..checks import problem
+from ..recurrent_checks import check_options, check_resets
 
 
 def _check_batch(hx: Any, batch: int) -> None:
@@ -39,7 +39,7 @@ class RecurrentModule(RNNBase):
     memory: str = "fast"
 
     def _set_options(self, grad_clip: float | None, truncate: int | None, memory: str) -> None:
-        functional.check_options(grad_clip=grad_clip, truncate=truncate, memory=memory)
+        check_options(grad_clip=grad_clip, truncate=truncate, memory=memory)
         self.grad_clip, self.truncate, self.memory = grad_clip, truncate, memory
 
     def extra_repr(self) -> str:
@@ -64,7 +64,7 @@ class RecurrentModule(RNNBase):
                 _check_batch(hx, sorted_indices.shape[0])
             hx = self.permute_hidden(hx, sorted_indices)
         if resets is not None and sorted_indices is not None:
-            functional.check_resets(resets, batch_sizes)
+            check_resets(resets, batch_sizes)
             resets = resets.index_select(1, sorted_indices)
         output, hidden = self._run(data, hx, batch_sizes, lengths=lengths, resets=resets)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
