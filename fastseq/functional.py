@@ -24,15 +24,18 @@ from torch.compiler import is_compiling
 
 from . import autocast, autograd
 from .attention import scaled_dot_product_attention
-from .checks import CELLS, check_like, problem
+from .checks import CELLS, check_like, problem, require_tensor
 from .recurrent_checks import (
     Options,
     check_cell_ranks,
+    check_cell_states,
     check_input,
     check_state_ranks,
     packed_batch,
+    refuse_weights,
     resets_of,
     state_name,
+    two_states,
     unknown_nonlinearity,
 )
 
@@ -97,6 +100,9 @@ def lstm(
 
     Raises:
         ValueError: input of the wrong rank, or of another dtype than the weights; another `memory`.
+        AttributeError: input or a state that is no tensor, as in torch.nn. TypeError: anything else of
+            another type; a grad_clip that is no number, a truncate that is no int.
+        IndexError: one state instead of two.
         RuntimeError: wrong sizes, mixed dtypes or devices, no step at all, malformed batch_sizes; lengths or
             resets of another shape or dtype, or without a batch; lengths beside batch_sizes, or not in 0..T;
             grad_clip below 0, truncate below 1.
@@ -113,11 +119,7 @@ def lstm(
         >>> output.shape, h_n.shape, c_n.shape
         (torch.Size([7, 3, 10]), torch.Size([4, 3, 5]), torch.Size([4, 3, 5]))
     """
-    if hx is not None and len(hx) != 2:
-        raise RuntimeError(
-            problem(f"hx with {len(hx)} tensors", "two states, (h_0, c_0)", "hx=(h_0, c_0), or None")
-        )
-    states = () if hx is None else tuple(hx)
+    states = () if hx is None else two_states(hx)
     options = Options(lengths, resets, grad_clip, truncate, memory)
     output, h_n, c_n = _stack(
         "LSTM", input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training, options
@@ -255,6 +257,7 @@ def lstm_cell(
 
     Raises:
         ValueError: input or a state of the wrong rank.
+        AttributeError: input or a state that is no tensor. TypeError: hx that is no pair.
         RuntimeError: wrong sizes, mixed dtypes or devices.
         NotImplementedError: a device or layout without a kernel.
 
@@ -268,14 +271,14 @@ def lstm_cell(
     """
     h0 = c0 = None
     if hx is not None:
-        if len(hx) != 2:
-            raise RuntimeError(
-                problem(f"hx with {len(hx)} tensors", "two states, (h, c)", "hx=(h, c), or None")
-            )
-        h0, c0 = hx
-        if h0.dim() != 2 or c0.dim() != 2:
-            check_cell_ranks(("hx[0]", h0), ("hx[1]", c0))
-    if input.dim() == 2:
+        try:
+            h0, c0 = hx
+            ranked = h0.dim() == 2 and c0.dim() == 2
+        except (AttributeError, TypeError, ValueError):
+            ranked = False
+        if not ranked:
+            check_cell_states(hx)
+    if isinstance(input, Tensor) and input.dim() == 2:
         result = _step(input, h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
         return result[0], result[1]
     check_cell_ranks(("input", input))
@@ -376,9 +379,17 @@ def _stack(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers: output, h_n and c_n, the last of no use if the cell has no cell state."""
+    if not isinstance(input, Tensor):
+        require_tensor("input", input, AttributeError)
     directions = 2 if bidirectional else 1
-    layers, left_over = divmod(len(weights), directions)
-    if left_over or not layers:
+    try:
+        layers, left_over = divmod(len(weights), directions)
+        first = weights[0]
+        dtype, hidden = first[0].dtype, first[1].shape[0] // CELLS[mode].gates
+        width = first[-1].shape[0] if len(first) in (3, 5) else hidden
+    except (AttributeError, IndexError, TypeError):
+        refuse_weights(weights)
+    if left_over:
         raise RuntimeError(
             problem(
                 f"weights with {len(weights)} groups of tensors, bidirectional={bidirectional}",
@@ -386,13 +397,14 @@ def _stack(
                 "module.all_weights",
             )
         )
-    first = weights[0]
     unbatched = batch_sizes is None and input.dim() == 2
     batch_first = batch_first and batch_sizes is None and not unbatched
-    check_input(input, first[0].dtype, batch_sizes)
+    check_input(input, dtype, batch_sizes)
     lengths, resets, grad_clip, truncate, memory = options
-    if memory != "fast" or any(option is not None for option in options[:4]):
+    rows = lengths is not None or resets is not None
+    if rows or grad_clip is not None or truncate is not None or memory != "fast":
         resets = resets_of(options, unbatched, batch_sizes)
+        grad_clip = None if grad_clip is None else float(grad_clip)
     check_state_ranks(states, 2 if unbatched else 3)
     if unbatched:
         input, states = input.unsqueeze(1), tuple(state.unsqueeze(1) for state in states)
@@ -403,8 +415,6 @@ def _stack(
             problem("input without any step", "at least one step", "leave empty sequences out")
         )
 
-    hidden = first[1].shape[0] // CELLS[mode].gates
-    width = first[-1].shape[0] if len(first) in (3, 5) else hidden
     if batch_sizes is None:
         batch = input.shape[1]
     elif states and is_compiling():  # the kernels ask later whether batch_sizes agree
@@ -473,9 +483,9 @@ def _one_state_cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> Tensor:
-    if hx is not None and hx.dim() != 2:
+    if hx is not None and (not isinstance(hx, Tensor) or hx.dim() != 2):
         check_cell_ranks(("hx", hx))
-    if input.dim() == 2:
+    if isinstance(input, Tensor) and input.dim() == 2:
         return _step(input, hx, None, w_ih, w_hh, b_ih, b_hh, mode)[0]
     check_cell_ranks(("input", input))
     h0 = None if hx is None else hx.unsqueeze(0)

@@ -9,13 +9,15 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from ..checks import problem
-from ..recurrent_checks import check_options, check_resets
+from ..recurrent_checks import check_options, check_resets, check_state_ranks, two_states
 
 
-def _check_batch(hx: Any, batch: int) -> None:
-    """Raises RuntimeError where the states' rows could not be put into another order."""
-    for state in (hx,) if isinstance(hx, Tensor) else hx:
-        if state.dim() != 3 or state.shape[1] < batch:
+def _check_batch(hx: Any, mode: str, batch: int) -> None:
+    """Raises where the states' rows could not be put into another order."""
+    states = two_states(hx) if mode == "LSTM" else (hx,)
+    check_state_ranks(states, 3)
+    for state in states:
+        if state.shape[1] < batch:
             raise RuntimeError(
                 problem(
                     f"hx of shape {tuple(state.shape)} for a packed batch of {batch}",
@@ -61,7 +63,7 @@ class RecurrentModule(RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is not None:
             if sorted_indices is not None:
-                _check_batch(hx, sorted_indices.shape[0])
+                _check_batch(hx, self.mode, sorted_indices.shape[0])
             hx = self.permute_hidden(hx, sorted_indices)
         if resets is not None and sorted_indices is not None:
             check_resets(resets, batch_sizes)
