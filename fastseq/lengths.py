@@ -63,7 +63,7 @@ def packing(lengths: Tensor, steps: int) -> Packing | None:
     if min(values, default=steps) == steps:
         return None
     lengths, order = lengths.to("cpu", torch.int64).sort(descending=True, stable=True)
-    alive = lengths > torch.arange(int(lengths[0])).unsqueeze(1)
+    alive = lengths > torch.arange(int(lengths[0]), device="cpu").unsqueeze(1)
     batch_sizes = alive.sum(1)
     at_step, rank = alive.nonzero(as_tuple=True)
     order = order[: int(batch_sizes[0]) if len(batch_sizes) else 0]
