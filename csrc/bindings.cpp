@@ -55,7 +55,7 @@ struct Named {
 constexpr Named kDTypeNames[] = {{"float32", 0}, {"float64", 1}, {"bfloat16", 2}, {"float16", 3}};
 
 // The members of RecurrentDirection are pointers, and come in the order of the contract.
-constexpr int kForwardPointers = 10, kPointers = 19;
+constexpr int kForwardPointers = 10, kPointers = 20;
 static_assert(sizeof(RecurrentDirection) == kPointers * sizeof(void*), "one address for each member");
 
 // Returns how many directions there are.
@@ -146,7 +146,7 @@ void recurrent_forward(const py::args& arguments) {
   Integers from(arguments);
   RecurrentArgs args = read_problem(from);
   args.one_step = from.next(), args.saves_states = from.next();
-  if (kDual) args.truncate = from.next();
+  if (kDual) args.truncate = from.next(), args.known = from.next();
   run(from, args, false, kDual);
 }
 
@@ -155,6 +155,7 @@ void recurrent_backward(const py::args& arguments) {
   Integers from(arguments);
   RecurrentArgs args = read_problem(from);
   args.grad_clip = from.real(), args.truncate = from.next();
+  if (kDual) args.known = from.next();
   run(from, args, true, kDual);
 }
 

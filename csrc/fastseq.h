@@ -79,6 +79,9 @@ struct RecurrentDirection {
   void* grad_weight_hr;
   void* grad_h0;
   void* grad_c0;
+  // [rows, R], in the dtype of sums (float, or double beside float64): the whole gradient of h at every step, before it
+  // is bounded. Null: not wanted; read where args.known.
+  void* grad_hidden;
 };
 
 // The tensors of a layer; or their tangents, each of the shape and dtype of its tensor.
@@ -117,6 +120,9 @@ struct RecurrentArgs : RecurrentTensors {
   // The tangents of all these, or null: not wanted. What the passes read counts as zero where it is null, but for
   // output and saved; h_n, c_n, output and, where args have them, saved are written too.
   const RecurrentTensors* tangents;
+  // With tangents: only these are made, the numbers' output and saved are read, not written, and so is, by the backward
+  // pass, grad_hidden. c_n of the numbers is scratch; of the gradients those of tangents alone are wanted.
+  bool known;
 };
 
 // ---- attention ----
@@ -199,10 +205,9 @@ struct AttentionArgs {
   void* workspace;  // of the size that the plan says, 256-byte aligned
 };
 
-// Attention over dual numbers: a call as above, and the tangent of each of its tensors. Of arguments and incoming
-// gradients null is zeros; of results, and of gradients, not wanted. The CPU's engine alone has it.
-struct AttentionDualArgs {
-  AttentionArgs primal;
+// The tangent of each of a call's tensors. Of arguments and incoming gradients null is zeros; of results, and of
+// gradients, not wanted.
+struct AttentionTangents {
   HeadTensor query, key, value;
   AttentionMask mask;  // of the kind of the mask
   const void* sinks;   // [Hq]
@@ -217,6 +222,11 @@ struct AttentionDualArgs {
   HeadTensor grad_query, grad_key, grad_value;
   void* grad_mask;  // in the dtype of sums, zero-filled, with the strides of primal.grad_mask_stride
   void* grad_sinks;
+};
+
+// Attention over dual numbers: a call as above, and its tangents.
+struct AttentionDualArgs : AttentionTangents {
+  AttentionArgs primal;
 };
 
 // ---- the time loop alone, as the CUDA engine runs it ----

@@ -64,7 +64,7 @@ def recurrent_backward(
     grad_input_stride_t: int,
     grad_input_stride_b: int,
     # each: the ten above, grad_h_n, grad_c_n, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh,
-    # grad_weight_hr, grad_h0, grad_c0
+    # grad_weight_hr, grad_h0, grad_c0, grad_hidden
     directions: tuple[tuple[int, ...], ...],
     /,
 ) -> None: ...
@@ -72,12 +72,13 @@ def recurrent_backward(
 # The same of numbers and their tangents: the first eleven arguments of recurrent_forward, then those below. A
 # tangent's address is 0 where it is zero.
 def recurrent_dual_forward(*arguments: Any) -> None:
-    """..., one_step: False, saves_states: False, truncate, then for numbers and again for tangents input,
-    output, and directions, as recurrent_forward has them."""
+    """..., one_step: False, saves_states: False, truncate, known, then for numbers and again for tangents
+    input, output, and directions, as recurrent_forward has them. known: output and saved of numbers are
+    read."""
 
 def recurrent_dual_backward(*arguments: Any) -> None:
-    """..., resets, grad_clip, truncate, then for numbers and again for tangents input, output, grad_output,
-    grad_input and directions, as recurrent_backward has them."""
+    """..., resets, grad_clip, truncate, known, then for numbers and again for tangents input, output,
+    grad_output, grad_input and directions, as recurrent_backward has them. known: grad_hidden is read."""
 
 def use_tensors(tensor: type, parameter: type, /) -> bool: ...  # whether recurrent_cell can read them
 
@@ -285,10 +286,14 @@ def cuda_attention(
     /,
 ) -> int: ...
 
-# The numbers are those of attention_forward and attention_backward, then tf32, one_pass, address of the seed,
+# The numbers are those of attention_forward and its like, then tf32, one_pass, address of the seed,
 # device, stream, workspace. All addresses are on the device.
 def cuda_attention_forward(plan: AttentionPlan, /, *numbers: Any) -> None: ...
 def cuda_attention_backward(plan: AttentionPlan, /, *numbers: Any) -> None: ...
+def cuda_attention_dual_forward(plan: AttentionPlan, /, *numbers: Any) -> None: ...
+
+# Of the gradients the tangents alone.
+def cuda_attention_dual_backward(plan: AttentionPlan, /, *numbers: Any) -> None: ...
 def loop_forward(
     plan: LoopPlan,
     cell: int,

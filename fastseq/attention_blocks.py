@@ -66,16 +66,14 @@ def backward(
             _backward_unit(unit, incoming, grads)
 
 
-def plan_in_data(
-    longest: Attention, a: Arguments, of_mask: tuple[bool, ...] | None, of_weights: bool, backward: bool
-) -> dict[str, Any]:
-    """See attention_dual_ops.Kernels."""
+def plan_in_data(longest: Attention, a: Arguments, why: str) -> dict[str, Any]:
+    """See attention_dual_ops.Kernels; why: what there is no kernel for."""
     most = Cut(0, 0, 0)
     if longest.heads:
         group = longest.heads // longest.kv_heads
         most = cut(a.query.device, longest.queries, longest.keys, group, longest.kv_heads)
     partition = most._replace(batch=min(most.batch, longest.batch))._asdict()
-    return {"engine": "attention_blocks", "kernel": "blocks", "partition": partition, "weights": of_weights}
+    return {"engine": "attention_blocks", "kernel": "blocks", "partition": partition, "why": why}
 
 
 def _all_finite(*tensors: Tensor | None) -> bool:

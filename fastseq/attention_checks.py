@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from .checks import DTYPES, places_of, problem, tensors_with_kernels
 
@@ -67,8 +67,11 @@ def dtype_of_sums(dtype: torch.dtype) -> torch.dtype:
 
 def is_differentiated(given: Tensor) -> bool:
     """Whether it requires a gradient, or has a tangent."""
-    tangent = forward_ad.unpack_dual(given).tangent if forward_ad._current_level >= 0 else None
-    return tangent is not None or (given.requires_grad and torch.is_grad_enabled())
+    if given.requires_grad and torch.is_grad_enabled():
+        return True
+    # What torch.compile traces has tangents only when it runs.
+    known = not is_compiling() and torch._C._is_fwd_grad_enabled()
+    return known and torch._VF._unpack_dual(given, level=0)[1] is not None
 
 
 def refuse_trained_slopes(slopes: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, attention_blocks, cpu_attention_dual
+from . import _C, cpu_attention_dual, cuda_attention_dual, loops
 from .attention_checks import Arguments, Attention, check_attention, dtype_of_sums, unsupported
 from .attention_ops import (
     NUMBERS,
@@ -298,12 +298,12 @@ class Kernels(NamedTuple):
     plan: Callable[..., dict[str, Any]] | None = None
 
 
-def in_blocks(looks: bool) -> Kernels:
-    """With torch's products, on any device. looks: whether values of lengths are checked."""
+def cuda_kernels(engine: loops.Engine) -> Kernels:
+    """The operators where attention runs on `engine`."""
     return Kernels(
-        partial(_run, attention_blocks.forward, looks),
-        partial(_run_backward, attention_blocks.backward, looks),
-        attention_blocks.plan_in_data,
+        partial(_run, partial(cuda_attention_dual.forward, engine), False),
+        partial(_run_backward, partial(cuda_attention_dual.backward, engine), False),
+        partial(cuda_attention_dual.plan_in_data, engine),
     )
 
 
@@ -315,7 +315,7 @@ KERNELS = {
     )
 }
 if _C.cuda_info()["built"]:
-    KERNELS["cuda"] = in_blocks(False)
+    KERNELS["cuda"] = cuda_kernels(loops.CUDA)
 
 _DISPATCHED = Kernels(
     *(

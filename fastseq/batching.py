@@ -108,7 +108,7 @@ def _recurrent_layout(dims: Named, given: Named, results: str) -> Layout:
     one_step = rank == 2 and given.get("batch_sizes") is None
     rows, states = int(rank == 3), int(not one_step)  # (T, B, I), else (rows, I); (D, B, H), else (B, H)
     arguments = dict.fromkeys(("input", "output", "grad_output"), rows)
-    arguments |= dict.fromkeys(("h0", "c0", "grad_h_n", "grad_c_n", "saved"), states)
+    arguments |= dict.fromkeys(("h0", "c0", "grad_h_n", "grad_c_n", "saved", "grad_hidden"), states)
     arguments |= {f"{name}_tangent": dim for name, dim in arguments.items()}
     if rank == 3:
         arguments["resets"] = 1
@@ -129,6 +129,10 @@ def _recurrent_dual(op: Callable[..., Any], size: int, dims: Named, given: Named
     return at_once(op, size, dims, given, _recurrent_layout(dims, given, "rsssrsss"))
 
 
+def _recurrent_tangents(op: Callable[..., Any], size: int, dims: Named, given: Named) -> Result:
+    return at_once(op, size, dims, given, _recurrent_layout(dims, given, "rsss"))
+
+
 def _recurrent_dual_backward(op: Callable[..., Any], size: int, dims: Named, given: Named) -> Result:
     letters = ""
     for wanted in (given["wanted"], given["wanted_tangents"]):
@@ -143,9 +147,10 @@ def _recurrent_backward(op: Callable[..., Any], size: int, dims: Named, given: N
     if any(of_weights):  # a larger batch would sum them up over the entries
         return each_entry(op, size, dims, given)
     letters = "".join(letter for letter, want in zip("rss", of_states, strict=True) if want)
+    letters += "s" * bool(given.get("keep"))
     layout = _recurrent_layout(dims, given, letters)
     if "memory" in given:
-        in_windows = windows.steps_of(given["memory"])  # (D, bounds, B, size), else like output and saved
+        in_windows = windows.steps_of(given["memory"])  # (D, windows, B, size), else like output and saved
         of_h, of_c = (2, 2) if in_windows else (layout.arguments["input"], 1)
         layout = layout._replace(arguments={**layout.arguments, "kept_h": of_h, "kept_c": of_c})
     return at_once(op, size, dims, given, layout)
@@ -270,6 +275,7 @@ for _name, _rule in {
     "recurrent_checkpoints": _recurrent_checkpoints,
     "recurrent_windows_backward": _recurrent_backward,
     "recurrent_dual": _recurrent_dual,
+    "recurrent_tangents": _recurrent_tangents,
     "recurrent_dual_backward": _recurrent_dual_backward,
     "attention": _attention,
     "attention_backward": _attention_backward,

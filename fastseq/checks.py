@@ -62,10 +62,12 @@ def problem(given: str, accepted: str, remedy: str) -> str:
     return f"given: {given}\naccepted: {accepted}\ntry: {remedy}"
 
 
-def require_tensor(name: str, given: object) -> None:
+def require_tensor(name: str, given: object, error: type[Exception] = TypeError) -> None:
     if not isinstance(given, Tensor):
-        remedy = f"check what {name} is" if given is None else f"torch.as_tensor({name})"
-        raise TypeError(problem(f"{name} of type {type(given).__name__}", "a torch.Tensor", remedy))
+        remedy = f"torch.as_tensor({name})"
+        if given is None or isinstance(given, (tuple, str)):
+            remedy = f"check what {name} is"
+        raise error(problem(f"{name} of type {type(given).__name__}", "a torch.Tensor", remedy))
 
 
 def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str, input: Tensor) -> None:
@@ -149,7 +151,12 @@ def check_layer(
             )
         )
     for i in (0, 1):
-        if (dim := weights[i].dim()) != 2:
+        try:  # isinstance takes as long as all else, of parameters
+            dim = weights[i].dim()
+        except AttributeError:
+            require_tensor(WEIGHT_NAMES[i], weights[i])
+            raise
+        if dim != 2:
             raise RuntimeError(
                 problem(f"{WEIGHT_NAMES[i]} with {dim} dimensions", "2 dimensions", "a matrix")
             )
@@ -201,10 +208,15 @@ def _check_weights(
         shapes.append((width, hidden))
     for i, weight in enumerate(weights):
         shape = shapes[i % count]
-        if weight.shape != shape or weight.dtype is not dtype or weight.device != device:
-            kind = i % count if bias or i % count < 2 else 4  # without biases the third one is weight_hr
-            name = WEIGHT_NAMES[kind] if i < count else WEIGHT_NAMES[kind] + "_reverse"
-            check_like(name, weight, shape, WEIGHT_SHAPES[kind], input)
+        try:
+            if weight.shape == shape and weight.dtype is dtype and weight.device == device:
+                continue
+        except AttributeError:
+            pass
+        kind = i % count if bias or i % count < 2 else 4  # without biases the third one is weight_hr
+        name = WEIGHT_NAMES[kind] if i < count else WEIGHT_NAMES[kind] + "_reverse"
+        require_tensor(name, weight)
+        check_like(name, weight, shape, WEIGHT_SHAPES[kind], input)
 
 
 def _packed_sizes(input: Tensor, batch_sizes: Tensor, h0: Tensor | None) -> tuple[int, int, int]:
@@ -267,6 +279,14 @@ def check_rows(
                     "lengths=None, or pad_packed_sequence",
                 )
             )
+        if lengths.is_meta and not input.is_meta:
+            raise RuntimeError(
+                problem(
+                    f"lengths on device meta beside an input on device {input.device}",
+                    "lengths that have values, on any device",
+                    "torch.tensor([...], device='cpu')",
+                )
+            )
         if lengths.shape != (layer.batch,) or lengths.dtype not in (torch.int64, torch.int32):
             raise RuntimeError(
                 problem(
@@ -308,13 +328,14 @@ def check_lengths(lengths: Sequence[int], steps: int) -> None:
         )
 
 
-def check_bounds(grad_clip: float | None, truncate: int) -> None:
-    """Raises RuntimeError unless gradients can be bounded by the one, and cut every so many steps."""
+def check_bounds(grad_clip: float | None, truncate: int, least: int = 0) -> None:
+    """Raises RuntimeError unless gradients can be bounded by the one, and cut every so many steps; 0 is for
+    never, which those who say None for it do not mean: least is 1 then."""
     if grad_clip is not None and not grad_clip >= 0:
         raise RuntimeError(
             problem(f"grad_clip={grad_clip}", "a number of at least 0, or None", "grad_clip=1.0, or None")
         )
-    if truncate < 0:
+    if truncate < least:
         raise RuntimeError(
             problem(f"truncate={truncate}", "a number of steps, at least 1, or None", "truncate=64, or None")
         )

@@ -130,6 +130,7 @@ def backward(
     grad_clip,
     truncate,
     grads,
+    grad_hidden=None,
 ) -> None:
     if lengths is not None:
         padded_backward(
@@ -150,6 +151,7 @@ def backward(
             grad_clip,
             truncate,
             grads,
+            grad_hidden,
         )
         return
     grad_input, grad_h0, grad_c0, *grad_weights = grads
@@ -157,7 +159,7 @@ def backward(
         _weight_addresses(weights, layer),
         _state_addresses((h0, c0, None, None, saved, grad_h_n, grad_c_n), layer.directions),
         _weight_addresses(grad_weights, layer),
-        _state_addresses((grad_h0, grad_c0), layer.directions),
+        _state_addresses((grad_h0, grad_c0, grad_hidden), layer.directions),
         strict=True,
     )
     _C.recurrent_backward(

@@ -44,7 +44,8 @@ def plan_in_data(
 ) -> dict[str, Any]:
     """See attention_dual_ops.Kernels."""
     if of_weights:
-        return attention_blocks.plan_in_data(longest, a, of_mask, of_weights, backward)
+        why = "a gradient of the weights" if backward else "weights that are returned"
+        return attention_blocks.plan_in_data(longest, a, why)
     plan = cpu_attention.plan_in_data(longest, a, backward, of_mask, None)
     plan["partition"] |= {"key_parts": 1, "split": False}  # these kernels cut no keys
     return plan

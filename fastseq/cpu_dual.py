@@ -26,11 +26,12 @@ def plan_in_data(
     return cpu.plan_in_data(layer, dtype, device, packed, False, backward, 2)
 
 
-def forward(layer: Layer, sequences: Any, planes: Sequence[Any], truncate: int) -> None:
+def forward(layer: Layer, sequences: Any, planes: Sequence[Any], truncate: int, known: bool = False) -> None:
+    """known: the numbers' output and saved are there, and read."""
     batch_sizes, lengths, resets = sequences
     p = None if lengths is None else packing(lengths, layer.steps)
     if p is not None:
-        _padded_forward(p, layer, sequences, planes, truncate)
+        _padded_forward(p, layer, sequences, planes, truncate, known)
         return
     input = planes[0][0].input
     addresses: list[Any] = []
@@ -40,17 +41,22 @@ def forward(layer: Layer, sequences: Any, planes: Sequence[Any], truncate: int) 
         addresses += [address(of_plane), *strides(of_plane), output.data_ptr(), *strides(output, 2)]
         addresses.append(tuple([(*w, *s) for w, s in rows]))
     _C.recurrent_dual_forward(
-        *_problem(layer, input, batch_sizes, resets), False, False, truncate, *addresses
+        *_problem(layer, input, batch_sizes, resets), False, False, truncate, known, *addresses
     )
 
 
 def backward(
-    layer: Layer, sequences: Any, planes: Sequence[Any], grad_clip: float | None, truncate: int
+    layer: Layer,
+    sequences: Any,
+    planes: Sequence[Any],
+    grad_clip: float | None,
+    truncate: int,
+    grad_hidden: Tensor | None,
 ) -> None:
     batch_sizes, lengths, resets = sequences
     p = None if lengths is None else packing(lengths, layer.steps)
     if p is not None:
-        _padded_backward(p, layer, sequences, planes, grad_clip, truncate)
+        _padded_backward(p, layer, sequences, planes, grad_clip, truncate, grad_hidden)
         return
     input = planes[0][1].input
     addresses: list[Any] = []
@@ -61,14 +67,17 @@ def backward(
             _weight_addresses(weights, layer),
             states,
             _weight_addresses(grad_weights, layer),
-            _state_addresses((grad_h0, grad_c0), layer.directions),
+            _state_addresses((grad_h0, grad_c0, grad_hidden), layer.directions),
             strict=True,
         )
         for tensor, count in ((of_plane, 3), (output, 2), (grad_output, 3), (grad_input, 2)):
             addresses += [address(tensor), *strides(tensor, count)]
         addresses.append(tuple([(*w, *s, *grad_w, *grad_s) for w, s, grad_w, grad_s in rows]))
     bound = -1.0 if grad_clip is None else grad_clip
-    _C.recurrent_dual_backward(*_problem(layer, input, batch_sizes, resets), bound, truncate, *addresses)
+    known = grad_hidden is not None
+    _C.recurrent_dual_backward(
+        *_problem(layer, input, batch_sizes, resets), bound, truncate, known, *addresses
+    )
 
 
 # Rows of unequal lengths run as a packed sequence; see lengths.py.
@@ -94,15 +103,19 @@ def _put_states(p: Packing, to: Tensor, of_others: Tensor | None, packed: Tensor
     to.index_copy_(1, p.order, packed)
 
 
-def _padded_forward(p: Packing, layer: Layer, sequences: Any, planes: Sequence[Any], truncate: int) -> None:
+def _padded_forward(
+    p: Packing, layer: Layer, sequences: Any, planes: Sequence[Any], truncate: int, known: bool
+) -> None:
     packed = []
-    for arguments, (output, h_n, c_n, saved) in planes:
-        p.clear_rest(saved)
+    for i, (arguments, (output, h_n, c_n, saved)) in enumerate(planes):
+        is_read = known and i == 0
+        if not is_read:
+            p.clear_rest(saved)
         of_c = p.of_state(c_n) if layer.cell.cell_state else c_n
-        results = output.new_empty((p.size, output.shape[2])), p.of_state(h_n), of_c, saved
-        packed.append((_packed_arguments(p, arguments), results))
-    forward(_of_rows(layer, p), _packed_sequences(p, sequences), packed, truncate)
-    for (arguments, (output, h_n, c_n, _)), (_, made) in zip(planes, packed, strict=True):
+        to = p.packed(output) if is_read else output.new_empty((p.size, output.shape[2]))
+        packed.append((_packed_arguments(p, arguments), (to, p.of_state(h_n), of_c, saved)))
+    forward(_of_rows(layer, p), _packed_sequences(p, sequences), packed, truncate, known)
+    for (arguments, (output, h_n, c_n, _)), (_, made) in list(zip(planes, packed, strict=True))[known:]:
         p.pad(made[0], output)
         _put_states(p, h_n, arguments.h0, made[1])
         if layer.cell.cell_state:
@@ -110,7 +123,13 @@ def _padded_forward(p: Packing, layer: Layer, sequences: Any, planes: Sequence[A
 
 
 def _padded_backward(
-    p: Packing, layer: Layer, sequences: Any, planes: Sequence[Any], grad_clip: float | None, truncate: int
+    p: Packing,
+    layer: Layer,
+    sequences: Any,
+    planes: Sequence[Any],
+    grad_clip: float | None,
+    truncate: int,
+    grad_hidden: Tensor | None,
 ) -> None:
     packed = []
     for cotangents, arguments, results, (grad_input, grad_h0, grad_c0, *grad_weights) in planes:
@@ -127,7 +146,8 @@ def _padded_backward(
                 [of_input, p.of_state(grad_h0), p.of_state(grad_c0), *grad_weights],
             )
         )
-    backward(_of_rows(layer, p), _packed_sequences(p, sequences), packed, grad_clip, truncate)
+    sequences = _packed_sequences(p, sequences)
+    backward(_of_rows(layer, p), sequences, packed, grad_clip, truncate, grad_hidden)
     for (cotangents, _, _, grads), (*_, made) in zip(planes, packed, strict=True):
         if grads[0] is not None:
             p.pad(made[0], grads[0])

@@ -8,7 +8,7 @@ bounds raise no error here; the kernels take them for the nearest that are not.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +49,7 @@ class Problem(NamedTuple):
     mask_has_query: bool
     mask_has_key: bool
     one_pass: bool
+    dual: bool = False
 
 
 @lru_cache(maxsize=1024)
@@ -56,7 +57,7 @@ def _plan(module: Any, problem: Problem, facts: tuple[int, ...], forced: str) ->
     return module.cuda_attention_plan(problem, facts, forced)
 
 
-def _plan_of(engine: Engine, problem: Problem, device: torch.device) -> Any:
+def plan_of(engine: Engine, problem: Problem, device: torch.device) -> Any:
     """FASTSEQ_CUDA_ATTENTION_PLAN=kernel[:parts] forces one; the backward pass has only tiles and hopper."""
     forced = os.environ.get("FASTSEQ_CUDA_ATTENTION_PLAN", "")
     return _plan(engine.module, problem, engine.facts(device.index or 0), forced)
@@ -90,14 +91,16 @@ def _fits_tensor_map(x: Tensor) -> bool:
     )
 
 
-def _run(engine: Engine, problem: Problem, a: Arguments, numbers: tuple[Any, ...]) -> None:
+def run(
+    engine: Engine, kernels: Callable[..., None], problem: Problem, a: Arguments, numbers: tuple[Any, ...]
+) -> None:
+    """kernels: of the engine's module, which are called with the plan."""
     device = a.query.device
-    plan = _plan_of(engine, problem, device)
+    plan = plan_of(engine, problem, device)
     size = plan.workspace_bytes
     workspace = a.query.new_empty(size, dtype=torch.uint8) if size else None
-    index, module = device.index or 0, engine.module
-    run = module.cuda_attention_backward if problem.backward else module.cuda_attention_forward
-    run(
+    index = device.index or 0
+    kernels(
         plan,
         *numbers,
         problem.tf32,
@@ -114,7 +117,7 @@ def _seed_is_there(a: Arguments) -> bool:
     return a.seed is not None and a.seed.device == a.query.device
 
 
-def _seed(a: Arguments) -> int:
+def seed_of(a: Arguments) -> int:
     return 0 if a.seed is None or _seed_is_there(a) else int(a.seed.item())
 
 
@@ -177,10 +180,19 @@ def _problem_of(
     )
 
 
+def problem_of_dual(
+    sizes: Attention, a: Arguments, backward: bool, of_mask: bool, of_weights: bool
+) -> Problem:
+    """Of a call over dual numbers. of_weights: whether they are returned, or have a gradient."""
+    problem = _problem_of(sizes, a, backward, None, False, False)
+    return problem._replace(of_mask=of_mask, weights=of_weights, dual=True)
+
+
 def forward(engine: Engine, sizes: Attention, a: Arguments, *results: Tensor) -> None:
     if sizes.heads:
-        numbers = attention_numbers.of_forward(sizes, a, results, 0, _seed(a))
-        _run(engine, _problem_of(sizes, a, False, None, bool(a.return_weights), False), a, numbers)
+        numbers = attention_numbers.of_forward(sizes, a, results, 0, seed_of(a))
+        problem = _problem_of(sizes, a, False, None, bool(a.return_weights), False)
+        run(engine, engine.module.cuda_attention_forward, problem, a, numbers)
 
 
 def backward(engine: Engine, sizes: Attention, a: Arguments, incoming: Incoming, grads: Gradients) -> None:
@@ -191,10 +203,11 @@ def backward(engine: Engine, sizes: Attention, a: Arguments, incoming: Incoming,
     problem = _problem_of(sizes, a, True, of_mask, of_weights, one_pass)
     if problem.tma and not _fits_tensor_map(incoming.grad_output):
         # That of a mean over the queries is expanded, say: a copy costs less than the general kernels.
-        if _plan_of(engine, problem, a.query.device).describe()["kernel"] == "hopper":
+        if plan_of(engine, problem, a.query.device).describe()["kernel"] == "hopper":
             incoming = incoming._replace(grad_output=incoming.grad_output.contiguous())
         problem = problem._replace(tma=_fits_tensor_map(incoming.grad_output))
-    _run(engine, problem, a, attention_numbers.of_backward(sizes, a, incoming, grads, 0, _seed(a)))
+    numbers = attention_numbers.of_backward(sizes, a, incoming, grads, 0, seed_of(a))
+    run(engine, engine.module.cuda_attention_backward, problem, a, numbers)
 
 
 def makes_delta(keys: int, has_lengths: bool, has_window: bool) -> bool:
@@ -219,8 +232,8 @@ def plan_in_data(
     plan = {"engine": "cuda_attention", "facts": facts, "partition": {}, "tf32": problem.tf32}
     if not sizes.heads:
         return plan | {"kernel": "none"}
-    chosen = _plan_of(engine, problem, device).describe()
+    chosen = plan_of(engine, problem, device).describe()
     if backward and running is None:  # only the backward pass itself knows `deterministic`
-        other = _plan_of(engine, problem._replace(one_pass=True), device).describe()
+        other = plan_of(engine, problem._replace(one_pass=True), device).describe()
         plan["in_any_order"] = other["kernel"]
     return plan | {"kernel": chosen.pop("kernel"), "partition": chosen}

@@ -153,8 +153,9 @@ def backward(
     planes: Sequence[Any],
     grad_clip: float | None,
     truncate: int,
+    _: Tensor | None,
 ) -> None:
-    """Fills the gradients of each plane."""
+    """Fills the gradients of each plane, those of numbers too, whether or not that of h is known."""
     if layer.rows:
         _backward(engine, layer, planes[0][1].input, sequences, planes, grad_clip, truncate)
         return

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import attention_dual_ops, attention_ops, dual_ops, ops, plan_words, windows
 from .attention_checks import Arguments, Attention, check_attention
 from .checks import DTYPES, Layer, check_layer, problem
+from .convert import OURS
 from .integrations import torch_attention
 from .plan_words import amount, many
 
@@ -186,7 +187,7 @@ class _Recorder(TorchDispatchMode):
         call, read = _READERS[name]
         results = call(*args)
         if name == "recurrent_checkpoints":  # of the forward pass that was called last
-            self.calls[-1] = _with_checkpoints(self.calls[-1], args, results)
+            self.calls[-1] = _with_checkpoints(self.calls[-1], results)
         else:
             self.calls.append(read(self.names, args, results))
         return results
@@ -229,14 +230,17 @@ def _has_kernel(query: Tensor) -> bool:
 
 
 def _read_layer(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
-    input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, _, save = arguments
+    input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, _, save = arguments[:12]
+    grad_clip, truncate, memory = (*arguments[12:], *(None, 0, "fast")[len(arguments) - 12 :])
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
     output, _, _, gates = results
     kept = {"input": input, "batch_sizes": batch_sizes, "lengths": lengths, "resets": resets}
     kept |= {"h0": h0, "c0": c0, "output": output, save: gates}
-    keeps, options = kept if save != "nothing" else None, _options(lengths, resets)
+    keeps, options = kept if save != "nothing" else None, _options(lengths, resets, grad_clip, truncate)
     call = _call("recurrent", names, mode, layer, input, weights, keeps, batch_sizes, options=options)
-    return _in_windows(call, input, weights, "recompute", 0) if save == "states" else call
+    if save != "states":
+        return call
+    return _in_windows(call, input, weights, "recompute" if memory == "fast" else memory, truncate)
 
 
 def _options(
@@ -266,18 +270,11 @@ def _in_windows(call: Call, input: Tensor, weights: Sequence[Tensor], memory: st
     return call._replace(title=title, options=options, backward=plan)
 
 
-def _with_checkpoints(call: Call, arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
+def _with_checkpoints(call: Call, results: Sequence[Tensor]) -> Call:
     """The forward pass that kept the states between windows alone."""
-    *_, memory, truncate = arguments
     saved = {name: size for name, size in call.saved.items() if name not in ("output", "states")}
     saved |= {name: x.nbytes for name, x in zip(("h", "c"), results, strict=True) if x.nbytes}
-    title, options = call.title.replace("memory recompute", f"memory {memory}"), call.options[:-1]
-    size = windows.steps_of(memory)
-    count = windows.count_of(call.layer.steps, size, truncate)
-    words = f"{many(count, 'window')} of at most {many(size, 'step')}, whose gates are made again by running "
-    backward = call.backward._replace(words=(words + "their steps again", *call.backward.words[1:]))
-    options = (*options, f"memory {memory}")
-    return call._replace(title=title, options=options, saved=saved, backward=backward)
+    return call._replace(saved=saved)
 
 
 def _read_cell(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
@@ -289,7 +286,7 @@ def _read_cell(names: dict[int, str], arguments: Sequence[Any], results: Sequenc
 
 
 def _read_gradients(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:
-    a = ops.Backward(*arguments[:-1])
+    a, *_ = ops.split_backward(arguments)
     one_step = a.batch_sizes is None and a.input.dim() == 2
     layer = check_layer(a.input, *a[4:5], *a[7:10], a.mode, a.directions, a.bias, one_step)
     options = _options(a.lengths, a.resets, a.grad_clip, a.truncate)
@@ -300,7 +297,7 @@ def _read_gradients(names: dict[int, str], arguments: Sequence[Any], _: Any) -> 
 def _read_layer_along(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
     *sequence, weights = arguments[:7]
     input, batch_sizes, lengths, resets, h0, c0 = sequence
-    *tangents, of_weights, mode, directions, bias, _, truncate, save = arguments[7:]
+    *tangents, of_weights, mode, directions, bias, _, truncate, save = arguments[7:17]
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
     kept = {"input": input, "batch_sizes": batch_sizes, "lengths": lengths, "resets": resets}
     kept |= {"h0": h0, "c0": c0, "output": results[0], "gates": results[3]}
@@ -311,6 +308,15 @@ def _read_layer_along(names: dict[int, str], arguments: Sequence[Any], results: 
     options = _options(lengths, resets, None, truncate)
     rest = (batch_sizes, False, options, along)
     return _call("recurrent_dual", names, mode, layer, input, weights, kept if save else None, *rest)
+
+
+def _read_tangents(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:
+    input, batch_sizes, lengths, resets, h0, c0, weights = arguments[:7]
+    of_weights, mode, directions, bias, truncate, _ = arguments[12:]
+    layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
+    along = dual_ops.multiplies_by_tangents(layer, of_weights)
+    rest = (batch_sizes, False, _options(lengths, resets, None, truncate), along)
+    return _call("recurrent_tangents", names, mode, layer, input, weights, None, *rest)
 
 
 def _read_gradients_along(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:
@@ -364,6 +370,7 @@ _READERS: dict[str, tuple[Callable[..., Any], Callable[..., Call]]] = {
     "recurrent_checkpoints": (windows.recurrent_checkpoints, _with_checkpoints),
     "recurrent_windows_backward": (windows.recurrent_windows_backward, _read_windows),
     "recurrent_dual": (dual_ops.recurrent_dual, _read_layer_along),
+    "recurrent_tangents": (dual_ops.recurrent_tangents, _read_tangents),
     "recurrent_dual_backward": (dual_ops.recurrent_dual_backward, _read_gradients_along),
     "attention": (attention_ops.attention, _read_attention),
     "attention_backward": (attention_ops.attention_backward, _read_attention_gradients),
@@ -539,14 +546,11 @@ def _address(weight: Tensor) -> int:
     return weight.data_ptr() if plain else 0
 
 
-_REPLACEABLE = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention)
-
-
 def _replaceable(modules: dict[str, nn.Module]) -> tuple[str, ...]:
     return tuple(
         f"{f'{name}, ' if name else ''}torch.nn.{type(module).__name__} with fastseq.{type(module).__name__}"
         for name, module in modules.items()
-        if type(module) in _REPLACEABLE
+        if type(module) in OURS
     )
 
 

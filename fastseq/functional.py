@@ -16,7 +16,7 @@ bfloat16 or float16. Within torch.autocast they may differ, and come out as torc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +24,20 @@ from torch.compiler import is_compiling
 
 from . import autocast, autograd
 from .attention import scaled_dot_product_attention
-from .checks import (
-    CELLS,
-    batch_sizes_elsewhere,
-    check_bounds,
-    check_like,
-    no_batch_sizes,
-    problem,
-    require_tensor,
+from .checks import CELLS, check_like, problem, require_tensor
+from .recurrent_checks import (
+    Options,
+    check_cell_ranks,
+    check_cell_states,
+    check_input,
+    check_state_ranks,
+    packed_batch,
+    refuse_weights,
+    resets_of,
+    state_name,
+    two_states,
+    unknown_nonlinearity,
 )
-from .windows import steps_of
 
 __all__ = [
     "gru",
@@ -96,6 +100,9 @@ def lstm(
 
     Raises:
         ValueError: input of the wrong rank, or of another dtype than the weights; another `memory`.
+        AttributeError: input or a state that is no tensor, as in torch.nn. TypeError: anything else of
+            another type; a grad_clip that is no number, a truncate that is no int.
+        IndexError: one state instead of two.
         RuntimeError: wrong sizes, mixed dtypes or devices, no step at all, malformed batch_sizes; lengths or
             resets of another shape or dtype, or without a batch; lengths beside batch_sizes, or not in 0..T;
             grad_clip below 0, truncate below 1.
@@ -112,11 +119,7 @@ def lstm(
         >>> output.shape, h_n.shape, c_n.shape
         (torch.Size([7, 3, 10]), torch.Size([4, 3, 5]), torch.Size([4, 3, 5]))
     """
-    if hx is not None and len(hx) != 2:
-        raise RuntimeError(
-            problem(f"hx with {len(hx)} tensors", "two states, (h_0, c_0)", "hx=(h_0, c_0), or None")
-        )
-    states = () if hx is None else tuple(hx)
+    states = () if hx is None else two_states(hx)
     options = Options(lengths, resets, grad_clip, truncate, memory)
     output, h_n, c_n = _stack(
         "LSTM", input, weights, states, batch_sizes, bidirectional, batch_first, dropout, training, options
@@ -224,7 +227,7 @@ def rnn(
         (torch.Size([7, 3, 5]), torch.Size([1, 3, 5]))
     """
     if nonlinearity not in _RNN_MODES:
-        raise ValueError(_unknown_nonlinearity(nonlinearity))
+        raise ValueError(unknown_nonlinearity(nonlinearity))
     mode, states = _RNN_MODES[nonlinearity], () if hx is None else (hx,)
     options = Options(lengths, resets, grad_clip, truncate, memory)
     output, h_n, _ = _stack(
@@ -254,6 +257,7 @@ def lstm_cell(
 
     Raises:
         ValueError: input or a state of the wrong rank.
+        AttributeError: input or a state that is no tensor. TypeError: hx that is no pair.
         RuntimeError: wrong sizes, mixed dtypes or devices.
         NotImplementedError: a device or layout without a kernel.
 
@@ -267,17 +271,17 @@ def lstm_cell(
     """
     h0 = c0 = None
     if hx is not None:
-        if len(hx) != 2:
-            raise RuntimeError(
-                problem(f"hx with {len(hx)} tensors", "two states, (h, c)", "hx=(h, c), or None")
-            )
-        h0, c0 = hx
-        if h0.dim() != 2 or c0.dim() != 2:
-            _check_cell_ranks(("hx[0]", h0), ("hx[1]", c0))
-    if input.dim() == 2:
+        try:
+            h0, c0 = hx
+            ranked = h0.dim() == 2 and c0.dim() == 2
+        except (AttributeError, TypeError, ValueError):
+            ranked = False
+        if not ranked:
+            check_cell_states(hx)
+    if isinstance(input, Tensor) and input.dim() == 2:
         result = _step(input, h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
         return result[0], result[1]
-    _check_cell_ranks(("input", input))
+    check_cell_ranks(("input", input))
     if h0 is not None and c0 is not None:
         h0, c0 = h0.unsqueeze(0), c0.unsqueeze(0)
     result = _step(input.unsqueeze(0), h0, c0, w_ih, w_hh, b_ih, b_hh, "LSTM")
@@ -354,25 +358,11 @@ def rnn_cell(
         torch.Size([3, 5])
     """
     if nonlinearity not in _RNN_MODES:
-        raise RuntimeError(_unknown_nonlinearity(nonlinearity))
+        raise RuntimeError(unknown_nonlinearity(nonlinearity))
     return _one_state_cell(_RNN_MODES[nonlinearity], input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 _RNN_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
-
-
-def _unknown_nonlinearity(nonlinearity: object) -> str:
-    return problem(f"nonlinearity={nonlinearity!r}", "'tanh' or 'relu'", "nonlinearity='tanh'")
-
-
-class Options(NamedTuple):
-    """What torch's networks do not have; see lstm()."""
-
-    lengths: Tensor | None = None
-    resets: Tensor | None = None
-    grad_clip: float | None = None
-    truncate: int | None = None
-    memory: str = "fast"
 
 
 @autocast.layers
@@ -389,9 +379,17 @@ def _stack(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers: output, h_n and c_n, the last of no use if the cell has no cell state."""
+    if not isinstance(input, Tensor):
+        require_tensor("input", input, AttributeError)
     directions = 2 if bidirectional else 1
-    layers, left_over = divmod(len(weights), directions)
-    if left_over or not layers:
+    try:
+        layers, left_over = divmod(len(weights), directions)
+        first = weights[0]
+        dtype, hidden = first[0].dtype, first[1].shape[0] // CELLS[mode].gates
+        width = first[-1].shape[0] if len(first) in (3, 5) else hidden
+    except (AttributeError, IndexError, TypeError):
+        refuse_weights(weights)
+    if left_over:
         raise RuntimeError(
             problem(
                 f"weights with {len(weights)} groups of tensors, bidirectional={bidirectional}",
@@ -399,14 +397,15 @@ def _stack(
                 "module.all_weights",
             )
         )
-    first = weights[0]
     unbatched = batch_sizes is None and input.dim() == 2
     batch_first = batch_first and batch_sizes is None and not unbatched
-    _check_input(input, first[0].dtype, batch_sizes)
+    check_input(input, dtype, batch_sizes)
     lengths, resets, grad_clip, truncate, memory = options
-    if memory != "fast" or any(option is not None for option in options[:4]):
-        resets = _resets_of(options, unbatched, batch_sizes)
-    _check_state_ranks(states, 2 if unbatched else 3)
+    rows = lengths is not None or resets is not None
+    if rows or grad_clip is not None or truncate is not None or memory != "fast":
+        resets = resets_of(options, unbatched, batch_sizes)
+        grad_clip = None if grad_clip is None else float(grad_clip)
+    check_state_ranks(states, 2 if unbatched else 3)
     if unbatched:
         input, states = input.unsqueeze(1), tuple(state.unsqueeze(1) for state in states)
     elif batch_first:
@@ -416,17 +415,15 @@ def _stack(
             problem("input without any step", "at least one step", "leave empty sequences out")
         )
 
-    hidden = first[1].shape[0] // CELLS[mode].gates
-    width = first[-1].shape[0] if len(first) in (3, 5) else hidden
     if batch_sizes is None:
         batch = input.shape[1]
     elif states and is_compiling():  # the kernels ask later whether batch_sizes agree
         batch = states[0].shape[1]
     else:
-        batch = _packed_batch(batch_sizes)
+        batch = packed_batch(batch_sizes)
     for i, state in enumerate(states):
         shape = (len(weights), batch, hidden if i else width)
-        check_like(_state_name(states, i), state, shape, "(layers * directions, batch, size)", input)
+        check_like(state_name(states, i), state, shape, "(layers * directions, batch, size)", input)
     if batch_sizes is not None and not states:  # the operator reads the batch size from the state
         states = (input.new_zeros((len(weights), batch, width)),)
     if layers == 1:
@@ -470,114 +467,6 @@ def _stack(
     return output.transpose(0, 1) if batch_first else output, h, c
 
 
-def check_options(*, grad_clip: float | None, truncate: int | None, memory: str) -> None:
-    """Raises for options that no call accepts; modules ask at once."""
-    steps_of(memory)
-    if truncate is not None and not isinstance(truncate, int):
-        raise RuntimeError(
-            problem(f"truncate={truncate!r}", "a whole number of steps, or None", "truncate=64, or None")
-        )
-    check_bounds(grad_clip, 0 if truncate is None else truncate or -1)
-
-
-def check_resets(resets: Tensor, batch_sizes: Tensor) -> None:
-    """Raises unless those of a packed sequence are (T, B)."""
-    require_tensor("resets", resets)
-    shape = (batch_sizes.shape[0], _packed_batch(batch_sizes))
-    if resets.shape != shape:
-        raise RuntimeError(
-            problem(
-                f"resets of shape {tuple(resets.shape)}",
-                f"shape {shape}, that is (steps, batch)",
-                "a value for every step and row, also for those that are not there",
-            )
-        )
-
-
-def _resets_of(options: Options, unbatched: bool, batch_sizes: Tensor | None) -> Tensor | None:
-    """Checks the options, and returns the resets, one for each row of a packed sequence."""
-    for name, rows in (("lengths", options.lengths), ("resets", options.resets)):
-        if rows is not None:
-            require_tensor(name, rows)
-            if unbatched:
-                raise RuntimeError(
-                    problem(f"{name} of an input without a batch", "a batch", "input.unsqueeze(1)")
-                )
-    check_options(grad_clip=options.grad_clip, truncate=options.truncate, memory=options.memory)
-    if options.resets is None or batch_sizes is None:
-        return options.resets
-    check_resets(options.resets, batch_sizes)
-    there = torch.arange(options.resets.shape[1]) < batch_sizes.unsqueeze(1)
-    return options.resets[there.to(options.resets.device)]
-
-
-def _check_input(input: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None) -> None:
-    rank = input.dim()
-    if batch_sizes is None and rank not in (2, 3):
-        raise ValueError(
-            problem(
-                f"input with {rank} dimensions", "3 dimensions, or 2 without a batch", "input.unsqueeze(...)"
-            )
-        )
-    if batch_sizes is not None and rank != 2:
-        raise RuntimeError(
-            problem(
-                f"packed input with {rank} dimensions",
-                "2 dimensions, (rows, features)",
-                "pack_padded_sequence",
-            )
-        )
-    if input.dtype != dtype:
-        raise ValueError(
-            problem(
-                f"input of dtype {input.dtype} for weights of dtype {dtype}",
-                "one dtype for the input, the states and the weights",
-                f"input.to({dtype}), or module.to({input.dtype})",
-            )
-        )
-
-
-def _state_name(states: tuple[Tensor, ...], index: int) -> str:
-    return f"hx[{index}]" if len(states) == 2 else "hx"
-
-
-def _check_state_ranks(states: tuple[Tensor, ...], rank: int) -> None:
-    for i, state in enumerate(states):
-        if state.dim() != rank:
-            name, kind = (
-                _state_name(states, i),
-                "an input without a batch" if rank == 2 else "a batched input",
-            )
-            raise RuntimeError(
-                problem(
-                    f"{name} with {state.dim()} dimensions",
-                    f"{rank} dimensions for {kind}",
-                    f"{name}.squeeze(1)" if rank == 2 else f"{name}.unsqueeze(1)",
-                )
-            )
-
-
-def _packed_batch(batch_sizes: Tensor) -> int:
-    if batch_sizes.dim() != 1:
-        raise TypeError(
-            problem(
-                f"batch_sizes with {batch_sizes.dim()} dimensions", "1 dimension", "batch_sizes.flatten()"
-            )
-        )
-    if not batch_sizes.is_cpu:
-        raise RuntimeError(batch_sizes_elsewhere(batch_sizes))
-    if batch_sizes.shape[0] == 0:
-        raise RuntimeError(no_batch_sizes())
-    batch = int(batch_sizes[0])
-    if is_compiling():  # what is in a tensor is not known yet
-        torch._check(batch >= 0)
-    elif batch < 0:
-        raise RuntimeError(
-            problem(f"batch_sizes that start with {batch}", "sizes of at least 0", "pack_padded_sequence")
-        )
-    return batch
-
-
 def _step(input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights_and_mode: Any) -> Sequence[Tensor]:
     """The new h and, of an LSTM, the new c come first in the result."""
     if autocast.is_on():
@@ -594,22 +483,10 @@ def _one_state_cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> Tensor:
-    if hx is not None and hx.dim() != 2:
-        _check_cell_ranks(("hx", hx))
-    if input.dim() == 2:
+    if hx is not None and (not isinstance(hx, Tensor) or hx.dim() != 2):
+        check_cell_ranks(("hx", hx))
+    if isinstance(input, Tensor) and input.dim() == 2:
         return _step(input, hx, None, w_ih, w_hh, b_ih, b_hh, mode)[0]
-    _check_cell_ranks(("input", input))
+    check_cell_ranks(("input", input))
     h0 = None if hx is None else hx.unsqueeze(0)
     return _step(input.unsqueeze(0), h0, None, w_ih, w_hh, b_ih, b_hh, mode)[0].squeeze(0)
-
-
-def _check_cell_ranks(*tensors: tuple[str, Tensor]) -> None:
-    for name, tensor in tensors:
-        if tensor.dim() not in (1, 2):
-            raise ValueError(
-                problem(
-                    f"{name} with {tensor.dim()} dimensions",
-                    "2 dimensions, or 1 without a batch",
-                    f"{name}.reshape(...)",
-                )
-            )

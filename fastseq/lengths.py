@@ -42,9 +42,10 @@ class Packing(NamedTuple):
     def clear_rest(self, saved: Tensor) -> None:
         """Of (D, T * B, ...), before the kernels fill it, what no row does: nothing reads it, but it is a
         result, and the same in each call."""
+        if saved.dim() == 1:  # of an RNN, nothing
+            return
         if saved.nbytes < _PAGES:
-            if saved.dim() > 1:
-                saved[:, self.size :].zero_()
+            saved[:, self.size :].zero_()
             return
         # New pages are zeros, which take neither time nor memory until something is written to them.
         pages = mmap.mmap(-1, saved.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -62,7 +63,7 @@ def packing(lengths: Tensor, steps: int) -> Packing | None:
     if min(values, default=steps) == steps:
         return None
     lengths, order = lengths.to("cpu", torch.int64).sort(descending=True, stable=True)
-    alive = lengths > torch.arange(int(lengths[0])).unsqueeze(1)
+    alive = lengths > torch.arange(int(lengths[0]), device="cpu").unsqueeze(1)
     batch_sizes = alive.sum(1)
     at_step, rank = alive.nonzero(as_tuple=True)
     order = order[: int(batch_sizes[0]) if len(batch_sizes) else 0]
@@ -138,14 +139,16 @@ def padded_backward(
     grad_clip: float | None,
     truncate: int,
     grads: Sequence[Tensor | None],
+    *kept: Tensor | None,
 ) -> None:
-    """Has run(...), which takes what this does and batch_sizes before lengths, fill `grads`."""
+    """Has run(...), which takes what this does and batch_sizes before lengths, fill `grads`, and what is
+    `kept`, whose rows lie as those of saved."""
     p = packing(lengths, layer.steps)
     bounds: tuple[Any, ...] = (grad_clip, truncate)
     if p is None:
         gradients = (grad_output, grad_h_n, grad_c_n)
         states = (resets, h0, c0, weights, output, saved)
-        run(layer, mode, *gradients, input, None, None, *states, *bounds, grads)
+        run(layer, mode, *gradients, input, None, None, *states, *bounds, grads, *kept)
         return
     grad_input, grad_h0, grad_c0, *grad_weights = grads
     packed_input = p.packed(input)
@@ -171,6 +174,7 @@ def padded_backward(
             p.of_state(grad_c0),
             *grad_weights,
         ],
+        *kept,
     )
     if grad_input is not None:
         p.pad(packed[0], grad_input)

@@ -241,7 +241,7 @@ def _cuts(
         at = torch.arange(layer.steps, device=device).remainder(truncate) == 0
         cuts = at.unsqueeze(1).expand(layer.steps, layer.batch)
     else:
-        at = torch.arange(layer.steps).remainder(truncate) == 0
+        at = torch.arange(layer.steps, device="cpu").remainder(truncate) == 0
         cuts = at.repeat_interleave(batch_sizes).to(device)
     return cuts.contiguous() if resets is None else cuts | resets
 

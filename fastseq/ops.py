@@ -41,6 +41,7 @@ from .dispatch import (
     plain_device,
     register,
 )
+from .steps import wide_dtype
 
 # weights: for each direction weight_ih, weight_hh, then bias_ih, bias_hh if `bias`, then weight_hr of a
 # projected LSTM. output is (T, B, D*R), in memory (B, T, D*R) if batch_first. c_n and saved are empty if
@@ -53,9 +54,13 @@ from .dispatch import (
 #
 # save is "nothing", "gates", for the backward pass, or "states", c of an LSTM at every step: (D, rows, H).
 # With lengths the rows of saved, T*B whatever the lengths are, lie as the device's kernels like.
+#
+# grad_clip, truncate (see recurrent_backward) and memory (see windows.py) are of the gradients that autograd
+# gives the results; what is computed here does not depend on them.
 library.define(
     "recurrent(Tensor input, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, Tensor? h0, Tensor? c0, "
-    "Tensor[] weights, str mode, int directions, bool bias, bool batch_first, str save) "
+    "Tensor[] weights, str mode, int directions, bool bias, bool batch_first, str save, "
+    'float? grad_clip=None, int truncate=0, str memory="fast") '
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)"
 )
 # Returns [h, c of an LSTM, saved if `save`].
@@ -66,12 +71,13 @@ library.define(
 # For a cell input is (B, I) and batch_sizes None; saved holds gates. `wanted` says for which of [input, h0,
 # c0, *weights] to return a gradient. At every step the gradients of h_t and c_t are bounded to [-grad_clip,
 # grad_clip] before they go on; no gradient of a state crosses between t - 1 and t where t is a multiple of
-# truncate, if that is not 0.
+# truncate, if that is not 0. Where `keep`, the last result is the whole gradient of h at every step,
+# (D, rows, R) in the dtype of sums, with rows as those of saved: dual_ops.recurrent_dual_backward takes it.
 library.define(
     "recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
     "Tensor? batch_sizes, Tensor? lengths, Tensor? resets, Tensor? h0, Tensor? c0, Tensor[] weights, "
     "Tensor output, Tensor saved, str mode, int directions, bool bias, float? grad_clip, int truncate, "
-    "bool[] wanted) -> Tensor[]"
+    "bool[] wanted, bool keep=False) -> Tensor[]"
 )
 
 
@@ -121,7 +127,7 @@ def _check_recurrent(
 
 
 def _recurrent_fake(
-    input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, batch_first, save
+    input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, batch_first, save, *_
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer = _check_recurrent(
         input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, save
@@ -130,7 +136,7 @@ def _recurrent_fake(
 
 
 def _run_layer(
-    run, input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, batch_first, save
+    run, input, batch_sizes, lengths, resets, h0, c0, weights, mode, directions, bias, batch_first, save, *_
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checks, allocates, has run(layer, mode, input, ..., weights, save, output, h_n, c_n, saved) fill the
     results."""
@@ -213,7 +219,7 @@ def recurrent_cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, mode, 
 
 
 class Backward(NamedTuple):
-    """The arguments of recurrent_backward but the last one, `wanted`."""
+    """The arguments of recurrent_backward but the last ones, `wanted` and `keep`."""
 
     grad_output: Tensor | None
     grad_h_n: Tensor | None
@@ -275,20 +281,36 @@ def allocate_gradients(
     return grads
 
 
+def split_backward(arguments: Sequence[Any]) -> tuple[Backward, Sequence[bool], bool]:
+    """recurrent_backward's, `wanted` and `keep`, which torch leaves out where it is the default."""
+    count = len(Backward._fields)
+    return Backward(*arguments[:count]), arguments[count], len(arguments) > count + 1 and arguments[-1]
+
+
+def _allocate_hidden(a: Backward, layer: Layer) -> Tensor:
+    """For the gradient of h at every step."""
+    lead = () if a.batch_sizes is None and a.input.dim() == 2 else (layer.directions,)
+    return a.input.new_empty((*lead, layer.rows, layer.width), dtype=wide_dtype(a.input))
+
+
 def _recurrent_backward_fake(*arguments: Any) -> list[Tensor]:
-    *given, wanted = arguments
-    a = Backward(*given)
-    _check_backward(a)
+    a, wanted, keep = split_backward(arguments)
+    layer = _check_backward(a)
     grads = allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
+    if keep:
+        grads.append(_allocate_hidden(a, layer))
     return [grad for grad in grads if grad is not None]
 
 
-def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
+def _run_backward(run: Callable[..., None], keeps: bool, *arguments: Any) -> list[Tensor]:
     """Checks, allocates, has run(layer, mode, grad_output, ..., saved, grad_clip, truncate, grads) fill the
-    gradients."""
-    *given, wanted = arguments
-    a = Backward(*given)
+    gradients; if it `keeps`, with that of h at every step, or None, as the last argument."""
+    a, wanted, keep = split_backward(arguments)
     layer = _check_backward(a)
+    if keep and not keeps:
+        raise RuntimeError(
+            problem(f"keep=True on {a.input.device.type}", "keep=True on the CPU's kernels", "keep=False")
+        )
     if a.batch_sizes is not None:
         check_batch_sizes(a.batch_sizes, layer)
     grads = allocate_gradients(a.input, a.h0, a.c0, a.weights, wanted)
@@ -299,6 +321,7 @@ def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
     bounds = (a.grad_clip, a.truncate)
     grads_of_states = (a.grad_output, _dense(a.grad_h_n), _dense(a.grad_c_n))
     weights = [weight.contiguous() for weight in a.weights]
+    grad_hidden = _allocate_hidden(a, layer) if keep else None
     run(
         layer,
         a.mode,
@@ -311,8 +334,9 @@ def _run_backward(run: Callable[..., None], *arguments: Any) -> list[Tensor]:
         a.saved.contiguous(),
         *bounds,
         grads,
+        *((grad_hidden,) if keeps else ()),
     )
-    return [grad for grad in grads if grad is not None]
+    return [grad for grad in (*grads, grad_hidden) if grad is not None]
 
 
 # --------------------------------------------------------------------------------------------- registration
@@ -326,12 +350,14 @@ class Kernels(NamedTuple):
 
     plan(layer, dtype, device, packed, one_step, backward), for fastseq.explain: what such a call runs, as
     data; the name of the engine under "engine", which says what the rest means (see plan_words.ENGINES).
+    keeps: whether recurrent_backward has `keep`, and dual_ops may read what `recurrent` saved.
     """
 
     recurrent: Callable[..., Any]
     recurrent_cell: Callable[..., Any]
     recurrent_backward: Callable[..., Any]
     plan: Callable[..., dict[str, Any]] | None = None
+    keeps: bool = False
 
 
 def loop_kernels(engine: loops.Engine) -> Kernels:
@@ -339,7 +365,7 @@ def loop_kernels(engine: loops.Engine) -> Kernels:
     return Kernels(
         partial(_run_layer, partial(loops.forward, engine)),
         partial(_run_cell, partial(loops.cell, engine)),
-        partial(_run_backward, partial(loops.backward, engine)),
+        partial(_run_backward, partial(loops.backward, engine), False),
         partial(loops.plan_in_data, engine),
     )
 
@@ -348,8 +374,9 @@ KERNELS = {
     "cpu": Kernels(
         partial(_run_layer, cpu.layer_forward),
         partial(_run_cell, cpu.cell_forward),
-        partial(_run_backward, cpu.backward),
+        partial(_run_backward, cpu.backward, True),
         cpu.plan_in_data,
+        keeps=True,
     )
 }
 if _C.cuda_info()["built"]:

@@ -13,6 +13,7 @@ of its own on a GPU, and has to find there what the forward pass found.
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections import Counter
 from contextlib import ContextDecorator
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from . import attention_ops
 from .attention import scaled_dot_product_attention
 from .attention_checks import is_causal_bias
-from .checks import DTYPES, tensors_with_kernels
+from .checks import DTYPES, problem, tensors_with_kernels
 from .convert import OURS, to_ours, why_not
 
 _lock = threading.RLock()
@@ -35,6 +36,7 @@ _inside: tuple[Routed, ...] = ()  # a new tuple at every change, so that others 
 _replaced: list[tuple[Any, str, Any, Any]] = []  # owner, name, torch's, ours
 _torchs_attention = F.scaled_dot_product_attention
 _PLAIN = {Tensor, nn.Parameter}
+_LATE = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 
 
 class Routed:
@@ -65,7 +67,8 @@ class patched(ContextDecorator):
     What fastseq cannot do goes to torch's own, and the reason is noted.
 
     It is for all threads of the process while anybody is inside, may be nested, entered by several threads
-    at once and left by an exception; who leaves last puts back what was there. It may decorate a function.
+    at once and left by an exception; who leaves last puts back what was there. It may decorate a function,
+    but no generator or coroutine, whose body runs when the call is over.
 
     Not reached are names bound before: after `from torch.nn.functional import scaled_dot_product_attention`
     that name stays torch's. (`from torch.nn import LSTM` is reached.) torch.compile compiles a function that
@@ -75,6 +78,9 @@ class patched(ContextDecorator):
     Returns:
         A report of what was routed inside, as the target of `with`: its `here` counts what came to fastseq by
         name, `left` what went to torch by (name, reason). Print it.
+
+    Raises:
+        TypeError: where it decorates a generator or coroutine function. RuntimeError: left, but not entered.
 
     Example:
         >>> query = torch.randn(1, 2, 5, 8)
@@ -112,10 +118,27 @@ class patched(ContextDecorator):
         traceback: TracebackType | None,
     ) -> None:
         with _lock:
+            if not self._entered:
+                raise RuntimeError(
+                    problem(
+                        "patched() left that was not entered", "__enter__ first", "with fastseq.patched():"
+                    )
+                )
             routed = self._entered.pop()
             _set_inside(tuple(other for other in _inside if other is not routed))
             if not _inside:
                 _restore()
+
+    def __call__(self, function: Any) -> Any:
+        if any(kind(function) for kind in _LATE):
+            raise TypeError(
+                problem(
+                    "@patched() of a generator or coroutine function",
+                    "a function whose body runs in the call",
+                    "with fastseq.patched(): inside of it, around what is to be routed",
+                )
+            )
+        return super().__call__(function)
 
     def _recreate_cm(self) -> patched:
         return patched()  # each call of a decorated function has its own

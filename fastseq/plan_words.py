@@ -143,8 +143,7 @@ def _attention_blocks_in_words(plan: dict[str, Any], _: str, sizes: Attention, d
     words = f"torch's operations, of {many(cut['batch'], 'sequence')}, "
     words += f"{many(cut['kv_heads'], 'head')} of key and value, {many(cut['rows'], 'row')} of queries "
     words += "and all keys at a time"
-    reasons = ["there is no kernel for weights that are returned, or have a gradient"] * plan["weights"]
-    return "", [words], reasons
+    return "", [words], [f"there is no kernel for {plan['why']}"]
 
 
 # ------------------------------------------------------------------------------- where time loops are kernels
@@ -301,7 +300,7 @@ def _cuda_attention_in_words(plan: dict[str, Any], _: str, sizes: Attention, dty
     reasons = []
     if forced := os.environ.get("FASTSEQ_CUDA_ATTENTION_PLAN"):
         reasons.append(f"FASTSEQ_CUDA_ATTENTION_PLAN={forced} forces the kernel")
-    if obstacle := chosen["not_hopper"]:
+    if obstacle := chosen.get("not_hopper"):
         reasons.append(f"not hopper: {obstacle}; {_NOT_HOPPER.get(obstacle, 'it is for 9.0')}")
     other = plan.get("in_any_order", plan["kernel"])
     if other != plan["kernel"]:

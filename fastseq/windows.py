@@ -32,7 +32,8 @@ from .dispatch import library, register
 from .lengths import Packing, packing
 
 # output and states are those of recurrent with save="states". Returns h and c of the bounds between windows,
-# (D, bounds, B, size), c empty if there is none; the order of rows with lengths is that of the kernels.
+# (D, windows, B, size), the last one zero, c empty if there is none; the order of rows with lengths is that
+# of the kernels.
 library.define(
     "recurrent_checkpoints(Tensor output, Tensor states, Tensor? batch_sizes, Tensor? lengths, str mode, "
     "int directions, int batch, str memory, int truncate) -> (Tensor kept_h, Tensor kept_c)"
@@ -91,8 +92,13 @@ def steps_of_window(layer: Layer, itemsize: int, memory: str) -> int:
 
 
 def count_of(steps: int, size: int, truncate: int) -> int:
-    """How many windows there are."""
-    return len(_bounds(steps, size, truncate)) - 1
+    """How many windows there are, of a symbolic number of steps too."""
+    if not truncate:
+        return (steps - 1) // size + 1
+    if size >= truncate:
+        return (steps - 1) // (size // truncate * truncate) + 1
+    whole_pieces = (steps - 1) // truncate * ((truncate - 1) // size + 1)
+    return whole_pieces + (steps - 1) % truncate // size + 1
 
 
 class _Rows(NamedTuple):
@@ -209,32 +215,29 @@ def _columns(output: Tensor, direction: int, width: int) -> Tensor:
 
 def _by_step(states: Tensor, rows: _Rows) -> Tensor:
     """c of every step, (rows, H), as the tensors of steps are."""
-    return states.view(rows.steps, rows.batch, -1) if rows.sizes is None else states
+    return states.view(rows.steps, rows.batch, states.shape[-1]) if rows.sizes is None else states
 
 
 def _allocate_checkpoints(
     output, states, batch_sizes, lengths, mode, directions, batch, memory, truncate
-) -> tuple[list[int], Tensor, Tensor]:
-    """The bounds between windows, and room for the states there."""
+) -> tuple[Tensor, Tensor]:
+    """Room for the states between windows, and one more: torch.export knows that no dimension is 0 then."""
     steps = output.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    between = _bounds(steps, steps_of(memory) or 1, truncate)[1:-1]
-    lead, cell_state = (directions, len(between), batch), CELLS[mode].cell_state
+    count = count_of(steps, steps_of(memory) or 1, truncate)
+    lead, cell_state = (directions, count, batch), CELLS[mode].cell_state
     kept_h = output.new_zeros((*lead, output.shape[-1] // directions))
     kept_c = output.new_zeros((*lead, states.shape[-1]) if cell_state else (0,))
-    return between, kept_h, kept_c
-
-
-def _checkpoints_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _allocate_checkpoints(*arguments)[1:]
+    return kept_h, kept_c
 
 
 def _checkpoints(
     output, states, batch_sizes, lengths, mode, directions, batch, memory, truncate
 ) -> tuple[Tensor, Tensor]:
-    between, kept_h, kept_c = _allocate_checkpoints(
+    kept_h, kept_c = _allocate_checkpoints(
         output, states, batch_sizes, lengths, mode, directions, batch, memory, truncate
     )
     steps = output.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    between = _bounds(steps, steps_of(memory) or 1, truncate)[1:-1]
     rows, width = _rows_of(steps, batch, batch_sizes, lengths, output.device), kept_h.shape[-1]
     for d in range(directions):
         for i, bound in enumerate(between):
@@ -483,7 +486,7 @@ class _Direction:
 
 _DEVICES = ("cpu", "cuda")
 recurrent_checkpoints = register(
-    "recurrent_checkpoints", dict.fromkeys(_DEVICES, _checkpoints), _checkpoints_fake, unsupported
+    "recurrent_checkpoints", dict.fromkeys(_DEVICES, _checkpoints), _allocate_checkpoints, unsupported
 )
 recurrent_windows_backward = register(
     "recurrent_windows_backward", dict.fromkeys(_DEVICES, _run), _fake, unsupported

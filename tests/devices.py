@@ -99,6 +99,14 @@ class Recorded:
         self.ran.append({**plan.describe(), "pass": "backward"})
         self.module.cuda_attention_backward(plan, *numbers)
 
+    def cuda_attention_dual_forward(self, plan, *numbers):
+        self.ran.append({**plan.describe(), "pass": "dual forward"})
+        self.module.cuda_attention_dual_forward(plan, *numbers)
+
+    def cuda_attention_dual_backward(self, plan, *numbers):
+        self.ran.append({**plan.describe(), "pass": "dual backward"})
+        self.module.cuda_attention_dual_backward(plan, *numbers)
+
     def cell_forward(self, *arguments):
         self.ran.append({"kernel": "steps", "pass": "forward"})
         self.module.cell_forward(*arguments)
@@ -147,7 +155,7 @@ class Device:
         of_attention = attention_ops.KERNELS.get(self.where)
         of_dual = attention_dual_ops.KERNELS.get(self.where)
         attention_ops.KERNELS[self.where] = attention_ops.cuda_kernels(engine)
-        attention_dual_ops.KERNELS[self.where] = attention_dual_ops.in_blocks(looks=False)
+        attention_dual_ops.KERNELS[self.where] = attention_dual_ops.cuda_kernels(engine)
         attention_ops.READS_TENSORS = False
         before = {name: os.environ.get(name) for name in FORCED}
         allow_tf32 = torch.backends.cudnn.allow_tf32

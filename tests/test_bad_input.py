@@ -57,6 +57,9 @@ BAD_CALLS = {
         "no steps and no rows": lambda m: m(X[:0, :0]),
         "other device": lambda m: m(X.to("meta")),
         "other device than the module": lambda m: m.to("meta")(X),
+        "None": lambda m: m(None),
+        "a list": lambda m: m(X.tolist()),
+        "an array of numpy": lambda m: m(X.numpy()),
     },
     "hx": {
         "rank 2 for batched input": lambda m: m(X, hx(m, H[0])),
@@ -75,6 +78,16 @@ BAD_CALLS = {
         "float64 cell state": lambda m: m(X, hx(m, H, H.double())),
         "integers": lambda m: m(X, hx(m, H.long())),
         "other device": lambda m: m(X, hx(m, H.to("meta"))),
+        "a number": lambda m: m(X, 3),
+        "a number, packed": lambda m: m(packed(X), 3),
+        "a number, packed unsorted": lambda m: m(unsorted(X), 3),
+        "numbers": lambda m: m(X, hx(m, 3)),
+        "a tuple for a tensor": lambda m: m(X, hx(m, (H, H))),
+        "a tuple for a tensor, packed unsorted": lambda m: m(unsorted(X), hx(m, (H, H))),
+        "one state in a tuple": lambda m: m(X, (H,)),
+        "None in a tuple": lambda m: m(X, (H, None)),
+        "None in a tuple, packed unsorted": lambda m: m(unsorted(X), (H, None)),
+        "one state": lambda m: m(X, H),
     },
     "weight_hh": {
         "float64": lambda m: with_weight(m, "weight_hh_l0", m.weight_hh_l0.double())(X),
@@ -91,6 +104,8 @@ BAD_CELL_CALLS = {
         "integers": lambda m: m(X[0].long()),
         "other device": lambda m: m(X[0].to("meta")),
         "other device than the module": lambda m: m.to("meta")(X[0]),
+        "None": lambda m: m(None),
+        "a list": lambda m: m(X[0].tolist()),
     },
     "hx": {
         "rank 3": lambda m: m(X[0], hx(m, H)),
@@ -101,6 +116,12 @@ BAD_CELL_CALLS = {
         "wrong cell state": lambda m: m(X[0], hx(m, H[0], H[0, :, :4])),
         "float64": lambda m: m(X[0], hx(m, H[0].double())),
         "float64 cell state": lambda m: m(X[0], hx(m, H[0], H[0].double())),
+        "a number": lambda m: m(X[0], 3),
+        "numbers": lambda m: m(X[0], hx(m, 3)),
+        "a tuple for a tensor": lambda m: m(X[0], hx(m, (H[0], H[0]))),
+        "None in a tuple": lambda m: m(X[0], (H[0], None)),
+        "None in a tuple, unbatched": lambda m: m(X[0, 0], (H[0, 0], None)),
+        "one state": lambda m: m(X[0], H[0]),
     },
 }
 NAMES = {"input": ("input",), "hx": ("hx", "h_0", "c_0"), "weight_hh": ("weight_hh",)}
@@ -135,6 +156,7 @@ NO_MISTAKE = {
     "wrong batch of the cell state, packed": ONE_STATE,
     "cell state of rank 2": ONE_STATE,
     "float64 cell state": ONE_STATE,
+    "one state": ONE_STATE,
     # The cells take what the layers refuse: no features, no units.
     "input_size of 0": CELLS,
     "hidden_size of 0": CELLS,
@@ -243,6 +265,36 @@ def test_weight_of_the_wrong_shape_is_never_read(class_name):
         error = error_of(module, X)
         assert isinstance(error, RuntimeError)
         assert "weight_" in str(error) or "bias_" in str(error)
+
+
+@pytest.mark.parametrize("what", ["None", "[None]", "a tensor", "none", "one", "None in it", "a number"])
+@pytest.mark.parametrize("name", ["rnn", "lstm", "gru"])
+def test_malformed_weights_are_named(name, what):
+    weights = {
+        "None": None,
+        "[None]": [None],
+        "a tensor": X[0],
+        "none": [],
+        "one": [[X[0]]],
+        "None in it": [[torch.randn({"rnn": 5, "lstm": 20, "gru": 15}[name], 3), None]],
+        "a number": [[X[0], X.sum()]],
+    }[what]
+    error = error_of(getattr(fastseq.functional, name), X, weights)
+    assert isinstance(error, TypeError if "None" in what or what in ("a tensor", "none") else RuntimeError)
+    assert_three_lines(error)
+    assert "weights" in str(error).splitlines()[0]
+
+
+def test_a_weight_that_is_no_tensor_is_named():
+    """Also behind those of the first layer's first direction, and of a cell."""
+    layer = [[torch.randn(5, 3), torch.randn(5, 5), torch.randn(5), torch.randn(5)]] * 2
+    layer[1] = [*layer[1][:3], None]
+    error = error_of(lambda: fastseq.functional.rnn(X, layer, bidirectional=True))
+    assert "bias_hh_reverse of type NoneType" in str(error)
+    assert_three_lines(error)
+    error = error_of(fastseq.functional.rnn_cell, X[0], None, None, torch.randn(5, 5))
+    assert "weight_ih of type NoneType" in str(error)
+    assert_three_lines(error)
 
 
 class Subclass(torch.Tensor):

@@ -44,6 +44,7 @@ def plan_of(forced="", gpu=HOPPER, **changes):
         "of_mask": False,
         **dict.fromkeys(["mask_has_batch", "mask_has_head", "mask_has_query", "mask_has_key"], False),
         "one_pass": False,
+        "dual": False,
     }
     assert changes.keys() <= problem.keys()
     return _C.cuda_attention_plan(tuple((problem | changes).values()), gpu, forced).describe()

@@ -1,6 +1,7 @@
 """fastseq.patched: what is routed, what goes to torch and why, and that all is put back."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -248,6 +249,30 @@ def test_decorates_a_function():
     attend(2)
     assert seen == [False, False, False]
     assert attend.__name__ == "attend"
+
+
+def _generator():
+    yield
+
+
+async def _coroutine():
+    pass
+
+
+async def _asynchronous_generator():
+    yield
+
+
+@pytest.mark.parametrize("function", [_generator, _coroutine, _asynchronous_generator, partial(_generator)])
+def test_decorates_no_function_whose_body_runs_later(function):
+    """It would run outside, and nothing would tell."""
+    with pytest.raises(TypeError, match=r"given: @patched\(\) of a generator .*\naccepted: .*\ntry: "):
+        fastseq.patched()(function)
+
+
+def test_leaving_without_entering_is_an_error():
+    with pytest.raises(RuntimeError, match=r"given: .*not entered\naccepted: .*\ntry: "):
+        fastseq.patched().__exit__(None, None, None)
 
 
 def test_threads_enter_and_leave_in_any_order():

@@ -67,9 +67,11 @@ def test_forward_mode_of_modules_is_the_difference_of_results(case):
     assert gradcheck(call, leaves, fast_mode=True, **checks, **GRADCHECK)
 
 
+@pytest.mark.parametrize("pages", [0, 1 << 30], ids=["large", "small"])  # what is kept, see lengths.py
 @pytest.mark.parametrize("mode", MODES)
-def test_packed_sequences_and_lengths(mode):
+def test_packed_sequences_and_lengths(mode, pages, monkeypatch):
     """Packed rows as they are, and lengths of padded ones."""
+    monkeypatch.setattr(fastseq.lengths, "_PAGES", pages)
     case = replace(SMALL, mode=mode, bidirectional=True, batch=3)
     module, data = make_module(case), make_data(case)
     rows = torch.randn(6, 2, dtype=torch.float64).abs().requires_grad_()
@@ -142,6 +144,8 @@ def hessian_vector_products(loss, at, along):
     yield "reverse over reverse", vjp(gradient, *at)[1](along)
     yield "reverse over forward", grad(lambda *x: jvp(loss, x, along)[1], argnums=all_of_them)(*at)
     leaves = tuple(x.clone().requires_grad_() for x in at)
+    yield "torch.autograd.functional.hvp", torch.autograd.functional.hvp(loss, leaves, along)[1]
+    yield "torch.autograd.functional.vhp", torch.autograd.functional.vhp(loss, leaves, along)[1]
     first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
     yield "create_graph", torch.autograd.grad(first, leaves, along)
     with forward_ad.dual_level():
@@ -308,15 +312,45 @@ def test_what_is_not_there_raises(mode, cell, differentiate):
     assert "first and second derivatives" in str(error.value)
 
 
+def reverse_over_reverse(loss, x):
+    (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    first.sum().backward()
+
+
+def reverse_over_dual_numbers(loss, x):
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, x.detach()))).tangent
+        tangent.backward()
+
+
+BOUNDED = {
+    "reverse over reverse": reverse_over_reverse,
+    "reverse over dual numbers": reverse_over_dual_numbers,
+    "grad of grad": lambda loss, x: grad(lambda x: grad(loss)(x).sum())(x.detach()),
+    "grad of jvp": lambda loss, x: grad(lambda x: jvp(loss, (x,), (x,))[1])(x.detach()),
+}
+
+
+@pytest.mark.parametrize("differentiate", BOUNDED.values(), ids=list(BOUNDED))
 @pytest.mark.parametrize("mode", MODES)
-def test_a_second_derivative_with_bounded_gradients_raises(mode):
+def test_a_second_derivative_with_bounded_gradients_raises(mode, differentiate):
     case = replace(SMALL, mode=mode)
     module, data = make_module(case), make_data(case)
     module.grad_clip = 0.1
-    output, _ = module(data["input"], states_of(data))
-    (first,) = torch.autograd.grad(output.sum(), data["input"], create_graph=True)
     with pytest.raises(RuntimeError, match="grad_clip"):
-        first.sum().backward()
+        differentiate(lambda x: module(x, states_of(data))[0].sum(), data["input"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_mode_of_bounded_gradients_is_their_derivative(mode):
+    """What is bounded does not change."""
+    case = replace(SMALL, mode=mode, steps=5, bidirectional=True)
+    module, x = make_module(case), make_data(case)["input"].detach()
+    module.grad_clip = 0.05
+    gradient = grad(lambda x: module(x)[0].sin().sum())
+    eps, v = 1e-6, torch.randn_like(x)
+    difference = (gradient(x + eps * v) - gradient(x - eps * v)) / (2 * eps)
+    torch.testing.assert_close(jvp(gradient, (x,), (v,))[1], difference, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 torch.nn.utils.rnn's packed sequences, and against pieces of sequences that are fed one after the other."""
 
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -309,6 +311,10 @@ BAD = {  # what is wrong, and what the message names
     "too few lengths": ({"lengths": torch.tensor([1, 1])}, "lengths of shape"),
     "lengths of two dimensions": ({"lengths": torch.ones(3, 1, dtype=torch.int64)}, "lengths of shape"),
     "lengths that are no integers": ({"lengths": torch.ones(3)}, "lengths of shape"),
+    "lengths without values": (
+        {"lengths": torch.ones(3, dtype=torch.int64, device="meta")},
+        "lengths on device meta",
+    ),
     "lengths in a list": ({"lengths": [1, 2, 3]}, "lengths of type list"),
     "resets (B, T)": ({"resets": torch.zeros(3, 8, dtype=torch.bool)}, "resets of shape"),
     "resets that are not bool": ({"resets": torch.zeros(8, 3)}, "resets of shape"),
@@ -347,7 +353,12 @@ def test_lengths_and_resets_where_they_cannot_be(name):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("grad_clip", -1.0), ("grad_clip", float("nan")), ("truncate", 0), ("truncate", -3), ("truncate", 1.5)],
+    [
+        *(("grad_clip", value) for value in (-1.0, float("nan"), "a", (1, 2), True, 1j)),
+        *(("grad_clip", torch.tensor(value)) for value in (1.0, [1.0, 2.0])),
+        *(("truncate", value) for value in (0, -3, 1.5, "a", True, torch.tensor(3))),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_bad_bounds_are_errors_of_the_constructor_and_of_the_call(name, option, value):
@@ -355,6 +366,21 @@ def test_bad_bounds_are_errors_of_the_constructor_and_of_the_call(name, option, 
     module = getattr(fastseq, name)(4, 5)
     setattr(module, option, value)
     assert_error(lambda: module(torch.randn(8, 3, 4)), option)
+
+
+def test_what_is_given_for_truncate_is_what_the_error_says():
+    with pytest.raises(RuntimeError, match="given: truncate=0\n"):
+        fastseq.LSTM(4, 5, truncate=0)
+
+
+@pytest.mark.parametrize("value", [1, np.float32(1), Fraction(1)], ids=repr)
+def test_any_real_number_bounds_gradients(value):
+    """With the bits of the float that it is."""
+    module, x = fastseq.LSTM(4, 5), torch.randn(8, 3, 4)
+    grads = []
+    for module.grad_clip in (value, 1.0):
+        grads.append(torch.autograd.grad((100 * module(x)[0]).sum(), list(module.parameters())))
+    assert all(same_bits(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_options_are_attributes_and_shown():

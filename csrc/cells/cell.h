@@ -18,6 +18,7 @@
 //       or, where one function waits for another, two stages that an engine may put far apart:
 //       begin(x, u, h, c, saved, carry, c_next), end(x, h, carry, saved_by_end, h_next). kCarry, at most kGates,
 //       is how many values go from one to the other, kEndSaves which of the saved values is end()'s, or -1.
+//       x is of V, or of another type whose sum with u is what the cell's functions take (see dual.h)
 //   step_grad(saved, h, h_next, c, c_next, dh, dc, d, dh_direct, dc_prev, clip)
 //       dh, dc are the gradients of h_next and c_next, d the pre-activation gradients, dh_direct the part of h's
 //       gradient that does not pass through U. clip bounds the whole gradient of c_next, which only the cell

@@ -3,7 +3,7 @@
 //   (a, a') + (b, b') = (a + b, a' + b')    (a, a') (b, b') = (a b, a' b + a b')    f(a, a') = (f(a), f'(a) a')
 //
 // A cell's step over V = Dual<V> is its step and that step's tangent; step_grad is its gradients and their tangents,
-// which second derivatives are made of.
+// which second derivatives are made of. Where the gates are known, x of Known<V> makes a step's tangent alone.
 #pragma once
 
 #include "cell.h"
@@ -43,6 +43,29 @@ template <class V>
 FS_HD Dual<V> relu(Dual<V> a) {
   const V h = relu(a.value);
   return {h, relu_grad(h, a.tangent)};
+}
+
+// What is given to a function whose result is known already: that result, and the tangent of what is given.
+template <class V>
+struct Known {
+  V result, tangent;
+
+  FS_HD friend Known operator+(Known a, Dual<V> b) { return {a.result, a.tangent + b.tangent}; }
+};
+
+template <class V>
+FS_HD Dual<V> sigmoid(Known<V> a) {
+  return {a.result, a.tangent * a.result * (1 - a.result)};
+}
+
+template <class V>
+FS_HD Dual<V> tanh(Known<V> a) {
+  return {a.result, a.tangent * (1 - a.result * a.result)};
+}
+
+template <class V>
+FS_HD Dual<V> relu(Known<V> a) {
+  return {a.result, relu_grad(a.result, a.tangent)};
 }
 
 // Where relu bends it has no derivative; elsewhere h says only whether dh passes.

@@ -20,12 +20,14 @@ struct GRU {
   enum { R, Z, N, U };  // saved; U is u_n. Among the gradients N is that of x_n and U that of u_n.
   static constexpr int kCarry = 3, kEndSaves = N;  // r, z and, in the place of n, u_n are carried
 
-  FS_HD static void begin(const V* x, const V* u, V, V, V* saved, V* carry, V&) {
+  template <class X>
+  FS_HD static void begin(const X* x, const V* u, V, V, V* saved, V* carry, V&) {
     carry[R] = saved[R] = sigmoid(x[R] + u[R]);
     carry[Z] = saved[Z] = sigmoid(x[Z] + u[Z]);
     carry[N] = saved[U] = u[N];
   }
-  FS_HD static void end(const V* x, V h, const V* carry, V& n, V& h_next) {
+  template <class X>
+  FS_HD static void end(const X* x, V h, const V* carry, V& n, V& h_next) {
     n      = tanh(x[N] + carry[R] * carry[N]);
     h_next = (1 - carry[Z]) * n + carry[Z] * h;
   }
@@ -48,13 +50,15 @@ struct GRUResetBefore {
   static constexpr int kInputGrad[] = {0, 1, 2}, kRecurrentGrad[] = {0, 1, 2};
   enum { R, Z, N };
 
-  FS_HD static void first(const V* x, const V* u, V h, V* saved, V& operand) {
+  template <class X>
+  FS_HD static void first(const X* x, const V* u, V h, V* saved, V& operand) {
     saved[R] = sigmoid(x[R] + u[R]);
     saved[Z] = sigmoid(x[Z] + u[Z]);
     operand  = saved[R] * h;
   }
 
-  FS_HD static void step(const V* x, const V* u, V h, V, V* saved, V& h_next, V&) {
+  template <class X>
+  FS_HD static void step(const X* x, const V* u, V h, V, V* saved, V& h_next, V&) {
     saved[N] = tanh(x[N] + u[N]);
     h_next   = (1 - saved[Z]) * saved[N] + saved[Z] * h;
   }

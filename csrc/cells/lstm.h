@@ -19,7 +19,8 @@ struct LSTM {
   enum { I, F, G, O };
   static constexpr int kCarry = 2, kEndSaves = -1;  // o and c' are carried
 
-  FS_HD static void begin(const V* x, const V* u, V, V c, V* gate, V* carry, V& c_next) {
+  template <class X>
+  FS_HD static void begin(const X* x, const V* u, V, V c, V* gate, V* carry, V& c_next) {
     gate[I]  = sigmoid(x[I] + u[I]);
     gate[F]  = sigmoid(x[F] + u[F]);
     gate[G]  = tanh(x[G] + u[G]);
@@ -28,7 +29,10 @@ struct LSTM {
     carry[0] = gate[O];
     carry[1] = c_next;
   }
-  FS_HD static void end(const V*, V, const V* carry, V&, V& h_next) { h_next = output(carry[0], carry[1]); }
+  template <class X>
+  FS_HD static void end(const X*, V, const V* carry, V&, V& h_next) {
+    h_next = output(carry[0], carry[1]);
+  }
 
   // h' before the projection, if there is one.
   FS_HD static V output(V o, V c_next) { return o * tanh(c_next); }

@@ -15,7 +15,8 @@ struct RNN {
   static constexpr bool kCellState = false, kDirect = false, kGradOfOutput = true;
   static constexpr int kInputGrad[] = {0}, kRecurrentGrad[] = {0};
 
-  FS_HD static void step(const V* x, const V* u, V, V, V*, V& h_next, V&) {
+  template <class X>
+  FS_HD static void step(const X* x, const V* u, V, V, V*, V& h_next, V&) {
     if constexpr (kRelu) {
       h_next = relu(x[0] + u[0]);
     } else {

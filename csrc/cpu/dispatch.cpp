@@ -84,7 +84,7 @@ void run_planned(Run* run, const RecurrentArgs& a, bool backward) {
                            a.proj_size,
                            a.directions,
                            backward,
-                           a.tangents ? 2 : 1,
+                           a.tangents && !(a.known && !backward) ? 2 : 1,
                            a.forced_plan};
   if (run(a, recurrent_plan(problem))) return;
   problem.threads = 1;

@@ -17,7 +17,7 @@
 // chunk.
 #include <limits>
 
-#include "recurrent_backward_layout.h"
+#include "recurrent_chunk_products.h"
 
 namespace fastseq::FASTSEQ_ISA {
 namespace {
@@ -72,41 +72,24 @@ class Backward : BackwardLayout<S, O, kPlanes> {
     }
   }
 
-  struct Worker {
-    Backward& pass;
-    const RecurrentArgs& args;
+  using Products = ChunkProducts<S, O, kPlanes>;
+  struct Worker : Products {
+    using Products::args, Products::cell, Products::d, Products::first_chunk, Products::pass, Products::rank;
+    using Products::meet_direction, Products::multiply_segments, Products::tensors_of;
+    using Products::ranks, Products::seat, Products::state, Products::steps;
     const RecurrentDirection& tensors;
-    DirectionState& state;
-    const CellOps<S, O, kPlanes>& cell;
-    const Steps& steps;
-    const int d;
-    const bool reverse;  // runs from the last step to the first
-    const Seat seat;
-    const int rank, ranks;               // among the threads of this direction
-    bool backwards = false;              // of the order of blocks
+    const bool reverse;                  // runs from the last step to the first
     const Range own_units, own_outputs;  // blocks
-    Element* const left;
-    bool first_chunk = true;
+    bool backwards = false;              // of the order of blocks
 
-    Worker(Backward& pass, int d, const Seat& seat, int thread)
-        : pass(pass),
-          args(pass.args),
+    Worker(Backward& backward, int d, const Seat& seat, int thread)
+        : Products(backward, d, seat, thread),
           tensors(args.direction[d]),
-          state(pass.direction[d]),
-          cell(pass.cell),
-          steps(pass.steps),
-          d(d),
-          reverse(pass.args.reversed || d == 1),
-          seat(seat),
-          rank(seat.rank),
-          ranks(pass.plan.batch_parts * pass.plan.unit_parts),
+          reverse(args.reversed || d == 1),
           own_units(share(pass.units.count(), pass.plan.unit_parts, seat.unit_part)),
-          own_outputs(share(pass.outputs.count(), pass.plan.unit_parts, seat.unit_part)),
-          left(pass.left + thread * pass.left_size) {}
+          own_outputs(share(pass.outputs.count(), pass.plan.unit_parts, seat.unit_part)) {}
 
-    const RecurrentDirection& tensors_of(int p) const { return pass.plane(p).direction[d]; }
     void meet() const { pass.meetings.of_units(seat); }
-    void meet_direction() const { pass.meetings.of_direction(seat); }
     int64_t time(int64_t step) const { return reverse ? args.shape.steps - 1 - step : step; }
 
     void run() {
@@ -125,10 +108,10 @@ class Backward : BackwardLayout<S, O, kPlanes> {
         }
         meet_direction();
         for (int p = 0; p < kPlanes; ++p) {
-          if (pass.plane(p).grad_input.data) input_gradient(first, rows, p);
+          if (pass.plane(p).grad_input.data) this->input_gradient(first, rows, p);
         }
         for (int64_t k = 0; k < rows; k += pass.depth) {
-          weight_gradients(k, least(pass.depth, rows - k));
+          this->weight_gradients(k, least(pass.depth, rows - k));
           first_chunk = false;
         }
         end = begin;
@@ -245,7 +228,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
         meet();
         product(state.projection, kOnly, own_units, rows,
                 state.d_output + chunk_row * kPlanes * pass.width_stride, pass.width_stride, state.dm,
-                pass.hidden_stride, false);
+                pass.hidden_stride, false, true);
       }
       run_cell(t, rows, chunk_row);
       meet();
@@ -259,7 +242,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
       const bool of_h0 = tensors.grad_h0 || tensors_of(kPlanes - 1).grad_h0;
       if ((time(t) > 0 || of_h0) && !none_cross) {
         product(state.recurrent_first, cell.recurrent_grad, own_outputs, rows, gradients, pass.d_stride,
-                state.dh, pass.width_stride, cell.direct);
+                state.dh, pass.width_stride, cell.direct, !args.known);
       }
       if (crossing.truncated || crossing.reset) cut_states(crossing, rows);
       backwards = !backwards;
@@ -284,41 +267,39 @@ class Backward : BackwardLayout<S, O, kPlanes> {
     static constexpr int kOnly[] = {0};  // of a weight of one segment
 
     // to = (to +) sum over the panels' segments of d[segment] * U, for own columns; block[segment] is where the
-    // segment's gradient lies in d.
+    // segment's gradient lies in d. `numbers`: whether they are wanted, or tangents alone.
     void product(const Panels<O> (&panels)[kPlanes], const int* block, Range own, Range rows, const O* from,
-                 int64_t from_stride, Scalar* to, int64_t to_stride, bool add) {
+                 int64_t from_stride, Scalar* to, int64_t to_stride, bool add, bool numbers) {
       for_each_block(own, backwards, [&](int64_t j) {
         multiply_both(panels, block, j, rows, from, from_stride,
-                      to + rows.begin * kPlanes * to_stride + panels[0].blocks.begin(j), to_stride, add);
+                      to + rows.begin * kPlanes * to_stride + panels[0].blocks.begin(j), to_stride, add,
+                      numbers);
       });
     }
 
     // Of `rows`, each with its planes.
     void multiply_both(const Panels<O> (&panels)[kPlanes], const int* block, int64_t j, Range r,
-                       const O* from, int64_t from_stride, Scalar* sums, int64_t sums_stride, bool add) {
+                       const O* from, int64_t from_stride, Scalar* sums, int64_t sums_stride, bool add,
+                       bool numbers) {
       const O* const a = from + r.begin * kPlanes * from_stride;
-      multiply_segments(panels[0], block, j, kPlanes * r.size(), a, from_stride, sums, sums_stride, add);
+      if (numbers) {
+        multiply_segments(panels[0], block, j, kPlanes * r.size(), a, from_stride, sums, sums_stride, add);
+      }
       if constexpr (kPlanes == 2) {  // d' U + d U'
+        if (!numbers) {
+          multiply_segments(panels[0], block, j, r.size(), a + from_stride, 2 * from_stride,
+                            sums + sums_stride, 2 * sums_stride, add);
+        }
         if (!panels[1].data) return;
         multiply_segments(panels[1], block, j, r.size(), a, 2 * from_stride, sums + sums_stride,
                           2 * sums_stride, true);
       }
     }
 
-    void multiply_segments(const Panels<O>& panels, const int* block, int64_t j, int64_t rows, const O* from,
-                           int64_t from_stride, Scalar* sums, int64_t sums_stride, bool add) {
-      for (int64_t g = 0, end; g < panels.segments; g = end) {
-        // Segments that follow one another without padding are one product.
-        end = g + 1;
-        while (pass.hidden_stride == panels.depth && end < panels.segments &&
-               block[end] == block[g] + end - g) {
-          ++end;
-        }
-        multiply<O>(panels.cut(j), rows,
-                    {pairs<O>(panels.depth) * (end - g), elements(from + block[g] * pass.hidden_stride),
-                     row_elements<O>(from_stride), 1, panels.at(j, g), sums, sums_stride,
-                     add || g > 0 ? sums : nullptr, sums_stride});
-      }
+    // Of row 0 of step t; see RecurrentDirection.
+    Scalar* kept_at(int64_t t) const {
+      return tensors.grad_hidden ? static_cast<Scalar*>(tensors.grad_hidden) + steps.offset(t) * pass.width()
+                                 : nullptr;
     }
 
     const S* grad_output_at(int64_t t, int p) const {
@@ -331,17 +312,21 @@ class Backward : BackwardLayout<S, O, kPlanes> {
     void sum_output_gradient(int64_t t, Range rows, int64_t chunk_row) {
       const bool clips = args.grad_clip >= 0;
       const Clip<V> clip{V(Scalar(args.grad_clip))};
+      Scalar* const kept = kept_at(t);
       for (int64_t j = own_outputs.begin; j < own_outputs.end; ++j) {
         const int64_t column = pass.outputs.begin(j);
         for (int64_t b = rows.begin; b < rows.end; ++b) {
           for_each_vector<kWidth>(1, pass.outputs.size(j), [&](int64_t, int64_t i, int64_t n) FS_BODY {
             auto sum = P::of([&](int p) FS_BODY {
+              Scalar* const kept_row = kept ? kept + b * pass.width() + column + i : nullptr;
+              if (kPlanes == 2 && p == 0 && kept) return load_upto<V>(kept_row, n);
               V sum = load<V>(state.dh + (b * kPlanes + p) * pass.width_stride + column + i);
               if (const S* const grad_output = grad_output_at(t, p)) {
                 const int64_t* const stride = pass.plane(p).grad_output.stride;
                 sum = sum +
                       load_strided<V>(grad_output + b * stride[1] + (column + i) * stride[2], stride[2], n);
               }
+              if (kPlanes == 1 && kept) store_upto(kept_row, sum, n);
               return sum;
             });
             if (clips) sum = clip(sum);
@@ -384,6 +369,8 @@ class Backward : BackwardLayout<S, O, kPlanes> {
       tile.operand = state.operand ? state.operand + row * pass.hidden_stride + unit : nullptr;
       tile.operand_stride = pass.hidden_stride;
       tile.d_operand = nullptr, tile.d_operand_stride = 0;
+      Scalar* const kept = projected ? nullptr : kept_at(t);
+      tile.kept = kept ? kept + r.begin * pass.width() + unit : nullptr, tile.kept_stride = pass.width();
       tile.clips = args.grad_clip >= 0;
       tile.dc_bound = Scalar(args.grad_clip);
       // That of a projected state is bounded before it goes through the projection.
@@ -393,7 +380,7 @@ class Backward : BackwardLayout<S, O, kPlanes> {
 
     void run_cell(int64_t t, Range rows, int64_t chunk_row) {
       for (int64_t j = own_units.begin; j < own_units.end; ++j) {
-        for_each_row_block<kPlanes>(rows, [&](Range r) { cell.step_grad(tile(t, r, chunk_row, j)); });
+        for_each_row_block(rows, kPlanes, [&](Range r) { cell.step_grad(tile(t, r, chunk_row, j)); });
       }
     }
 
@@ -401,124 +388,13 @@ class Backward : BackwardLayout<S, O, kPlanes> {
       TileBuffer<Scalar> sums;
       const O* const gradients = state.d + chunk_row * kPlanes * pass.d_stride;
       for (int64_t j = own_units.begin; j < own_units.end; ++j) {
-        for_each_row_block<kPlanes>(rows, [&](Range r) {
+        for_each_row_block(rows, kPlanes, [&](Range r) {
           StepGradTile<S, O, kPlanes> first = tile(t, r, chunk_row, j);
           first.d_operand = sums.data, first.d_operand_stride = state.recurrent_rest[0].columns(j);
           multiply_both(state.recurrent_rest, cell.recurrent_grad + cell.first_gates, j, r, gradients,
-                        pass.d_stride, sums.data, first.d_operand_stride, false);
+                        pass.d_stride, sums.data, first.d_operand_stride, false, true);
           cell.first_grad(first);
         });
-      }
-    }
-
-    // ---- a chunk's products ----
-
-    void input_gradient(int64_t first, int64_t rows, int p) {
-      const Panels<O>& panels = state.input[0];
-      const auto& grad_input = pass.plane(p).grad_input;
-      TileBuffer<Scalar> sums;
-      const Range own = share(rows, ranks, rank);
-      for (int64_t j = 0; j < panels.blocks.count(); ++j) {
-        const int64_t column = panels.blocks.begin(j), n = panels.blocks.size(j), columns = panels.columns(j);
-        int64_t t = first;
-        for_each_row_block(own, [&](Range r) {
-          const auto multiply_rows = [&](const Panels<O>& weight, int plane, bool add) {
-            multiply_segments(weight, cell.input_grad, j, r.size(),
-                              state.d + (r.begin * kPlanes + plane) * pass.d_stride, kPlanes * pass.d_stride,
-                              sums.data, columns, add);
-          };
-          multiply_rows(panels, p, false);
-          if (p == 1 && state.input[p].data) multiply_rows(state.input[p], 0, true);
-          for (int64_t row = r.begin; row < r.end; ++row) {
-            while (row - (steps.offset(t) - steps.offset(first)) >= steps.rows(t)) ++t;
-            const int64_t b = row - (steps.offset(t) - steps.offset(first));
-            const Scalar* const from = sums.data + (row - r.begin) * columns;
-            if (state.input_sum[p]) {
-              Scalar* const to = state.input_sum[p] + (steps.offset(t) + b) * args.input_size + column;
-              for_each_vector<kWidth>(1, n, [&](int64_t, int64_t i, int64_t valid) FS_BODY {
-                store_upto(to + i, load<V>(from + i), valid);
-              });
-            } else {
-              S* const to = steps.template at<S>(grad_input, t) + b * grad_input.stride[1] + column;
-              for_each_vector<kWidth>(1, n, [&](int64_t, int64_t i, int64_t valid) FS_BODY {
-                V sum = load<V>(from + i);
-                if (d == 1) sum = sum + load_upto<V>(to + i, valid);
-                store_upto(to + i, sum, valid);
-              });
-            }
-          }
-        });
-      }
-    }
-
-    void weight_gradients(int64_t k, int64_t depth) {
-      const int64_t x_stride = args.input.stride[2];
-      const O* const d_rows = state.d + k * kPlanes * pass.d_stride;
-      for (int p = 0; p < kPlanes; ++p) {
-        const RecurrentDirection& t = tensors_of(p);
-        deal_rows(state.h_right[p], state.h_rows.rows[p] + (p + 1) * k, 1, (p + 1) * depth);
-        deal_rows(state.x_right[p], state.x_rows.rows[p] + (p + 1) * k, x_stride, (p + 1) * depth);
-        deal_operand(state.operand_right[p], k, depth, p);
-        if (t.grad_bias_ih || t.grad_bias_hh) {
-          add_column_sums(d_rows + p * pass.d_stride, kPlanes * pass.d_stride, depth,
-                          cell.grads * pass.hidden_stride, rank, ranks, state.bias_sum[p]);
-        }
-      }
-      meet_direction();
-      for (int p = 0; p < kPlanes; ++p) add_products(k, depth, p);
-      meet_direction();
-    }
-
-    // Gradients of weights; of plane 1 their tangents, d'^T h + d^T h' as one product over twice the rows.
-    void add_products(int64_t k, int64_t depth, int p) {
-      const int64_t hidden = args.hidden_size, width = pass.width();
-      const RecurrentDirection& t = tensors_of(p);
-      const auto add = [&](const O* a, int64_t a_stride, int64_t m, const Panels<O>& right, Scalar* sum) {
-        const int64_t rows = p == 0 ? depth : 2 * depth;
-        if (p == 0) a_stride *= kPlanes;
-        add_transposed_product<O>({a, a_stride, m, &right, sum, !first_chunk}, rows, rank, ranks, left);
-      };
-      const O* const d_rows = state.d + k * kPlanes * pass.d_stride;
-      for (int g = 0; g < cell.gates; ++g) {
-        const O* const of_input = d_rows + cell.input_grad[g] * pass.hidden_stride;
-        Scalar* const sum = state.weight_ih_sum[p] + g * hidden * args.input_size;
-        if (t.grad_weight_ih && p == 1 && !pass.plane(p).input.data) {
-          add_transposed_product<O>({of_input + pass.d_stride, kPlanes * pass.d_stride, hidden,
-                                     &state.x_right[0], sum, !first_chunk},
-                                    depth, rank, ranks, left);
-        } else if (t.grad_weight_ih) {
-          add(of_input, pass.d_stride, hidden, state.x_right[p], sum);
-        }
-        if (t.grad_weight_hh) {
-          add(d_rows + cell.recurrent_grad[g] * pass.hidden_stride, pass.d_stride, hidden,
-              g < cell.first_gates ? state.h_right[p] : state.operand_right[p],
-              state.weight_hh_sum[p] + g * hidden * width);
-        }
-      }
-      if (t.grad_weight_hr) {
-        add(state.d_output + k * kPlanes * pass.width_stride, pass.width_stride, width,
-            state.operand_right[p], state.weight_hr_sum[p]);
-      }
-    }
-
-    void deal_rows(Panels<O>& right, const S* const* rows, int64_t stride, int64_t depth) {
-      for (int64_t j = rank; j < right.blocks.count(); j += ranks) {
-        pack_rows<O>(rows, right.blocks.begin(j) * stride, stride, right.blocks.size(j), depth,
-                     right.vectors(j), right.at(j));
-      }
-    }
-
-    // Rows of the operand in the order of RowsOf.
-    void deal_operand(Panels<O>& right, int64_t k, int64_t depth, int p) {
-      const O* rows[kChunkDepth];
-      const int64_t count = (p + 1) * depth;
-      for (int64_t i = 0; i < count && right.blocks.n; ++i) {
-        const int64_t row = p == 0 ? (k + i) * kPlanes : k * kPlanes + (i ^ 1);
-        rows[i] = state.operand + row * pass.hidden_stride;
-      }
-      for (int64_t j = rank; j < right.blocks.count(); j += ranks) {
-        pack_rows<O>(rows, right.blocks.begin(j), 1, right.blocks.size(j), count, right.vectors(j),
-                     right.at(j));
       }
     }
 

@@ -67,7 +67,7 @@ struct BackwardLayout : RecurrentPass<S, O, kPlanes> {
   void lay_out(Arena& arena) {
     const int64_t hidden = args.hidden_size, batch = args.shape.batch, inputs = args.input_size;
     const int64_t rows = rows_of(args.shape), gate_rows = cell.gates * hidden;
-    const int64_t operand_rows = kPlanes * most_rows();
+    const int64_t operand_rows = (args.known ? 1 : kPlanes) * most_rows();  // of the product of each step
     const int panel = panel_vectors(operand_rows);
     const auto cut = [&](int64_t n) {
       return Blocks{n, kWidth * unit_vectors<Scalar>(n, 1, plan.unit_parts, operand_rows, panel)};

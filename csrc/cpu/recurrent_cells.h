@@ -114,6 +114,10 @@ struct StepGradTile {
   int64_t d_stride, d_gate;
   O* operand;  // first()'s operand, or the unprojected output, computed again; or null
   int64_t operand_stride;
+  // [rows], stride kept_stride: the whole dh of the numbers, before it is bounded; or null. Written, or read where there
+  // are tangents; dh has only these then.
+  Scalar* kept;
+  int64_t kept_stride;
   bool clips;                 // whether step_grad bounds
   Scalar dh_bound, dc_bound;  // the gradients of the next state and of the next cell state
 };
@@ -136,6 +140,9 @@ struct CellOps {
   const int *input_grad, *recurrent_grad;
   void (*first)(const StepTile<S, O, kPlanes>&);
   void (*step)(const StepTile<S, O, kPlanes>&);
+  // Of tangents alone, where the tile's saved, and output, have the numbers already: x and u are of one plane then.
+  void (*first_along)(const StepTile<S, O, kPlanes>&);
+  void (*step_along)(const StepTile<S, O, kPlanes>&);
   void (*first_grad)(const StepGradTile<S, O, kPlanes>&);
   void (*step_grad)(const StepGradTile<S, O, kPlanes>&);
 };
@@ -166,7 +173,7 @@ inline V rounded(V x) {
 template <class C, class = void>
 constexpr bool kTwoStages = false;
 template <class C>
-constexpr bool kTwoStages<C, std::void_t<decltype(&C::begin)>> = true;
+constexpr bool kTwoStages<C, std::void_t<decltype(C::kCarry)>> = true;
 
 template <template <class> class Cell, class S, class O, int kPlanes>
 struct CellTile {
@@ -251,6 +258,57 @@ struct CellTile {
     });
   }
 
+  static void first_along(const Step& t) {
+    if constexpr (kPlanes == 2 && kFirst) {
+      for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
+        Known<Lane> x[kMaxGates];
+        V u[kMaxGates], saved[kSlots], operand;
+        load_known<0, C::kFirstGates>(t, row, i, n, x, u);
+        C::first(x, u, of_rows(t.h, t.h_stride, row, i, n), saved, operand);
+        for (int g = 0; g < C::kFirstGates; ++g) put_tangent(t.saved, saved_at(t, row, i, g), n, saved[g]);
+        to_rows(t.operand, t.operand_stride, row, i, n, operand);
+      });
+    }
+  }
+
+  // There is little to wait for: of the functions only c's tanh is not known. So both stages are one.
+  static void step_along(const Step& t) {
+    if constexpr (kPlanes == 2) {
+      for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
+        constexpr int kBegin = kFirst ? C::kFirstGates : 0;
+        Known<Lane> x[kMaxGates];
+        V u[kMaxGates], saved[kSlots], c(0), c_next(0), h_next(0);
+        load_known<kBegin, C::kGates>(t, row, i, n, x, u);
+        if constexpr (kFirst) {
+          for (int g = 0; g < kBegin; ++g) saved[g] = get(t.saved, saved_at(t, row, i, g), n);
+        }
+        if constexpr (C::kCellState) c = get(t.c, row * t.c_stride + i, n);
+        const V h = load_state(t, row, i, n);
+        if constexpr (kTwoStages<C>) {
+          V carry[C::kCarry], last(0);
+          C::begin(x, u, h, c, saved, carry, c_next);
+          C::end(x, h, carry, last, h_next);
+          if constexpr (C::kEndSaves >= 0) saved[C::kEndSaves] = last;
+        } else {
+          C::step(x, u, h, c, saved, h_next, c_next);
+        }
+        for (int g = kBegin; g < C::kSaved && t.saved[1]; ++g) {
+          put_tangent(t.saved, saved_at(t, row, i, g), n, saved[g]);
+        }
+        if constexpr (C::kCellState) {
+          const int64_t kept = row * t.kept_c_stride + i;
+          c_next.value = load_upto<Lane>(t.kept_c[0] + kept, n);
+          put(t.c, row * t.c_stride + i, n, c_next);
+          if (t.kept_c[1]) put_tangent(t.kept_c, kept, n, c_next);
+        }
+        h_next.value = t.output[0] ? load_upto<Lane>(t.output[0] + row * t.output_stride[0] + i, n)
+                                   : rounded<S>(h_next.value);
+        to_rows(t.operand, t.operand_stride, row, i, n, V(h_next.value, rounded<S>(h_next.tangent)));
+        if (t.output[1]) put_tangent(t.output, row * t.output_stride[1] + i, n, h_next);
+      });
+    }
+  }
+
   static void first_grad(const Grad& t) {
     if constexpr (kFirst) {
       for_each_vector<kWidth>(t.rows, t.units, [&](int64_t row, int64_t i, int64_t n) FS_BODY {
@@ -282,12 +340,14 @@ struct CellTile {
       load_saved(t, row, i, n, saved);
       const V h = C::kDirect ? load_row(t.h, row, t.unit + i, n) : V(0);
       V dh = P::of([&](int p) FS_BODY {
+        if (kPlanes == 2 && p == 0 && t.kept) return load_upto<Lane>(t.kept + row * t.kept_stride + i, n);
         Lane sum = load<Lane>(t.dh + (row * kPlanes + p) * t.dh_stride + i);
         if (t.grad_output[p]) {
           const int64_t stride = t.grad_output_stride[p][1];
           sum = sum + load_strided<Lane>(t.grad_output[p] + row * t.grad_output_stride[p][0] + i * stride,
                                          stride, n);
         }
+        if (kPlanes == 1 && t.kept) store_upto(t.kept + row * t.kept_stride + i, sum, n);
         return sum;
       });
       dh = clip_dh(dh);
@@ -311,8 +371,9 @@ struct CellTile {
   }
 
   static constexpr CellOps<S, O, kPlanes> ops() {
-    return {C::kGates,     C::kFirstGates,    C::kSaved, C::kGrads, C::kCellState, C::kDirect,
-            C::kInputGrad, C::kRecurrentGrad, first,     step,      first_grad,    step_grad};
+    return {C::kGates,   C::kFirstGates, C::kSaved,         C::kGrads, C::kCellState,
+            C::kDirect,  C::kInputGrad,  C::kRecurrentGrad, first,     step,
+            first_along, step_along,     first_grad,        step_grad};
   }
 
  private:
@@ -337,6 +398,12 @@ struct CellTile {
   template <class T>
   FS_BODY static void to_rows(T* to, int64_t stride, int64_t row, int64_t i, int64_t n, V x) {
     P::each(x, [&](int p, Lane v) FS_BODY { store_upto(to + (row * kPlanes + p) * stride + i, v, n); });
+  }
+  FS_BODY static void put_tangent(S* const (&to)[kPlanes], int64_t at, int64_t n, V x) {
+    store_upto(to[1] + at, x.tangent, n);
+  }
+  FS_BODY static int64_t saved_at(const Step& t, int64_t row, int64_t i, int g) {
+    return row * t.saved_stride + g * t.hidden + i;
   }
   FS_BODY static V load_row(const RowsOf<S, kPlanes>& rows, int64_t row, int64_t unit, int64_t n) {
     return P::of([&](int p) FS_BODY {
@@ -365,6 +432,23 @@ struct CellTile {
       };
       x[g] = gate(t.x);
       u[g] = gate(t.u);
+    }
+  }
+
+  // The gates of the numbers are known, and of u, W h + b, what is kept beside them. Without gates h is.
+  template <int kBegin, int kEnd>
+  FS_BODY static void load_known(const Step& t, int64_t row, int64_t i, int64_t n, Known<Lane>* x, V* u) {
+    for (int g = kBegin; g < kEnd; ++g) {
+      const auto tangent = [&](const auto* from) FS_BODY {
+        return load<Lane>(from + (row * (kEnd - kBegin) + g - kBegin) * t.block + i);
+      };
+      const S* const known =
+          C::kSaved ? t.saved[0] + saved_at(t, row, i, g) : t.output[0] + row * t.output_stride[0] + i;
+      x[g] = {load_upto<Lane>(known, n), tangent(t.x)};
+      u[g] = {Lane(0), tangent(t.u)};
+    }
+    if constexpr (C::kSaved > C::kGates) {
+      u[kEnd - 1].value = load_upto<Lane>(t.saved[0] + saved_at(t, row, i, C::kGates), n);
     }
   }
 

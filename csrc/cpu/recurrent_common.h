@@ -28,9 +28,10 @@ inline Range share(int64_t n, int64_t parts, int64_t part) {
 // L1.
 constexpr int64_t kBlockRows = 16 * tile_rows(kPanelVectors);
 
-template <int kPlanes = 1, class Body>
-inline void for_each_row_block(Range rows, Body body) {
-  const int64_t blocks = group_count(rows.size(), kBlockRows / kPlanes);
+// `planes`: rows of the tile for each row.
+template <class Body>
+inline void for_each_row_block(Range rows, int planes, Body body) {
+  const int64_t blocks = group_count(rows.size(), kBlockRows / planes);
   for (int64_t i = 0; i < blocks; ++i) {
     const Range block = share(rows.size(), blocks, i);
     body(Range{rows.begin + block.begin, rows.begin + block.end});

@@ -16,48 +16,20 @@
 // (rows of a block share it), G H values of x written and read in L2, H values of output (and G H of saved)
 // to memory.
 #include "in_place.h"
-#include "recurrent_common.h"
+#include "recurrent_forward_layout.h"
 
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
 template <class S, class O, int kPlanes>
-class Forward : RecurrentPass<S, O, kPlanes> {
-  using Base = RecurrentPass<S, O, kPlanes>;
-  using Base::args, Base::plan, Base::cell, Base::steps, Base::meetings, Base::plane;
-  using Base::most_rows, Base::slots, Base::team_size, Base::two_products, Base::width;
-  using Scalar = typename Operand<O>::Scalar;
-  static constexpr int kWidth = Vec<Scalar>::kWidth;
-
-  // A product and the cell function that follows it: all gates, or the first ones and then the rest.
-  struct Phase {
-    int first_gate, gates;
-    void (*run)(const StepTile<S, O, kPlanes>&);
-    Panels<O> input[kPlanes], recurrent[kPlanes];  // of the direction at hand
-  };
-
-  struct DirectionState {
-    Phase phase[2];
-    Panels<O> projection[kPlanes];
-    O* state[2];             // [B, planes, R, padded]: h_{t-1} and h_t
-    O* middle;               // [B, planes, H, padded]: r * h, or the output before its projection; or null
-    S* saved_step[kPlanes];  // [B, slots, H]: stands in for args.saved where a second phase needs it
-  };
+class Forward : ForwardLayout<S, O, kPlanes> {
+  using Layout = ForwardLayout<S, O, kPlanes>;
+  using Layout::args, Layout::plan, Layout::steps, Layout::meetings, Layout::plane, Layout::team_size;
+  using Layout::kWidth;
+  using typename Layout::DirectionState, typename Layout::Phase, typename Layout::Scalar;
 
  public:
-  Forward(const RecurrentArgs& args, const RecurrentPlan& plan)
-      : Base(args, plan),
-        in_place(kPlanes == 1 && args.one_step),
-        single_step(kPlanes == 1 && args.shape.steps == 1 && !in_place) {
-    this->allocate([this](Arena& arena) { lay_out(arena); });
-    const size_t rows = size_t(steps.all_rows()), hidden = size_t(args.hidden_size);
-    for (int p = 0; p < kPlanes; ++p) {
-      advise_large_pages(plane(p).output.data, rows * size_t(args.directions * width()) * sizeof(S));
-      for (int d = 0; d < args.directions; ++d) {
-        advise_large_pages(plane(p).direction[d].saved, rows * size_t(slots()) * hidden * sizeof(S));
-      }
-    }
-  }
+  using Layout::Layout;
 
   bool run() {
     return run_team(
@@ -65,57 +37,6 @@ class Forward : RecurrentPass<S, O, kPlanes> {
   }
 
  private:
-  bool packs_ahead() const { return !in_place && !single_step; }
-  int phases() const { return two_products() ? 2 : 1; }
-
-  void lay_out(Arena& arena) {
-    const int64_t hidden = args.hidden_size, batch = args.shape.batch;
-    const int most_gates = phases() == 2 ? cell.first_gates : cell.gates;
-    const int64_t operand_rows = kPlanes * most_rows();
-    units = {hidden, kWidth * unit_vectors<Scalar>(hidden, most_gates, plan.unit_parts, operand_rows,
-                                                   block_vectors(operand_rows))};
-    projected = {args.proj_size, kPanelVectors * kWidth};
-    chunk_rows = least(rows_of(args.shape), most(plan.chunk_rows, most_rows()));
-    input_stride = round_up(args.input_size, kWidth);
-    state_stride =
-        round_up(width(), kWidth) + kWidth;  // an odd number of lines: rows spread over the cache's sets
-    middle_stride = round_up(hidden, kWidth) + kWidth;
-    this->take_shared();
-    for (int d = 0; d < args.directions; ++d) {
-      DirectionState& state = direction[d];
-      for (int p = 0; p < phases(); ++p) {
-        const int first = p == 0 ? 0 : cell.first_gates;
-        const int gates = (p == 0 ? cell.first_gates : cell.gates) - first;
-        state.phase[p] = {first, gates, p == phases() - 1 ? cell.step : cell.first, {}, {}};
-        Phase& phase = state.phase[p];
-        for (int i = 0; i < kPlanes; ++i) {
-          const RecurrentDirection& t = plane(i).direction[d];
-          phase.input[i] = {nullptr, nullptr, units, gates, args.input_size, 1};
-          if (packs_ahead()) phase.input[i].take(arena, t.bias_ih, t.weight_ih);
-          phase.recurrent[i] = {nullptr, nullptr, units, gates, width(), 1, panel_vectors(operand_rows)};
-          if (packs_ahead()) phase.recurrent[i].take(arena, t.bias_hh, t.weight_hh);
-        }
-      }
-      for (int i = 0; i < kPlanes; ++i) {
-        state.projection[i] = {nullptr, nullptr, projected, 1, hidden, 1};
-        if (args.proj_size) state.projection[i].take(arena, false, plane(i).direction[d].weight_hr);
-      }
-      for (O*& buffer : state.state) buffer = arena.take<O>(kPlanes * batch * state_stride);
-      state.middle =
-          args.proj_size || phases() == 2 ? arena.take<O>(kPlanes * batch * middle_stride) : nullptr;
-      const bool stand_in = phases() == 2 && !args.direction[d].saved;
-      for (S*& step : state.saved_step) step = stand_in ? arena.take<S>(batch * slots() * hidden) : nullptr;
-    }
-    const int64_t rows = plan.direction_parts * plan.batch_parts * chunk_rows * kPlanes;
-    projected_input = arena.take<Scalar>(rows * cell.gates * units.count() * units.width);
-    staged = arena.take<O>(rows * input_stride);
-    const int64_t depth = single_step ? most(args.input_size, width()) : 0;
-    slot = {nullptr, nullptr, {1, units.width}, most_gates, depth, 1, kPanelVectors, true};
-    slot_size = slot.block_size();
-    slot_memory = arena.take<O>(team_size() * slot_size);
-    slot_bias = arena.take<Scalar>(team_size() * most_gates * units.width);
-  }
-
   void run_thread(int thread) {
     const Seat seat = seat_of(plan, thread);
     for (int d = seat.direction_part; d < args.directions; d += plan.direction_parts) {
@@ -152,8 +73,8 @@ class Forward : RecurrentPass<S, O, kPlanes> {
           own_rows{steps.boundaries[seat.batch_part], steps.boundaries[seat.batch_part + 1]},
           own_units(share(pass.units.count(), pass.plan.unit_parts, seat.unit_part)),
           own_projected(share(pass.projected.count(), pass.plan.unit_parts, seat.unit_part)),
-          projected_input(pass.projected_input + part() * pass.chunk_rows * kPlanes * pass.cell.gates *
-                                                     pass.units.count() * pass.units.width),
+          projected_input(pass.projected_input + part() * pass.chunk_rows * pass.sum_planes *
+                                                     pass.cell.gates * pass.units.count() * pass.units.width),
           staged(pass.staged + part() * pass.chunk_rows * kPlanes * pass.input_stride),
           slot_memory(pass.slot_memory + thread * pass.slot_size),
           slot_bias(pass.slot_bias + thread * pass.slot.gates * pass.units.width) {}
@@ -260,7 +181,8 @@ class Forward : RecurrentPass<S, O, kPlanes> {
       const Range mine = share(rows, pass.plan.unit_parts, seat.unit_part);
       for (int p = 0; p < kPlanes; ++p) {
         const auto& of_plane = pass.plane(p).input;
-        if (p == 1 && !of_plane.data) continue;
+        const bool used = p == 1 ? of_plane.data != nullptr : !args.known || tensors_of(1).weight_ih;
+        if (!used) continue;
         int64_t row = 0;
         for (int64_t t = first; t < last && row < mine.end; ++t) {
           const Range at = steps.rows(t, seat.batch_part);
@@ -282,8 +204,8 @@ class Forward : RecurrentPass<S, O, kPlanes> {
     // Sums of block j of phase p for the chunk: [row][plane][gate][unit], blocks and phases one after another.
     Scalar* projected_at(int p, int64_t j, int64_t rows) const {
       const Phase& phase = state.phase[p];
-      return projected_input +
-             kPlanes * rows * pass.units.width * (phase.first_gate * pass.units.count() + j * phase.gates);
+      return projected_input + pass.sum_planes * rows * pass.units.width *
+                                   (phase.first_gate * pass.units.count() + j * phase.gates);
     }
 
     void project_input(int64_t begin, int64_t end, int64_t rows) {
@@ -295,9 +217,9 @@ class Forward : RecurrentPass<S, O, kPlanes> {
           const Panels<O> panels =
               ready(phase.input[0], j, tensors.weight_ih, tensors.bias_ih, phase.first_gate);
           Scalar* const to = projected_at(p, j, rows);
-          for_each_row_block<kPlanes>({0, rows}, [&, input = input, stride = stride](Range r) {
+          for_each_row_block({0, rows}, pass.sum_planes, [&, input = input, stride = stride](Range r) {
             const O* const from = input + r.begin * kPlanes * stride;
-            Scalar* const sums = to + r.begin * kPlanes * panels.columns(j);
+            Scalar* const sums = to + r.begin * pass.sum_planes * panels.columns(j);
             if constexpr (kPlanes == 1) {
               fill_tile(panels, j, r.size(), from, stride, phase.first_gate, tensors.weight_ih,
                         tensors.bias_ih, sums);
@@ -344,26 +266,35 @@ class Forward : RecurrentPass<S, O, kPlanes> {
     }
 
     // The same of `rows` rows and their tangents, which follow each its row: by the product's rule, with the tangents
-    // of weights and biases where there are any. `tangents`: whether a has any.
+    // of weights and biases where there are any. `tangents`: whether a has any. Of known numbers the rows are left out.
     void fill_both(const Panels<O> (&panels)[kPlanes], int64_t j, int64_t rows, const O* a, int64_t stride,
                    bool tangents, Scalar* to) {
       const int64_t columns = panels[0].columns(j);
-      for (int64_t row = 0; row < kPlanes * rows; ++row) {
-        const Scalar* const bias = panels[row % kPlanes].bias_at(j);
+      const int planes = pass.sum_planes;
+      for (int64_t row = 0; row < planes * rows; ++row) {
+        const Scalar* const bias = panels[planes == 1 ? 1 : row % planes].bias_at(j);
         if (bias) {
           std::memcpy(to + row * columns, bias, size_t(columns) * sizeof(Scalar));
         } else {
           std::memset(to + row * columns, 0, size_t(columns) * sizeof(Scalar));
         }
       }
-      const auto add = [&](const Panels<O>& weight, int64_t count, int every, Scalar* sums) {
+      const auto add = [&](const Panels<O>& weight, int64_t count, const O* from, int every, Scalar* sums,
+                           int sums_every) {
         multiply<O>(weight.cut(j), count,
-                    {pairs<O>(weight.depth), elements(a), row_elements<O>(every * stride), 1, weight.at(j),
-                     sums, every * columns, sums, every * columns});
+                    {pairs<O>(weight.depth), elements(from), row_elements<O>(every * stride), 1, weight.at(j),
+                     sums, sums_every * columns, sums, sums_every * columns});
       };
-      add(panels[0], tangents ? kPlanes * rows : rows, tangents ? 1 : kPlanes, to);
-      if (const Panels<O>& weight = panels[kPlanes - 1]; weight.data)
-        add(weight, rows, kPlanes, to + columns);
+      if (args.known && tangents) {
+        add(panels[0], rows, a + stride, kPlanes, to, planes);
+      } else if (!args.known && tangents) {
+        add(panels[0], kPlanes * rows, a, 1, to, 1);
+      } else if (!args.known) {
+        add(panels[0], rows, a, kPlanes, to, planes);
+      }
+      if (const Panels<O>& weight = panels[kPlanes - 1]; weight.data) {
+        add(weight, rows, a, kPlanes, to + (planes - 1) * columns, planes);
+      }
     }
 
     void take_step(int64_t t, int64_t chunk_row, int64_t chunk_rows) {
@@ -430,8 +361,8 @@ class Forward : RecurrentPass<S, O, kPlanes> {
         const Panels<O> panels =
             ready(phase.recurrent[0], j, tensors.weight_hh, tensors.bias_hh, phase.first_gate);
         const int64_t unit = pass.units.begin(j), columns = panels.columns(j);
-        const Scalar* const x = projected_at(p, j, chunk_rows) + chunk_row * kPlanes * columns;
-        for_each_row_block<kPlanes>(rows, [&](Range r) {
+        const Scalar* const x = projected_at(p, j, chunk_rows) + chunk_row * pass.sum_planes * columns;
+        for_each_row_block(rows, pass.sum_planes, [&](Range r) {
           const O* const operand = from + r.begin * kPlanes * from_stride;
           if constexpr (kPlanes == 1) {
             fill_tile(panels, j, r.size(), operand, from_stride, phase.first_gate, tensors.weight_hh,
@@ -442,7 +373,7 @@ class Forward : RecurrentPass<S, O, kPlanes> {
           StepTile<S, O, kPlanes> tile;
           tile.rows = r.size(), tile.units = pass.units.size(j);
           tile.block = columns / phase.gates, tile.hidden = hidden;
-          tile.x = x + (r.begin - rows.begin) * kPlanes * columns, tile.u = sums.data;
+          tile.x = x + (r.begin - rows.begin) * pass.sum_planes * columns, tile.u = sums.data;
           tile.h = state.state[now] + r.begin * kPlanes * pass.state_stride + unit;
           tile.h_stride = pass.state_stride;
           tile.c_stride = hidden;
@@ -473,7 +404,7 @@ class Forward : RecurrentPass<S, O, kPlanes> {
       TileBuffer<Scalar> sums;
       for (int64_t j = own_projected.begin; j < own_projected.end; ++j) {
         const int64_t column = panels.blocks.begin(j), n = panels.blocks.size(j), columns = panels.columns(j);
-        for_each_row_block<kPlanes>(rows, [&](Range r) {
+        for_each_row_block(rows, pass.sum_planes, [&](Range r) {
           const O* const operand = state.middle + r.begin * kPlanes * pass.middle_stride;
           if constexpr (kPlanes == 1) {
             multiply<O>(panels.cut(j), r.size(),
@@ -486,8 +417,12 @@ class Forward : RecurrentPass<S, O, kPlanes> {
             S* const output = output_at(t, p);
             const int64_t output_stride = pass.plane(p).output.stride[1];
             for_each_vector<kWidth>(r.size(), n, [&](int64_t row, int64_t i, int64_t valid) FS_BODY {
-              const auto h = load<Vec<Scalar>>(sums.data + (row * kPlanes + p) * columns + i);
-              store_upto(output + (r.begin + row) * output_stride + column + i, h, valid);
+              S* const to = output + (r.begin + row) * output_stride + column + i;
+              const bool known = args.known && p == 0;
+              const auto h =
+                  known ? load_upto<Vec<Scalar>>(to, valid)
+                        : load<Vec<Scalar>>(sums.data + (args.known ? row : row * kPlanes + p) * columns + i);
+              if (!known) store_upto(to, h, valid);
               store_upto(h_next + ((r.begin + row) * kPlanes + p) * pass.state_stride + column + i,
                          rounded<S>(h), valid);
             });
@@ -522,18 +457,6 @@ class Forward : RecurrentPass<S, O, kPlanes> {
       }
     }
   };
-
-  const bool in_place;     // no weight is packed
-  const bool single_step;  // each block is packed into the thread's slot just before its use
-  Blocks units, projected;
-  int64_t chunk_rows, input_stride, state_stride, middle_stride;
-  DirectionState direction[2];
-  Scalar* projected_input;  // [direction and batch part][chunk row, plane, gate, unit]
-  O* staged;                // [direction and batch part][chunk row, plane][input_stride]
-  Panels<O> slot;           // the shape of a slot
-  int64_t slot_size;
-  O* slot_memory;     // [thread]
-  Scalar* slot_bias;  // [thread]
 };
 
 }  // namespace

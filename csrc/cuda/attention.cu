@@ -8,6 +8,7 @@ namespace fastseq::FASTSEQ_ISA {
 namespace {
 
 using attention::Call;
+using attention::DualCall;
 
 // Whether each row of a tensor begins at a multiple of so many elements; not if there is no tensor.
 bool rows_at_multiples(const HeadTensor& t, int elements, int size) {
@@ -17,14 +18,18 @@ bool rows_at_multiples(const HeadTensor& t, int elements, int size) {
   return good;
 }
 // Whether the keys of a mask are next to each other, and each of its rows begins at a multiple of two elements.
-bool pairs_of_mask(const AttentionArgs& a) {
-  if (a.mask.kind == MaskKind::kNone || a.mask.stride[3] != 1) return false;
-  const int size = a.mask.kind == MaskKind::kBool      ? 1
-                   : a.mask.kind == MaskKind::kFloat32 ? 4
-                                                       : element_size(a.dtype);
-  bool good = reinterpret_cast<uintptr_t>(a.mask.data) % uintptr_t(2 * size) == 0;
-  for (int i = 0; i < 3; ++i) good = good && a.mask.stride[i] % 2 == 0;
+bool pairs_of_mask(const AttentionMask& mask, DType dtype) {
+  if (mask.kind == MaskKind::kNone || mask.stride[3] != 1) return false;
+  const int size = mask.kind == MaskKind::kBool      ? 1
+                   : mask.kind == MaskKind::kFloat32 ? 4
+                                                     : element_size(dtype);
+  bool good = reinterpret_cast<uintptr_t>(mask.data) % uintptr_t(2 * size) == 0;
+  for (int i = 0; i < 3; ++i) good = good && mask.stride[i] % 2 == 0;
   return good;
+}
+// Of what may have a remainder beside it.
+bool pairs_of_output(const HeadTensor& output, const HeadTensor& remainder, int size) {
+  return rows_at_multiples(output, 2, size) && (!remainder.data || rows_at_multiples(remainder, 2, size));
 }
 
 Call call_of(const AttentionArgs& a, const GpuAttentionPlan& plan) {
@@ -43,18 +48,47 @@ Call call_of(const AttentionArgs& a, const GpuAttentionPlan& plan) {
   call.aligned_grad_output = rows_at_multiples(a.grad_output, chunk, size);
   call.aligned_deltas = rows_at_multiples(a.output, chunk, size) && call.aligned_grad_output &&
                         (!a.remainder.data || rows_at_multiples(a.remainder, chunk, size));
-  call.pairs_of_output =
-      rows_at_multiples(a.output, 2, size) && (!a.remainder.data || rows_at_multiples(a.remainder, 2, size));
+  call.pairs_of_output = pairs_of_output(a.output, a.remainder, size);
   call.pairs_of_grad_query = rows_at_multiples(a.grad_query, 2, size);
   call.pairs_of_grad_key = rows_at_multiples(a.grad_key, 2, size);
   call.pairs_of_grad_value = rows_at_multiples(a.grad_value, 2, size);
-  call.pairs_of_mask = pairs_of_mask(a);
+  call.pairs_of_mask = pairs_of_mask(a.mask, a.dtype);
   auto* const workspace = static_cast<unsigned char*>(a.workspace);
   call.part_output = workspace + plan.output_at;
   call.part_highest = workspace + plan.highest_at;
   call.part_sum = workspace + plan.sum_at;
   call.delta = {workspace + plan.delta_at, {a.heads * a.queries, a.queries}};
   return call;
+}
+
+DualCall call_of(const AttentionDualArgs& args, const GpuAttentionPlan& plan) {
+  DualCall call = {call_of(args.primal, plan), args};
+  const int size = element_size(args.primal.dtype), chunk = 16 / size;
+  call.aligned_query_tangent = rows_at_multiples(args.query, chunk, size);
+  call.aligned_key_tangent = rows_at_multiples(args.key, chunk, size);
+  call.aligned_value_tangent = rows_at_multiples(args.value, chunk, size);
+  call.aligned_grad_output_tangent = rows_at_multiples(args.grad_output, chunk, size);
+  call.aligned_delta_tangents = call.aligned_deltas && rows_at_multiples(args.output, chunk, size) &&
+                                (!args.remainder.data || rows_at_multiples(args.remainder, chunk, size)) &&
+                                (!args.grad_output.data || call.aligned_grad_output_tangent);
+  call.pairs_of_grad_query_tangent = rows_at_multiples(args.grad_query, 2, size);
+  call.pairs_of_grad_key_tangent = rows_at_multiples(args.grad_key, 2, size);
+  call.pairs_of_grad_value_tangent = rows_at_multiples(args.grad_value, 2, size);
+  call.delta_tangent = call.delta;
+  call.delta_tangent.data = static_cast<unsigned char*>(args.primal.workspace) + plan.delta_tangent_at;
+  call.pairs_of_output_tangent = pairs_of_output(args.output, args.remainder, size);
+  call.pairs_of_mask_tangent = pairs_of_mask(args.mask, args.primal.dtype);
+  return call;
+}
+// Its tangents in the places of results and gradients, for what writes these where nothing is seen: all tangents are zeros
+// there, so that of lse is in the place of something that is.
+Call call_of_tangents(const DualCall& call) {
+  Call of = call;
+  of.a.output = call.tangents.output, of.a.remainder = call.tangents.remainder;
+  of.a.lse = of.a.inverse_sum = {}, of.a.highest = call.tangents.lse;
+  of.a.grad_query = call.tangents.grad_query, of.a.grad_key = call.tangents.grad_key,
+  of.a.grad_value = call.tangents.grad_value;
+  return of;
 }
 
 // Calls run(arithmetic).
@@ -94,6 +128,24 @@ const char* attention_forward(const AttentionArgs& args, const GpuAttentionPlan&
 const char* attention_backward(const AttentionArgs& args, const GpuAttentionPlan& plan) {
   Call call = call_of(args, plan);
   return with_arithmetic(args, [&](auto m) { return attention::launch_backward<decltype(m)>(call, plan); });
+}
+
+const char* attention_dual_forward(const AttentionDualArgs& args, const GpuAttentionPlan& plan) {
+  DualCall call = call_of(args, plan);
+  return with_arithmetic(args.primal, [&](auto m) {
+    using M = decltype(m);
+    const char* error = attention::launch_outside<M>(call);
+    if (!error) error = attention::launch_outside<M>(call_of_tangents(call));
+    return error ? error : attention::launch_dual_forward<M>(call, plan);
+  });
+}
+const char* attention_dual_backward(const AttentionDualArgs& args, const GpuAttentionPlan& plan) {
+  DualCall call = call_of(args, plan);
+  return with_arithmetic(args.primal, [&](auto m) {
+    using M = decltype(m);
+    const char* const error = attention::launch_outside_grads<M>(call_of_tangents(call));
+    return error ? error : attention::launch_dual_backward<M>(call, plan);
+  });
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -102,26 +102,17 @@ struct GradQueries {
     const auto values_of = [&](int tile) {
       return FeatureTile{shared + 2 * kOfRows + (2 + tile % 2) * kOfKeys};
     };
-    const auto row_at = [&](const HeadTensor& t, int i) {
-      return i < rows.count ? s.query_row<const E>(t, rows.head(i), rows.query(i)) : nullptr;
-    };
-    const auto key_at = [&](const HeadTensor& t, int key) {
-      return key < s.keys ? s.key_row<const E>(t, rows.kv_head, key) : nullptr;
-    };
-
     const auto fetch = [&](int tile) {
       if (tile < end_tile) {
-        load_tile<kThreads>(keys_of(tile), kKeys, features, call.aligned_key,
-                            [&](int i) { return key_at(a.key, tile * kKeys + i); });
-        load_tile<kThreads>(values_of(tile), kKeys, value_features, call.aligned_value,
-                            [&](int i) { return key_at(a.value, tile * kKeys + i); });
+        load_keys<kThreads>(keys_of(tile), a.key, s, rows.kv_head, tile * kKeys, kKeys, features,
+                            call.aligned_key);
+        load_keys<kThreads>(values_of(tile), a.value, s, rows.kv_head, tile * kKeys, kKeys, value_features,
+                            call.aligned_value);
       }
       copy_async_commit();
     };
-    load_tile<kThreads>(queries, kRows, features, call.aligned_query,
-                        [&](int i) { return row_at(a.query, i); });
-    load_tile<kThreads>(grads, kRows, value_features, call.aligned_grad_output,
-                        [&](int i) { return row_at(a.grad_output, i); });
+    load_queries<kThreads>(queries, a.query, rows, features, call.aligned_query);
+    load_queries<kThreads>(grads, a.grad_output, rows, value_features, call.aligned_grad_output);
     fetch(first_tile);
 
     const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
@@ -232,12 +223,10 @@ struct GradKeys {
 
   static FS_DEVICE void run(const Call& call) {
     const AttentionArgs& a = call.a;
-    const Place place = place_of_block(call, a.cu_seqlens_k, a.keys, 1, kKeys, false);
-    const Sequence s(a, place.sequence);
-    const int first_key = int(place.tile * kKeys);
-    // Where tensors are not packed, keys behind the sequence's length have gradients too: zero.
-    const int own_keys = a.cu_seqlens_k ? s.keys : int(a.keys);
-    if (place.tile < 0 || first_key >= own_keys) return;
+    const KeyTile<kKeys> own = KeyTile<kKeys>::of_block(call);
+    if (own.count <= 0) return;
+    const Sequence& s = own.s;
+    const int first_key = own.first;
     const int features = int(a.head_size), value_features = int(a.value_size);
     E* const shared = reinterpret_cast<E*>(shared_memory());
     constexpr int kOfKeys = FeatureTile::bytes(kKeys) / int(sizeof(E)),
@@ -254,29 +243,13 @@ struct GradKeys {
     const auto states_of = [&](int tile) {
       return reinterpret_cast<Query<T>*>(states + tile % 2 * kQueryBytes);
     };
-    const auto key_at = [&](const HeadTensor& t, int i) {
-      return first_key + i < s.keys ? s.key_row<const E>(t, place.kv_head, first_key + i) : nullptr;
-    };
-
-    const int last_key = smaller(first_key + kKeys, s.keys) - 1;
-    Range seeing = last_key >= first_key ? s.seeing(first_key, last_key) : Range{0, 0};
-    // Rows count all query heads: of very long sequences more than 32 bits hold.
-    const int64_t first_row = int64_t(seeing.begin) * call.group, end_row = int64_t(seeing.end) * call.group;
-    const int64_t base_tile = first_row / kQueries;
-    const int tiles = first_row < end_row ? int((end_row + kQueries - 1) / kQueries - base_tile) : 0;
-    const auto rows_of = [&](int tile) {
-      return RowTile<kQueries>(call, s, Place{place.sequence, place.kv_head, base_tile + tile, 0});
-    };
+    const int tiles = own.template tiles<kQueries>();
+    const auto rows_of = [&](int tile) { return own.template rows<kQueries>(call, tile); };
     const auto fetch = [&](int tile) {
       if (tile < tiles) {
         const RowTile<kQueries> rows = rows_of(tile);
-        const auto row_at = [&](const HeadTensor& t, int i) {
-          return i < rows.count ? s.query_row<const E>(t, rows.head(i), rows.query(i)) : nullptr;
-        };
-        load_tile<kThreads>(queries_of(tile), kQueries, features, call.aligned_query,
-                            [&](int i) { return row_at(a.query, i); });
-        load_tile<kThreads>(grads_of(tile), kQueries, value_features, call.aligned_grad_output,
-                            [&](int i) { return row_at(a.grad_output, i); });
+        load_queries<kThreads>(queries_of(tile), a.query, rows, features, call.aligned_query);
+        load_queries<kThreads>(grads_of(tile), a.grad_output, rows, value_features, call.aligned_grad_output);
         if (const int i = thread_index(); i < kQueries) {
           const int known = i < rows.count ? i : 0;
           Query<T> q = query_of<T>(call, s, rows.head(known), rows.query(known));
@@ -286,9 +259,9 @@ struct GradKeys {
       }
       copy_async_commit();
     };
-    load_tile<kThreads>(keys, kKeys, features, call.aligned_key, [&](int i) { return key_at(a.key, i); });
-    load_tile<kThreads>(values, kKeys, value_features, call.aligned_value,
-                        [&](int i) { return key_at(a.value, i); });
+    load_keys<kThreads>(keys, a.key, s, own.kv_head, first_key, kKeys, features, call.aligned_key);
+    load_keys<kThreads>(values, a.value, s, own.kv_head, first_key, kKeys, value_features,
+                        call.aligned_value);
     fetch(0);
 
     const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
@@ -332,10 +305,7 @@ struct GradKeys {
         grad_scores<kAny, E>(call, scoring, dropout, s, orient, query_at, x, dx, kept);
         finish_grad_scores<kAny>(query_at, x, dx);
         if constexpr (kAny) {
-          if (dropout.active) {
-            for_elements<kRowTiles, kQueryTiles>(
-                [&](int m, int n, int e) { x[m][n][e] = kept(m, n, e) ? x[m][n][e] : T(0); });
-          }
+          if (dropout.active) drop(kept, x);
         }
         add_product<M>(special, grad_value, x, grads_of(tile), first_column, value_features);
         if (kAny && scoring.cap != 0) {
@@ -354,9 +324,10 @@ struct GradKeys {
       if (!to.data) return;
       FS_UNROLL
       for (int i = 0; i < 2 * kRowTiles; ++i) {
-        const int key = first_key + warp_key + lane / 4 + 8 * i;
-        if (key >= own_keys) continue;
-        write_row<E, kFeatureTiles>(s.key_row<E>(to, place.kv_head, key), first_column, count, pairs,
+        const int key = warp_key + lane / 4 + 8 * i;
+        if (key >= own.count) continue;
+        write_row<E, kFeatureTiles>(s.key_row<E>(to, own.kv_head, first_key + key), first_column, count,
+                                    pairs,
                                     [&](int n, int e) { return grad[i / 2][n][i % 2 * 2 + e] * factor; });
       }
     };

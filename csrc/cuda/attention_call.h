@@ -32,6 +32,16 @@ struct Call {
   int mask_parts;                               // the mask's gradient is summed up in so many parts
 };
 
+// A call over dual numbers. In the tangents' places what Call has for its tensors.
+struct DualCall : Call {
+  AttentionTangents tangents;
+  bool aligned_query_tangent, aligned_key_tangent, aligned_value_tangent, aligned_grad_output_tangent;
+  bool aligned_delta_tangents;  // those of aligned_deltas, and the tangents of these
+  bool pairs_of_output_tangent, pairs_of_mask_tangent;
+  bool pairs_of_grad_query_tangent, pairs_of_grad_key_tangent, pairs_of_grad_value_tangent;
+  HeadRows delta_tangent;  // beside delta
+};
+
 FS_DEVICE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 FS_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 FS_DEVICE int larger(int a, int b) { return a > b ? a : b; }
@@ -195,6 +205,38 @@ struct RowTile {
   }
   FS_DEVICE Range all() const {  // keys that all rows see
     return {s.visible(query(count - 1)).begin, s.visible(first_query).end};
+  }
+};
+
+// A tile of keys, and the rows that see one of them.
+template <int kKeys>
+struct KeyTile {
+  Sequence s;
+  int kv_head, first;
+  int count;  // of its keys there are so many, 0 or less: nothing to do
+  // Rows count all query heads: of very long sequences more than 32 bits hold.
+  int64_t first_row, end_row;
+
+  FS_DEVICE static KeyTile of_block(const Call& call) {
+    return {call, place_of_block(call, call.a.cu_seqlens_k, call.a.keys, 1, kKeys, false)};
+  }
+  FS_DEVICE KeyTile(const Call& call, const Place& p) : s(call.a, p.sequence), kv_head(p.kv_head) {
+    first = int(p.tile * kKeys);
+    // Where tensors are not packed, keys behind the sequence's length have gradients too: zero.
+    const int all = call.a.cu_seqlens_k ? s.keys : int(call.a.keys);
+    count = p.tile < 0 ? 0 : smaller(all - first, kKeys);
+    const int last = smaller(first + kKeys, s.keys) - 1;
+    const Range seeing = last >= first ? s.seeing(first, last) : Range{0, 0};
+    first_row = int64_t(seeing.begin) * call.group, end_row = int64_t(seeing.end) * call.group;
+  }
+
+  template <int kRows>
+  FS_DEVICE int tiles() const {
+    return first_row < end_row ? int((end_row + kRows - 1) / kRows - first_row / kRows) : 0;
+  }
+  template <int kRows>
+  FS_DEVICE RowTile<kRows> rows(const Call& call, int tile) const {
+    return RowTile<kRows>(call, s, Place{s.index, kv_head, first_row / kRows + tile, 0});
   }
 };
 

@@ -58,25 +58,19 @@ struct Forward {
 
     const auto fetch_keys = [&](int tile) {
       if (tile < end_tile) {
-        load_tile<kThreads>(keys_of(tile), kKeys, features, call.aligned_key, [&](int i) {
-          const int key = tile * kKeys + i;
-          return key < s.keys ? s.key_row<const E>(a.key, rows.kv_head, key) : nullptr;
-        });
+        load_keys<kThreads>(keys_of(tile), a.key, s, rows.kv_head, tile * kKeys, kKeys, features,
+                            call.aligned_key);
       }
       copy_async_commit();
     };
     const auto fetch_values = [&](int tile) {
       if (tile < end_tile) {
-        load_tile<kThreads>(values_of(tile), kKeys, value_features, call.aligned_value, [&](int i) {
-          const int key = tile * kKeys + i;
-          return key < s.keys ? s.key_row<const E>(a.value, rows.kv_head, key) : nullptr;
-        });
+        load_keys<kThreads>(values_of(tile), a.value, s, rows.kv_head, tile * kKeys, kKeys, value_features,
+                            call.aligned_value);
       }
       copy_async_commit();
     };
-    load_tile<kThreads>(queries, kRows, features, call.aligned_query, [&](int i) {
-      return i < rows.count ? s.query_row<const E>(a.query, rows.head(i), rows.query(i)) : nullptr;
-    });
+    load_queries<kThreads>(queries, a.query, rows, features, call.aligned_query);
     fetch_keys(first_tile);
     fetch_values(first_tile);
 
@@ -115,12 +109,12 @@ struct Forward {
       if (works) {
         multiply<M>(x, queries, first_row, keys_of(tile), features);
         score<kAny, E>(call, scoring, s, band, orient, query_at, edge, x);
-        softmax(scoring, x, highest, sum, output);
+        weigh(scoring, x, highest, sum,
+              [&](int m, int half, T factor) { rescale_rows(output, m, half, factor); });
         if constexpr (kAny) {
           if (dropout.active) {
             const auto kept = dropout.template kept<kRowTiles, kKeyTiles>(a, s, orient, query_at);
-            for_elements<kRowTiles, kKeyTiles>(
-                [&](int m, int n, int e) { x[m][n][e] = kept(m, n, e) ? x[m][n][e] : T(0); });
+            drop(kept, x);
           }
         }
       }
@@ -136,41 +130,6 @@ struct Forward {
   }
 
  private:
-  // Scores -> weights relative to that of the highest so far; what was summed up before is made relative to it too.
-  static FS_DEVICE void softmax(const Scoring<T>& scoring, Sums<T> (&x)[kRowTiles][kKeyTiles],
-                                T (&highest)[2 * kRowTiles], T (&sum)[2 * kRowTiles],
-                                Sums<T> (&output)[kRowTiles][kFeatureTiles]) {
-    FS_UNROLL
-    for (int m = 0; m < kRowTiles; ++m) {
-      FS_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int i = 2 * m + half;
-        T most = highest[i];
-        FS_UNROLL
-        for (int n = 0; n < kKeyTiles; ++n) most = max(most, max(x[m][n][2 * half], x[m][n][2 * half + 1]));
-        most = max(most, shuffle_xor(most, 1));
-        most = max(most, shuffle_xor(most, 2));
-        // Without any visible key so far, all weights are those of -inf beside 0.
-        const T from = most == -T(INFINITY) ? T(0) : most;
-        const T rescale = weight_of(highest[i], from, scoring.factor);
-        highest[i] = most;
-        T total = 0;
-        FS_UNROLL
-        for (int n = 0; n < kKeyTiles; ++n) {
-          FS_UNROLL
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            x[m][n][e] = weight_of(x[m][n][e], from, scoring.factor);
-            total += x[m][n][e];
-          }
-        }
-        sum[i] = fma(sum[i], rescale, total);
-        FS_UNROLL
-        for (int n = 0; n < kFeatureTiles; ++n)
-          output[m][n][2 * half] *= rescale, output[m][n][2 * half + 1] *= rescale;
-      }
-    }
-  }
-
   static FS_DEVICE void finish(const Call& call, const Rows& rows, const Scoring<T>& scoring, int first_row,
                                int first_column, const T (&highest)[2 * kRowTiles],
                                const T (&sum)[2 * kRowTiles],
@@ -205,13 +164,8 @@ struct Forward {
       }
       const T inverse = whole == 0 ? T(0) : kept_scale / whole;
       const auto value = [&](int n, int e) { return output[i / 2][n][i % 2 * 2 + e] * inverse; };
-      const auto write = [&](const HeadTensor& to, const auto& value) {
-        write_row<E, kFeatureTiles>(rows.s.template query_row<E>(to, head, index), first_column,
-                                    int(a.value_size), call.pairs_of_output, value);
-      };
-      write(a.output, value);
-      if (sizeof(E) == 2 && a.remainder.data)
-        write(a.remainder, [&](int n, int e) { return remainder_of<E>(value(n, e)); });
+      write_with_remainder<E, kFeatureTiles>(a.output, a.remainder, rows.s, head, index, first_column,
+                                             int(a.value_size), call.pairs_of_output, value);
       if (writes) write_normalizer(call, scoring, rows.s, head, index, highest[i], whole);
     }
   }

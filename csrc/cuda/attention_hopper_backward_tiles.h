@@ -96,7 +96,8 @@ FS_DEVICE void score_and_hide(const Call& call, const Sequence& s, const Band& b
         return Query<float>{int(as_new(uint32_t(orient.query(m, n, e)))), head, 0, 0, 0};
       };
       return for_mask<E, float, 1, kCount / 4>(
-          call, s, orient, query_at, !edge, [&](int query, int key) { return band.shows(query, key); },
+          a.mask, call.pairs_of_mask, s, orient, query_at, !edge,
+          [&](int query, int key) { return band.shows(query, key); },
           [&](int, int n, int e, float bias) { x[4 * n + e] = add_bias(x[4 * n + e], bias); });
     }
   }

@@ -9,7 +9,7 @@
 namespace fastseq::FASTSEQ_ISA::attention {
 
 template <class Kernel>
-const char* launch_pass(Call& call, const TilePass& pass) {
+const char* launch_pass(typename Kernel::Args& call, const TilePass& pass) {
   if (pass.blocks == 0) return nullptr;
   if (pass.threads != Kernel::kThreads || pass.shared_bytes != Kernel::kSharedBytes)
     return "the plan is another kernel's";
@@ -20,10 +20,15 @@ const char* launch_pass(Call& call, const TilePass& pass) {
 
 // For each of `rows`, of which a block has some.
 template <class Kernel>
-const char* launch_rows(const Call& call, int64_t rows, int shared_bytes = 0) {
+const char* launch_rows(const typename Kernel::Args& call, int64_t rows, int shared_bytes = 0) {
   if (rows == 0) return nullptr;
   const int64_t blocks = (rows + Kernel::kRows - 1) / Kernel::kRows;
   return launch<Kernel>({blocks, Kernel::kThreads, size_t(shared_bytes), 1, false, call.a.stream}, call);
+}
+
+// Whether a row may see only a few keys: see kFewKeys.
+inline bool may_see_few(const AttentionArgs& a) {
+  return a.keys <= kFewKeys || a.key_lengths || a.cu_seqlens_k || a.left >= 0 || a.right >= 0;
 }
 
 // Calls body(features) with the plan's as a constant.

@@ -48,14 +48,18 @@ const char* launch_one_pass(Call& call, const GpuAttentionPlan& plan) {
 }
 
 template <class M>
+const char* launch_outside_grads(const Call& call) {
+  const AttentionArgs& a = call.a;
+  if (!a.cu_seqlens_q) return nullptr;
+  return launch_rows<Outside<M, true>>(call, a.heads * a.queries + a.kv_heads * a.keys);
+}
+
+template <class M>
 const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
   constexpr int kSize = sizeof(typename M::Element);
   const AttentionArgs& a = call.a;
   const int64_t batch = a.cu_seqlens_q ? 1 : a.batch;
-  if (a.cu_seqlens_q) {
-    const int64_t rows = a.heads * a.queries + a.kv_heads * a.keys;
-    if (const char* error = launch_rows<Outside<M, true>>(call, rows)) return error;
-  }
+  if (const char* error = launch_outside_grads<M>(call)) return error;
   const char* error = with_features(plan, [&](auto features) {
     return launch_rows<Delta<M, decltype(features)::value>>(call, batch * a.heads * a.queries);
   });
@@ -70,9 +74,7 @@ const char* launch_backward(Call& call, const GpuAttentionPlan& plan) {
   } else {
     // Of few keys this pass makes delta too, so that it comes first. Which blocks see few they find out themselves; the
     // others end at once where their gradients are not wanted.
-    const bool may_be_few =
-        a.keys <= kFewKeys || a.key_lengths || a.cu_seqlens_k || a.left >= 0 || a.right >= 0;
-    if (a.grad_query.data || may_be_few) error = launch_grad_queries<M>(call, plan);
+    if (a.grad_query.data || may_see_few(a)) error = launch_grad_queries<M>(call, plan);
     if (!error && (a.grad_key.data || a.grad_value.data)) error = launch_grad_keys<M>(call, plan);
   }
   if (!error && a.grad_mask) {

@@ -13,7 +13,7 @@ namespace {
 
 using namespace attention;
 
-constexpr int kDecodeRows = 16;
+constexpr int kDecodeRows = 16, kMostFeatures = 256;
 // Rows of a key head up to which its keys are cut into parts, how many keys there are for each row then, and how many a
 // part has at least: with more rows there are blocks enough, with fewer keys joining the parts takes as long as reading
 // them.
@@ -240,6 +240,41 @@ void plan_forward(const AttentionProblem& p, GpuAttentionPlan& plan) {
   if (p.weights) plan.weights = weights_pass(p);
 }
 
+// Over dual numbers: what has no kernel the caller makes in blocks of other operations.
+void plan_dual(const AttentionProblem& p, GpuAttentionPlan& plan) {
+  const int size = element_size(p.dtype);
+  TilePass forward = {}, grad_queries = {}, grad_keys = {};
+  with_sizes(size, plan.features, [&](auto s, auto f) {
+    if (!p.backward) {
+      forward = pass<DualForwardShape<s, f>>(s, 2, 8);
+    } else {
+      grad_queries = pass<DualGradQueriesShape<s, f>>(s, 4, 8);
+      grad_keys = pass<DualGradKeysShape<s, f>>(s, 4, 8);
+      grad_keys.shared_bytes += 2 * grad_keys.other * dual_query_bytes(s);
+    }
+  });
+  const int bytes = std::max({forward.shared_bytes, grad_queries.shared_bytes, grad_keys.shared_bytes});
+  const bool fits = bytes <= p.device.shared_bytes && (!p.backward || has_dual_backward(size, plan.features));
+  plan.not_tiles = p.weights && p.backward                               ? "a gradient of the weights"
+                   : p.weights                                           ? "weights that are returned"
+                   : p.of_mask                                           ? "a gradient of the mask"
+                   : std::max(p.head_size, p.value_size) > kMostFeatures ? "heads of more than 256 features"
+                   : !fits                                               ? kNoRoom
+                                                                         : "";
+  if (!plan.not_tiles.empty()) return;
+  plan.kernel = AttentionKernelKind::kTiles, plan.options = true;
+  const auto place = [&](TilePass& pass, int64_t all) {
+    if (!pass.threads) return;
+    pass.slots = slots(p, all, pass.own);
+    pass.blocks = heads(p) * pass.slots;
+  };
+  place(forward, rows_of(p)), place(grad_queries, rows_of(p)), place(grad_keys, p.keys);
+  plan.forward = forward, plan.grad_queries = grad_queries, plan.grad_keys = grad_keys;
+  if (!p.backward) return;
+  plan.delta_tangent_at = aligned((p.packed ? 1 : p.batch) * p.heads * p.queries * sum_size_of(p));
+  plan.workspace_bytes = 2 * plan.delta_tangent_at;
+}
+
 void plan_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
   const int size = element_size(p.dtype);
   plan.hopper = takes_hopper_backward(p, plan);
@@ -291,7 +326,7 @@ void plan_backward(const AttentionProblem& p, GpuAttentionPlan& plan) {
 
 GpuAttentionPlan attention_plan(const AttentionProblem& p) {
   const int64_t most_features = std::max(p.head_size, p.value_size);
-  if (most_features > 256) {
+  if (most_features > kMostFeatures && !p.dual) {
     refuse("heads of " + std::to_string(most_features) + " features on CUDA", "up to 256",
            "more heads of fewer features, or query.cpu(), key.cpu() and value.cpu()");
   }
@@ -304,7 +339,11 @@ GpuAttentionPlan attention_plan(const AttentionProblem& p) {
   plan.features = features_of(p);
   plan.options = p.options;
   plan.parts = 1, plan.part_keys = int(p.keys), plan.mask_parts = 1;
-  p.backward ? plan_backward(p, plan) : plan_forward(p, plan);
+  if (p.dual) {
+    plan_dual(p, plan);
+  } else {
+    p.backward ? plan_backward(p, plan) : plan_forward(p, plan);
+  }
   check(p, plan);
   return plan;
 }

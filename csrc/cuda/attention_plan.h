@@ -31,6 +31,7 @@ struct AttentionProblem {
   bool of_mask;      // backward: whether the mask's gradient is wanted, and
   bool mask_has[4];  // which of batch, head, query and key it has
   bool one_pass;     // backward: grad_query may be summed up in any order
+  bool dual;         // over dual numbers
   DeviceFacts device;
   int forced_kernel, forced_parts;  // -1, 0: not forced
 };
@@ -48,7 +49,9 @@ struct GpuAttentionPlan {
   bool options;
   bool hopper;             // backward: attention_hopper_backward_keys.h and its like
   std::string not_hopper;  // why the pass has no kernel of attention_hopper*.h, empty if it has
-  int parts, part_keys;    // of the forward pass
+  std::string
+      not_tiles;  // over dual numbers: why it has none at all, and the caller no kernel; empty if it has
+  int parts, part_keys;  // of the forward pass
   // kHopper: features of its tiles; heads in a tile of rows; packs of heads, of all sequences, whose keys and values are
   // worked on at the same time; pairs of tiles under causality, 0: each is alone.
   int hopper_features, pack, units_at_once;
@@ -57,7 +60,7 @@ struct GpuAttentionPlan {
   int mask_parts;
   bool one_pass;  // of the backward pass
   // Where things lie in the workspace.
-  int64_t output_at, highest_at, sum_at, delta_at, mask_at, sums_at, workspace_bytes;
+  int64_t output_at, highest_at, sum_at, delta_at, delta_tangent_at, mask_at, sums_at, workspace_bytes;
 };
 
 // Throws std::runtime_error, in three lines, if nothing fits or the forced plan does not.

@@ -40,11 +40,26 @@ inline py::dict describe_pass(const TilePass& pass) {
 
 struct BoundAttentionPlan {
   GpuAttentionPlan plan;
-  bool backward, tma;
+  bool backward, tma, dual;
 };
+
+// "blocks": there is no kernel, and the caller has other operations do it.
+inline py::dict describe_dual_attention(const GpuAttentionPlan& plan) {
+  py::dict d, passes;
+  d["kernel"] = plan.not_tiles.empty() ? "tiles" : "blocks";
+  d["not_tiles"] = plan.not_tiles;
+  d["features"] = plan.features, d["workspace_bytes"] = plan.workspace_bytes;
+  const auto add = [&](const char* name, const TilePass& pass) {
+    if (pass.threads) passes[name] = describe_pass(pass);
+  };
+  add("forward", plan.forward), add("grad_queries", plan.grad_queries), add("grad_keys", plan.grad_keys);
+  d["passes"] = passes;
+  return d;
+}
 
 inline py::dict describe_attention(const BoundAttentionPlan& bound) {
   const GpuAttentionPlan& plan = bound.plan;
+  if (bound.dual) return describe_dual_attention(plan);
   py::dict d;
   d["kernel"] = !bound.backward ? kAttentionKernelNames[int(plan.kernel)]
                 : plan.hopper   ? plan.one_pass ? "hopper_one_pass" : "hopper"
@@ -89,11 +104,11 @@ inline void bind_attention_plan(py::module_& m) {
     p.options = from.next() != 0, p.only_mask = from.next() != 0, p.tma = from.next() != 0;
     p.weights = from.next() != 0, p.of_mask = from.next() != 0;
     for (bool& has : p.mask_has) has = from.next() != 0;
-    p.one_pass = from.next() != 0;
+    p.one_pass = from.next() != 0, p.dual = from.next() != 0;
     if (from.left()) throw py::type_error("too many arguments; the signatures are in _C.pyi");
     p.device = device_facts(device);
     read_forced_attention_plan(forced, p);
-    return BoundAttentionPlan{attention_plan(p), p.backward, p.tma};
+    return BoundAttentionPlan{attention_plan(p), p.backward, p.tma, p.dual};
   });
 }
 

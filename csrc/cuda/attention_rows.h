@@ -62,6 +62,18 @@ FS_DEVICE T remainder_of(T x) {
   return is_finite(r) ? r : T(0);
 }
 
+// A lane's features of a query's output, as write_row() has them, and what rounding took from them if somebody wants it.
+template <class E, int kTiles, class Value>
+FS_DEVICE void write_with_remainder(const HeadTensor& to, const HeadTensor& remainder, const Sequence& s,
+                                    int64_t head, int query, int first_column, int features, bool pairs,
+                                    const Value& value) {
+  write_row<E, kTiles>(s.query_row<E>(to, head, query), first_column, features, pairs, value);
+  if (sizeof(E) == 2 && remainder.data) {
+    write_row<E, kTiles>(s.query_row<E>(remainder, head, query), first_column, features, pairs,
+                         [&](int n, int e) { return remainder_of<E>(value(n, e)); });
+  }
+}
+
 // Two neighbouring features of a row, rounded; with `pair` at a multiple of two elements. The second may not be there.
 template <class E, class T>
 FS_DEVICE void write_two(E* to, T first, T second, bool two, bool pair) {
@@ -222,52 +234,62 @@ struct Combine {
   }
 };
 
-// delta of each query: the sum over features of grad_output * output, less the gradient of lse. A row has as many lanes
-// as there are 16 bytes in it, 32 at most.
+// A row of a head, which has as many lanes as there are 16 bytes in it, 32 at most.
 template <class M, int kFeatures>
-struct Delta {
+struct DeltaRow {
   using E = typename M::Element;
   using T = typename M::Sum;
-  using Args = Call;
   static constexpr int kChunk = 16 / int(sizeof(E));
   static constexpr int kLanes = kFeatures / kChunk < kWarp ? kFeatures / kChunk : kWarp;
   static constexpr int kThreads = 128, kRows = kThreads / kLanes;
 
-  static FS_DEVICE void run(const Call& call) {
+  int64_t b, head, query;
+  int features;
+  bool writes;
+
+  FS_DEVICE explicit DeltaRow(const Call& call) {
     const AttentionArgs& a = call.a;
     const int64_t index = int64_t(block_index()) * kRows + thread_index() / kLanes;
     const int64_t batch = a.cu_seqlens_q ? 1 : a.batch, rows = batch * a.heads * a.queries;
     const int64_t known = index < rows ? index : rows - 1;  // all lanes meet
-    const int64_t query = known % a.queries, head = known / a.queries % a.heads,
-                  b = known / a.queries / a.heads;
-    const auto row = [&](const HeadTensor& t) {
-      return static_cast<const E*>(t.data) + b * t.stride[0] + head * t.stride[1] + query * t.stride[2];
-    };
-    const E *const output = row(a.output), *const grad = row(a.grad_output);
-    const E* const remainder = a.remainder.data ? row(a.remainder) : nullptr;
+    query = known % a.queries, head = known / a.queries % a.heads, b = known / a.queries / a.heads;
+    features = int(a.value_size);
+    writes = index < rows && thread_index() % kLanes == 0;
+  }
+
+  // Of a gradient and what it is of, with what rounding took from that. `aligned`: rows begin at a multiple of 16 bytes.
+  FS_DEVICE T dot(const HeadTensor& of_grad, const HeadTensor& of, const HeadTensor& remainder,
+                  bool aligned) const {
+    const E *const grad = at(of_grad), *const output = at(of),
+                   *const rest = remainder.data ? at(remainder) : nullptr;
     T sum = 0;
-    for (int first = thread_index() % kLanes * kChunk; first < a.value_size; first += kLanes * kChunk) {
-      const int count = smaller(int(a.value_size) - first, kChunk);
-      const bool whole = call.aligned_deltas && count == kChunk;
-      E of_output[kChunk], of_grad[kChunk], of_remainder[kChunk] = {};
+    for (int first = thread_index() % kLanes * kChunk; first < features; first += kLanes * kChunk) {
+      const int count = smaller(features - first, kChunk);
+      const bool whole = aligned && count == kChunk;
+      E of_output[kChunk], of_grad[kChunk], of_rest[kChunk] = {};
       read(of_output, output + first, count, whole), read(of_grad, grad + first, count, whole);
-      if (remainder) read(of_remainder, remainder + first, count, whole);
+      if (rest) read(of_rest, rest + first, count, whole);
       FS_UNROLL
       for (int i = 0; i < kChunk; ++i) {
-        const T x = T(widen(of_output[i])) + T(widen(of_remainder[i]));
+        const T x = T(widen(of_output[i])) + T(widen(of_rest[i]));
         if (i < count) sum = fma(T(widen(of_grad[i])), x, sum);
       }
     }
-    sum = sum_of_lanes<kLanes>(sum);
-    if (index >= rows || thread_index() % kLanes != 0) return;
-    if (a.grad_lse.data) {
-      sum -= static_cast<const T*>(
-          a.grad_lse.data)[b * a.grad_lse.stride[0] + head * a.grad_lse.stride[1] + query];
-    }
-    static_cast<T*>(call.delta.data)[b * call.delta.stride[0] + head * call.delta.stride[1] + query] = sum;
+    return sum_of_lanes<kLanes>(sum);
+  }
+  FS_DEVICE void write(const HeadRows& to, T sum, const HeadRows& grad_lse) const {
+    if (!writes) return;
+    if (grad_lse.data) sum -= number(grad_lse);
+    number(to) = sum;
   }
 
  private:
+  FS_DEVICE const E* at(const HeadTensor& t) const {
+    return static_cast<const E*>(t.data) + b * t.stride[0] + head * t.stride[1] + query * t.stride[2];
+  }
+  FS_DEVICE T& number(const HeadRows& t) const {
+    return static_cast<T*>(t.data)[b * t.stride[0] + head * t.stride[1] + query];
+  }
   // `whole`: all of it, from a multiple of 16 bytes.
   static FS_DEVICE void read(E (&to)[kChunk], const E* from, int count, bool whole) {
     if (whole) {
@@ -277,6 +299,20 @@ struct Delta {
     }
     FS_UNROLL
     for (int i = 0; i < kChunk; ++i) to[i] = i < count ? from[i] : E{};
+  }
+};
+
+// delta of each query: the sum over features of grad_output * output, less the gradient of lse.
+template <class M, int kFeatures>
+struct Delta {
+  using Args = Call;
+  using Row = DeltaRow<M, kFeatures>;
+  static constexpr int kThreads = Row::kThreads, kRows = Row::kRows;
+
+  static FS_DEVICE void run(const Call& call) {
+    const AttentionArgs& a = call.a;
+    const Row row(call);
+    row.write(call.delta, row.dot(a.grad_output, a.output, a.remainder, call.aligned_deltas), a.grad_lse);
   }
 };
 

@@ -64,14 +64,14 @@ FS_DEVICE void for_elements(Body body) {
 
 // Calls body(pointer to elements of the mask's type), at the mask of a sequence.
 template <class E, class T, class Body>
-FS_DEVICE void with_mask(const AttentionArgs& a, const Sequence& s, Body body) {
-  const int64_t at = s.b * a.mask.stride[0];
-  if (a.mask.kind == MaskKind::kBool) {
-    body(static_cast<const uint8_t*>(a.mask.data) + at);
-  } else if (a.mask.kind == MaskKind::kSame) {
-    body(static_cast<const E*>(a.mask.data) + at);
+FS_DEVICE void with_mask(const AttentionMask& mask, const Sequence& s, Body body) {
+  const int64_t at = s.b * mask.stride[0];
+  if (mask.kind == MaskKind::kBool) {
+    body(static_cast<const uint8_t*>(mask.data) + at);
+  } else if (mask.kind == MaskKind::kSame) {
+    body(static_cast<const E*>(mask.data) + at);
   } else if constexpr (sizeof(E) == 2) {
-    body(static_cast<const float*>(a.mask.data) + at);
+    body(static_cast<const float*>(mask.data) + at);
   }
 }
 template <class T>
@@ -85,19 +85,18 @@ FS_DEVICE T bias_of(X x) {
 
 // Calls body(m, n, e, bias) for each element of the warp's part, with what the mask adds to its score: -inf where it hides,
 // and where sees(query, key) is false. If the part is not `whole`, some of it may be behind the last query or key: there
-// the mask is that of the last.
+// the mask is that of the last. `pairs`: see Call::pairs_of_mask.
 template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries, class Sees, class Body>
-FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, const Queries& queries,
-                        bool whole, Sees sees, Body body) {
+FS_DEVICE void for_mask(const AttentionMask& of, bool pairs, const Sequence& s, const O& orient,
+                        const Queries& queries, bool whole, Sees sees, Body body) {
   constexpr bool kQueriesAreRows = std::is_same_v<O, Orient<true>>;
-  const AttentionArgs& a = call.a;
-  const int64_t* const stride = a.mask.stride;
-  with_mask<E, T>(a, s, [&](auto* mask) {
+  const int64_t* const stride = of.stride;
+  with_mask<E, T>(of, s, [&](auto* mask) {
     using X = std::remove_cv_t<std::remove_pointer_t<decltype(mask)>>;
     const auto row = [&](const Query<T>& q) {
       return mask + q.head * stride[1] + smaller(q.index, s.queries - 1) * stride[2];
     };
-    if (!whole || !call.pairs_of_mask) {
+    if (!whole || !pairs) {
       for_elements<kRowTiles, kColumnTiles>([&](int m, int n, int e) {
         const Query<T>& q = queries(m, n, e);
         const int key = orient.key(m, n, e), known = smaller(key, s.keys - 1);
@@ -129,11 +128,12 @@ FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, co
 
 // The same wherever the mask is.
 template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries, class Body>
-FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, const Queries& queries,
-                        Body body) {
+FS_DEVICE void for_mask(const AttentionMask& mask, bool pairs, const Sequence& s, const O& orient,
+                        const Queries& queries, Body body) {
   constexpr int kKeys = std::is_same_v<O, Orient<true>> ? 8 * kColumnTiles : 16 * kRowTiles;
   for_mask<E, T, kRowTiles, kColumnTiles>(
-      call, s, orient, queries, orient.first_key + kKeys <= s.keys, [](int, int) { return true; }, body);
+      mask, pairs, s, orient, queries, orient.first_key + kKeys <= s.keys, [](int, int) { return true; },
+      body);
 }
 
 // Whether the mask shows any element of the warp's part. Asked before the products, so that what is hidden whole costs
@@ -141,7 +141,7 @@ FS_DEVICE void for_mask(const Call& call, const Sequence& s, const O& orient, co
 template <class E, class T, int kRowTiles, int kColumnTiles, class O, class Queries>
 FS_DEVICE bool mask_shows_any(const Call& call, const Sequence& s, const O& orient, const Queries& queries) {
   bool any = false;
-  for_mask<E, T, kRowTiles, kColumnTiles>(call, s, orient, queries,
+  for_mask<E, T, kRowTiles, kColumnTiles>(call.a.mask, call.pairs_of_mask, s, orient, queries,
                                           [&](int, int, int, T bias) { any |= bias != -T(INFINITY); });
   return any_in_warp(any);
 }
@@ -186,9 +186,9 @@ FS_DEVICE void score(const Call& call, const Scoring<T>& scoring, const Sequence
       });
     }
     if (a.mask.kind != MaskKind::kNone) {
-      for_mask<E, T, kRowTiles, kColumnTiles>(call, s, orient, queries, [&](int m, int n, int e, T bias) {
-        x[m][n][e] = add_bias(x[m][n][e], bias);
-      });
+      for_mask<E, T, kRowTiles, kColumnTiles>(
+          a.mask, call.pairs_of_mask, s, orient, queries,
+          [&](int m, int n, int e, T bias) { x[m][n][e] = add_bias(x[m][n][e], bias); });
     }
   }
   if (edge) hide_edge(band, orient, queries, x);
@@ -218,6 +218,46 @@ FS_DEVICE T weight_of(T score, T highest, T factor) {
   return power_of((score - highest) * factor);
 }
 
+// Scores -> weights relative to that of the highest so far; calls rescale(m, half, factor) with what makes that which was
+// summed up before, of the rows of a half of row tile m, relative to it too.
+template <class T, int kRowTiles, int kColumnTiles, class Rescale>
+FS_DEVICE void weigh(const Scoring<T>& scoring, Sums<T> (&x)[kRowTiles][kColumnTiles],
+                     T (&highest)[2 * kRowTiles], T (&sum)[2 * kRowTiles], Rescale rescale) {
+  FS_UNROLL
+  for (int m = 0; m < kRowTiles; ++m) {
+    FS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int i = 2 * m + half;
+      T most = highest[i];
+      FS_UNROLL
+      for (int n = 0; n < kColumnTiles; ++n) most = max(most, max(x[m][n][2 * half], x[m][n][2 * half + 1]));
+      most = max(most, shuffle_xor(most, 1));
+      most = max(most, shuffle_xor(most, 2));
+      // Without any visible key so far, all weights are those of -inf beside 0.
+      const T from = most == -T(INFINITY) ? T(0) : most;
+      const T factor = weight_of(highest[i], from, scoring.factor);
+      highest[i] = most;
+      T total = 0;
+      FS_UNROLL
+      for (int n = 0; n < kColumnTiles; ++n) {
+        FS_UNROLL
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          x[m][n][e] = weight_of(x[m][n][e], from, scoring.factor);
+          total += x[m][n][e];
+        }
+      }
+      sum[i] = fma(sum[i], factor, total);
+      rescale(m, half, factor);
+    }
+  }
+}
+// The sums of the rows of a half of row tile m.
+template <class T, int kRowTiles, int kColumnTiles>
+FS_DEVICE void rescale_rows(Sums<T> (&sums)[kRowTiles][kColumnTiles], int m, int half, T factor) {
+  FS_UNROLL
+  for (int n = 0; n < kColumnTiles; ++n) sums[m][n][2 * half] *= factor, sums[m][n][2 * half + 1] *= factor;
+}
+
 // ---- dropout ----
 
 // Of each element of Sums whether its weight is kept.
@@ -226,6 +266,12 @@ struct Kept {
   uint32_t word[kRowTiles];
   FS_DEVICE bool operator()(int m, int n, int e) const { return word[m] >> (4 * n + e) & 1; }
 };
+
+template <class T, int kRowTiles, int kColumnTiles>
+FS_DEVICE void drop(const Kept<kRowTiles>& kept, Sums<T> (&x)[kRowTiles][kColumnTiles]) {
+  for_elements<kRowTiles, kColumnTiles>(
+      [&](int m, int n, int e) { x[m][n][e] = kept(m, n, e) ? x[m][n][e] : T(0); });
+}
 
 // Which weights are kept: a function of seed, head and query, and key alone, the same as in csrc/cpu/philox.h. Of each
 // 64 keys, from a multiple of 64 on, key 16 w + i takes word w of the counter's lane i.

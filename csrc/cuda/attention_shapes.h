@@ -23,6 +23,7 @@ constexpr int tile_bytes(int size, int features, int rows) {
 }
 // Of Query in attention_scores.h.
 constexpr int query_bytes(int size) { return size == 8 ? 32 : 20; }
+constexpr int dual_query_bytes(int size) { return size == 8 ? 48 : 28; }
 
 // Of the gradients of scores that the one-pass form exchanges: see add_to_queries() in attention_backward.h.
 constexpr int score_bytes(int size, int queries, int keys) {
@@ -43,6 +44,13 @@ using ForwardShape = ByFeatures<
            TileShape<64, 4, 1, 16>>,
     BySize<kSize, TileShape<128, 4, kAny ? 1 : 2, 32>, TileShape<128, 4, 1, 32>, TileShape<128, 2, 1, 8>>,
     BySize<kSize, TileShape<256, 4, 1, 32>, TileShape<256, 4, 1, 16, 2>, TileShape<256, 2, 1, 8, 2>>>;
+
+// Forward over dual numbers: likewise, with tiles of the tangents too, within 99 KB but for doubles of 256 features.
+template <int kSize, int kFeatures>
+using DualForwardShape = ByFeatures<
+    kFeatures, BySize<kSize, TileShape<64, 4, 1, 32>, TileShape<64, 4, 1, 16>, TileShape<64, 4, 1, 8, 2>>,
+    BySize<kSize, TileShape<128, 4, 1, 16>, TileShape<128, 4, 1, 8>, TileShape<128, 4, 1, 8, 4>>,
+    BySize<kSize, TileShape<256, 4, 1, 16, 2>, TileShape<256, 2, 1, 8, 2>, TileShape<256, 8, 1, 8, 8>>>;
 
 // Up to 16 rows: one warp each, many blocks side by side, with keys in parts.
 template <int kSize, int kFeatures>
@@ -69,6 +77,19 @@ using GradKeysShape = ByFeatures<
     BySize<kSize, TileShape<128, 4, 1, kAny ? 16 : 32>, TileShape<128, 4, 1, 16, 2>,
            TileShape<128, 2, 1, 8, 2>>,
     BySize<kSize, TileShape<256, 8, 1, 16, 2>, TileShape<256, 4, 1, 8, 2>, TileShape<256, 4, 1, 8, 4>>>;
+
+// Tangents of the gradients of queries, and of keys: as those, with tiles of tangents too. Of doubles of 256 features no
+// multiprocessor holds them.
+template <int kSize, int kFeatures>
+using DualGradQueriesShape = ByFeatures<
+    kFeatures, BySize<kSize, TileShape<64, 4, 1, 32>, TileShape<64, 4, 1, 8>, TileShape<64, 2, 1, 8, 2>>,
+    BySize<kSize, TileShape<128, 4, 1, 16>, TileShape<128, 2, 1, 8>, TileShape<128, 2, 1, 8, 2>>,
+    BySize<kSize, TileShape<256, 4, 1, 16, 2>, TileShape<256, 2, 1, 8, 2>, TileShape<256, 4, 1, 8, 4>>>;
+template <int kSize, int kFeatures>
+using DualGradKeysShape = ByFeatures<
+    kFeatures, BySize<kSize, TileShape<64, 4, 1, 32>, TileShape<64, 4, 1, 8>, TileShape<64, 2, 1, 8, 2>>,
+    BySize<kSize, TileShape<128, 4, 1, 16>, TileShape<128, 4, 1, 8, 2>, TileShape<128, 4, 1, 8, 4>>,
+    BySize<kSize, TileShape<256, 8, 1, 16, 4>, TileShape<256, 4, 1, 8, 4>, TileShape<256, 4, 1, 8, 4>>>;
 
 // The same of the one-pass form, which has dS in shared memory too.
 template <int kSize, int kFeatures>
@@ -133,6 +154,8 @@ auto with_hopper_shape(int features, bool masked, const Body& body) {
 // what the rounding of output leaves in the other form is more than such a small sum can bear. See
 // csrc/cpu/attention_backward.cpp.
 constexpr int kFewKeys = 16;
+
+constexpr bool has_dual_backward(int size, int features) { return size < 8 || features < 256; }
 
 // Calls body(element size, features) with the two as constants; features 64, 128 or 256.
 template <class Body>

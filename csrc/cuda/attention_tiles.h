@@ -53,6 +53,22 @@ FS_DEVICE void load_tile(Tile<E, kColumns> tile, int rows, int features, bool al
   });
 }
 
+// Keys, or values, of a head from `first` on: `count` of them, zeros behind the last of the sequence.
+template <int kThreads, class E, int kColumns>
+FS_DEVICE void load_keys(Tile<E, kColumns> tile, const HeadTensor& from, const Sequence& s, int kv_head,
+                         int first, int count, int features, bool aligned) {
+  load_tile<kThreads>(tile, count, features, aligned, [&](int i) {
+    return first + i < s.keys ? s.key_row<const E>(from, kv_head, first + i) : nullptr;
+  });
+}
+template <int kThreads, class E, int kColumns, int kRows>
+FS_DEVICE void load_queries(Tile<E, kColumns> tile, const HeadTensor& from, const RowTile<kRows>& rows,
+                            int features, bool aligned) {
+  load_tile<kThreads>(tile, kRows, features, aligned, [&](int i) {
+    return i < rows.count ? rows.s.template query_row<const E>(from, rows.head(i), rows.query(i)) : nullptr;
+  });
+}
+
 // Whether there is a NaN or an infinity in what this thread has loaded.
 template <int kThreads, class E, int kColumns>
 FS_DEVICE bool loaded_special(Tile<E, kColumns> tile, int rows, int features) {

@@ -231,6 +231,20 @@ void run_attention(const py::handle& plan, const py::args& numbers) {
   check(error, args.device, "attention");
 }
 
+template <bool kBackward>
+void run_attention_dual(const py::handle& plan, const py::args& numbers) {
+  Integers from(numbers);
+  AttentionDualArgs args = kBackward ? read_dual_backward(from) : read_dual_forward(from);
+  read_device(from, args.primal);
+  const GpuAttentionPlan& of_call = py::cast<const BoundAttentionPlan&>(plan).plan;
+  const char* error;
+  {
+    py::gil_scoped_release release;
+    error = kBackward ? attention_dual_backward(args, of_call) : attention_dual_forward(args, of_call);
+  }
+  check(error, args.primal.device, "attention");
+}
+
 // Whether the tensor memory accelerator can read it: see unfit() in tensor_map.h.
 bool fits_tensor_map(const HeadTensor& t, const int64_t (&sizes)[3], int size) {
   bool fits = reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
@@ -303,6 +317,8 @@ void bind(py::module_& m) {
   if (PyModule_AddFunctions(m.ptr(), g_fast_calls) != 0) throw py::error_already_set();
   m.def("cuda_attention_forward", &run_attention<false>);
   m.def("cuda_attention_backward", &run_attention<true>);
+  m.def("cuda_attention_dual_forward", &run_attention_dual<false>);
+  m.def("cuda_attention_dual_backward", &run_attention_dual<true>);
   m.def("loop_forward", &run_loop<false>);
   m.def("loop_backward", &run_loop<true>);
   m.def("cell_forward", &run_cell<CellStepArgs, cell_forward>);

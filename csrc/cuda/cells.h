@@ -41,7 +41,7 @@ FS_DEVICE void with_cell(CellKind kind, Body body) {
 template <class C, class = void>
 constexpr bool kHasStages = false;
 template <class C>
-constexpr bool kHasStages<C, std::void_t<decltype(&C::begin)>> = true;
+constexpr bool kHasStages<C, std::void_t<decltype(C::kCarry)>> = true;
 
 // A whole step, whether the cell says it in one stage or in two.
 template <class C, class T>

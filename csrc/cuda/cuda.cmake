@@ -14,7 +14,8 @@ list(APPEND cuda_cluster_sources csrc/cuda/attention_hopper_backward_bfloat16.cu
   csrc/cuda/attention_hopper_backward_float16.cu)
 foreach(arithmetic IN ITEMS bfloat16 float16 tf32 float32 float64)
   list(APPEND cuda_sources csrc/cuda/recurrent_${arithmetic}.cu csrc/cuda/attention_forward_${arithmetic}.cu
-    csrc/cuda/attention_backward_${arithmetic}.cu)
+    csrc/cuda/attention_backward_${arithmetic}.cu csrc/cuda/attention_dual_forward_${arithmetic}.cu
+    csrc/cuda/attention_dual_backward_${arithmetic}.cu)
   list(APPEND cuda_cluster_sources csrc/cuda/recurrent_cluster_${arithmetic}.cu)
 endforeach()
 set(cuda_kernel_sources ${cuda_sources} ${cuda_cluster_sources})

@@ -36,11 +36,23 @@ from ..attention_checks import Arguments
 from ..attention_dual_ops import DualResults
 from ..checks import problem
 from ..dispatch import is_traced
-from .function import Backward, Function, each_entry, gradients, is_batched, needs_gradient, recording
+from .function import (
+    Backward,
+    Function,
+    each_entry,
+    gradients,
+    is_batched,
+    make_dual,
+    needed,
+    needs_gradient,
+    recording,
+    unpack_dual,
+)
 
 _TENSORS = 10  # of Arguments
 _NUMBERS = 6  # of those that follow
 _AT = (0, 1, 2, 3, 8)  # of those that have derivatives: query, key, value, attn_mask and sinks
+_VALUES = 5  # of DualResults; behind them are their tangents
 
 
 def attention(*arguments: Any) -> tuple[Tensor, ...]:
@@ -89,29 +101,30 @@ def differentiable(apply: Callable[..., Any], *arguments: Any) -> Sequence[Tenso
 
     Where arguments have tangents, the results and theirs come from one pass.
     """
-    duals = _unpack(arguments[:_TENSORS])
+    known = forward_ad._current_level >= 0 or apply != EagerAttention.apply  # a graph may know more
+    duals = _unpack(arguments[:_TENSORS]) if known else [(x, None) for x in arguments[:_TENSORS]]
     if all(tangent is None for _, tangent in duals):
         return apply(*arguments)
     primals, tangents = zip(*duals, strict=True)
     tangents = [tangents[i] for i in _AT]
-    recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*primals, *tangents)
+    # A batched tensor does not tell whether it requires a gradient.
+    wants = torch._C._any_requires_grad(*primals, *tangents) or any(map(is_batched, tangents))
+    recorded = torch.is_grad_enabled() and wants
     with torch.set_grad_enabled(torch.is_grad_enabled() and is_traced()):
         results = _along(primals, tangents, arguments[_TENSORS:-1])
     if recorded:
         return apply(*arguments, *results)
     weights = results.weights
     if arguments[-2]:
-        weights = forward_ad.make_dual(weights, results.weights_tangent)
-    output = forward_ad.make_dual(results.output, results.output_tangent)
-    lse = forward_ad.make_dual(results.lse, results.lse_tangent)
+        weights = make_dual(weights, results.weights_tangent)
+    output = make_dual(results.output, results.output_tangent)
+    lse = make_dual(results.lse, results.lse_tangent)
     return output, lse, weights, results.remainder, results.normalizer
 
 
 def _unpack(tensors: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Numbers and tangents of each, at the innermost level."""
-    if forward_ad._current_level < 0:
-        return [(x, None) for x in tensors]
-    return [(None, None) if x is None else tuple(forward_ad.unpack_dual(x)) for x in tensors]
+    """Numbers and tangents of each, at the innermost level; what is batched is a tangent itself."""
+    return [(x, None) if x is None or is_batched(x) else tuple(unpack_dual(x)) for x in tensors]
 
 
 def _along(
@@ -121,11 +134,22 @@ def _along(
     results: Sequence[Tensor] = (),
 ) -> DualResults:
     """attention_dual, with its derivatives; constants: numbers, and whether weights are returned; results: if
-    they are known already."""
+    they are known already. Tangents may be batches of them, see each_entry."""
     arguments = (*tensors, *tangents, *constants)
-    if not is_traced():
+    if is_traced():
+        return DualResults(*results) if results else attention_dual_ops.attention_dual(*arguments)
+    moving = (*tangents, *results[_VALUES:])
+    if not any(map(is_batched, moving)):
         return DualResults(*Tangents.apply(*arguments, *results))
-    return DualResults(*results) if results else attention_dual_ops.attention_dual(*arguments)
+    nothing = (None,) * len(_AT)
+    values = results[:_VALUES] or Tangents.apply(*tensors, *nothing, *constants)[:_VALUES]
+
+    def of_entry(entry: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        along, known = entry[: len(_AT)], entry[len(_AT) :]
+        known = (*values, *known) if known else ()
+        return Tangents.apply(*tensors, *along, *constants, *known)[_VALUES:]
+
+    return DualResults(*values, *each_entry(of_entry, moving))
 
 
 # ------------------------------------------------------------------------------------------ first derivatives
@@ -179,7 +203,7 @@ class _Attention(Function):
         grad_weights: Tensor | None,
         *_: Tensor | None,
     ) -> Any:
-        needs = ctx.needs_input_grad
+        needs = needed(ctx)
         wanted = [needs[i] for i in _AT]
         incoming = (grad_output, grad_lse, grad_weights)
         function = _AttentionBackward if is_compiling() else EagerAttentionBackward
@@ -223,17 +247,6 @@ def _raise(what: str) -> NoReturn:
     )
 
 
-def _entry_by_entry(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For batches of gradients, see each_entry."""
-
-    def of_entries(ctx: Any, *grads: Tensor | None) -> Any:
-        if any(map(is_batched, grads)):
-            return tuple(each_entry(lambda entry: backward(ctx, *entry), grads))
-        return backward(ctx, *grads)
-
-    return of_entries
-
-
 def _third(what: str) -> Any:
     """The backward pass, or forward mode, of what has no further derivative."""
     return staticmethod(lambda ctx, *_: _raise(what))
@@ -261,9 +274,8 @@ class EagerAttentionBackward(_AttentionBackward):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad
+        needs = needed(ctx)
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
         of_results, tensors = saved[:3], saved[3:]
         if all(grad is None for grad in grads):
@@ -272,7 +284,7 @@ class EagerAttentionBackward(_AttentionBackward):
         tangents = [next(remaining) if want else None for want in ctx.wanted]
         results = _along(tensors, tangents, (*ctx.numbers, of_results[2] is not None))
         changed = (results.output_tangent, results.lse_tangent, results.weights_tangent)
-        first = [x if needed else None for x, needed in zip(changed, needs[8:11], strict=True)]
+        first = [x if need else None for x, need in zip(changed, needs[8:11], strict=True)]
         wanted = [needs[11 + i] for i in _AT]
         second = _changes(of_results, (None,) * 3, tensors, tangents, results, ctx.numbers, wanted)
         return (*[None] * 8, *first, *_among_tensors(second), *[None] * ctx.given)
@@ -308,9 +320,12 @@ def _changes(
 
 
 def _second_derivatives(*arguments: Any) -> Sequence[Tensor]:
-    """attention_dual_backward, with what derivatives it has."""
+    """attention_dual_backward, with what derivatives it has; tensors may be batched, see each_entry."""
     if is_traced():
         return attention_dual_ops.attention_dual_backward(*arguments)
+    tensors, constants = arguments[: -_NUMBERS - 2], arguments[-_NUMBERS - 2 :]
+    if any(map(is_batched, tensors)):
+        return each_entry(lambda entry: second_derivatives("apply", *entry, *constants), tensors)
     return second_derivatives("apply", *arguments)
 
 
@@ -349,11 +364,10 @@ class Tangents(Function):
         ctx.mark_non_differentiable(r.remainder, r.normalizer, r.remainder_tangent, *unused)
 
     @staticmethod
-    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
         tensors, results = saved[:15], DualResults(*saved[15:])
-        needs = ctx.needs_input_grad
+        needs = needed(ctx)
         wanted, wanted_tangents = list(needs[10:15]), [needs[i] for i in _AT]
         given = (*grads[5:8], *grads[:3], *tensors, *_kept(results))
         made = iter(_second_derivatives(*given, *ctx.numbers, wanted, wanted_tangents))
@@ -379,9 +393,8 @@ class SecondDerivatives(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_entry_by_entry
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved, needs = unwrap_dead_wrappers(ctx.saved_tensors), ctx.needs_input_grad
+        saved, needs = unwrap_dead_wrappers(ctx.saved_tensors), needed(ctx)
         of_results, tensors = saved[:3], saved[3:]
         of_grads = sum(ctx.wanted)
         if any(grad is not None for grad in grads[:of_grads]):
@@ -392,7 +405,7 @@ class SecondDerivatives(Function):
             return (None,) * len(needs)
         results = _along(tensors, along, (*ctx.numbers, of_results[2] is not None or needs[5]))
         changed = (results.output_tangent, results.lse_tangent, results.weights_tangent)
-        first = [x if needed else None for x, needed in zip(changed, needs[3:6], strict=True)]
+        first = [x if need else None for x, need in zip(changed, needs[3:6], strict=True)]
         nothing = (None,) * 3
         wanted = list(needs[16:21])
         second = _changes(of_results, nothing, tensors, along, results, ctx.numbers, wanted)

@@ -1,7 +1,8 @@
 """Derivatives along a direction, and second derivatives, of recurrent layers and cells.
 
 With y = F(x) and the gradients B(x, v) = J(x)^T v, two operators make all of them (see fastseq.dual_ops): the
-dual forward pass, F and its tangent J(x) x', and the dual backward pass, B and its tangent.
+dual forward pass, F and its tangent J(x) x', and the dual backward pass, B and its tangent. Where the
+numbers are known, because the passes without tangents kept them, both make the tangent alone.
 
     jvp of F       the dual forward pass
     jvp of B       the dual backward pass
@@ -21,11 +22,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import dual_ops
+from .. import dual_ops, ops
 from ..checks import CELLS, problem
-from .function import Function, each_entry, is_batched, needed
+from .function import Function, each_entry, is_batched, make_dual, needed, unpack_dual
 
 Tensors = Sequence[Tensor | None]
 LOOP = "a loop of torch operations over time"  # what has all derivatives
@@ -39,6 +39,12 @@ def is_one_step(sequence: Tensors) -> bool:
     return sequence[0].dim() == 2 and sequence[1] is None
 
 
+def are_readable(input: Tensor) -> bool:
+    """Whether the operators of tangents read what the forward pass has kept."""
+    kernels = ops.KERNELS.get(input.device.type)
+    return kernels is not None and kernels.keeps
+
+
 def forward(
     sequence: Tensors,
     weights: Sequence[Tensor],
@@ -47,10 +53,11 @@ def forward(
     batch_first: bool,
     truncate: int,
     save: bool,
+    grad_clip: float | None = None,
 ) -> tuple[Tensor, ...]:
     """What recurrent_dual returns; `tangents`: of input, h0, c0, *weights."""
     if any(map(is_batched, tangents)):
-        options = (layer, batch_first, truncate, save)
+        options = (layer, batch_first, truncate, save, grad_clip)
         values = forward(sequence, weights, [None] * len(tangents), *options)
         along = each_entry(lambda entry: forward(sequence, weights, entry, *options)[4:], tangents)
         return (*values[:4], *along)
@@ -59,8 +66,31 @@ def forward(
         tangents = [*map(_as_sequence, tangents[:3]), *tangents[3:]]
     of_arguments, of_weights = tangents[:3], list(tangents[3:])
     return dual_ops.recurrent_dual(
-        *sequence, list(weights), *of_arguments, of_weights, *layer, batch_first, truncate, save
+        *sequence, list(weights), *of_arguments, of_weights, *layer, batch_first, truncate, save, grad_clip
     )
+
+
+def tangents_of_known(
+    sequence: Tensors,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    saved: Tensor,
+    tangents: Tensors,
+    layer: tuple[str, int, bool],
+    truncate: int,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    """What forward() returns, of a layer whose output and gates are there; None for other numbers."""
+    if any(map(is_batched, tangents)):
+        options = (layer, truncate, save)
+        along = each_entry(
+            lambda entry: tangents_of_known(sequence, weights, output, saved, entry, *options)[4:], tangents
+        )
+    else:
+        of_arguments, of_weights = tangents[:3], list(tangents[3:])
+        given = (*sequence, list(weights), output, saved, *of_arguments, of_weights)
+        along = dual_ops.recurrent_tangents(*given, *layer, truncate, save)
+    return output, None, None, saved, *along
 
 
 def backward(
@@ -75,18 +105,21 @@ def backward(
     truncate: int,
     wanted: Sequence[bool],
     wanted_tangents: Sequence[bool],
+    grad_hidden: Tensor | None = None,
 ) -> list[list[Tensor | None]]:
     """The gradients, and the tangents of gradients, of input, h0, c0, *weights; None where not wanted.
 
     cotangents: of output, h_n, c_n. results: output, saved, output_tangent, saved_tangent, of a sequence.
+    grad_hidden: see recurrent_dual_backward.
     """
     moving = (*cotangents, *cotangents_tangents, *results[2:], *tangents)
     if any(map(is_batched, moving)):
-        values, options = results[:2], (layer, grad_clip, truncate, wanted, wanted_tangents)
+        bounds, options = (layer, grad_clip, truncate), (wanted, wanted_tangents, grad_hidden)
+        values = results[:2]
 
         def of_entry(moving: Tensors) -> Tensors:
             states, along = (*values, *moving[6:8]), moving[8:]
-            planes = backward(moving[:3], moving[3:6], sequence, weights, states, along, *options)
+            planes = backward(moving[:3], moving[3:6], sequence, weights, states, along, *bounds, *options)
             return [*planes[0], *planes[1]]
 
         grads = each_entry(of_entry, moving)
@@ -114,6 +147,7 @@ def backward(
             truncate,
             list(wanted),
             list(wanted_tangents),
+            *(() if grad_hidden is None else (grad_hidden,)),
         )
     )
     planes = [[next(grads) if want else None for want in plane] for plane in (wanted, wanted_tangents)]
@@ -140,6 +174,7 @@ class RecurrentDual(Function):
         batch_first: bool,
         truncate: int,
         save: bool,
+        grad_clip: float | None,
         *tensors: Tensor | None,  # sequence, *weights, tangents
     ) -> tuple[Tensor, ...]:
         sequence, weights, tangents = _split(tensors)
@@ -147,23 +182,25 @@ class RecurrentDual(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        mode, directions, bias, _, truncate, _, *tensors = inputs
+        mode, directions, bias, _, truncate, _, grad_clip, *tensors = inputs
         output, _, c_n, saved, output_tangent, _, c_n_tangent, saved_tangent = outputs
         ctx.save_for_backward(*tensors, output, saved, output_tangent, saved_tangent)
-        ctx.constants = mode, directions, bias, truncate
+        ctx.constants, ctx.grad_clip = (mode, directions, bias, truncate), grad_clip
         ctx.set_materialize_grads(False)
         of_cells = () if CELLS[mode].cell_state else (c_n, c_n_tangent)
         ctx.mark_non_differentiable(saved, saved_tangent, *of_cells)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if ctx.grad_clip is not None:
+            refuse_bounded()
         *layer, truncate = ctx.constants
         *tensors, output, saved, output_tangent, saved_tangent = ctx.saved_tensors
         sequence, weights, tangents = _split(tensors)
         of_results, of_tangents = list(grads[:3]), list(grads[4:7])
         if not CELLS[layer[0]].cell_state:  # a graph has gradients even of what is not differentiable
             of_results[2] = of_tangents[2] = None
-        needs = needed(ctx)[6:]
+        needs = needed(ctx)[7:]
         of_values = [needs[0], needs[4], needs[5], *needs[6 : 6 + len(weights)]]
         of_directions = list(needs[6 + len(weights) :])
         gradients_of_tangents, gradients_of_values = backward(
@@ -180,7 +217,7 @@ class RecurrentDual(Function):
             of_values,
         )
         of_input, of_h0, of_c0, *of_weights = gradients_of_values
-        return (*[None] * 6, of_input, None, None, None, of_h0, of_c0, *of_weights, *gradients_of_tangents)
+        return (*[None] * 7, of_input, None, None, None, of_h0, of_c0, *of_weights, *gradients_of_tangents)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -192,13 +229,13 @@ class RecurrentDualBackward(Function):
 
     @staticmethod
     def forward(constants: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        count = (len(tensors) - 19) // 2  # weights
+        count = (len(tensors) - 20) // 2  # weights
         before, weights, rest = tensors[:12], tensors[12 : 12 + count], tensors[12 + count :]
         results, of_arguments, of_weights = rest[:2], rest[2:5], rest[5 : 5 + count]
-        tangents = (*of_arguments, list(of_weights), *rest[5 + count :])
-        return tuple(
-            dual_ops.recurrent_dual_backward(*before, list(weights), *results, *tangents, *constants)
-        )
+        *of_results, grad_hidden = rest[5 + count :]
+        tangents = (*of_arguments, list(of_weights), *of_results)
+        given = (*before, list(weights), *results, *tangents, *constants)
+        return tuple(dual_ops.recurrent_dual_backward(*given, grad_hidden))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -229,12 +266,22 @@ def refuse_more(what: str, instead: str) -> NoReturn:
     )
 
 
+def refuse_bounded() -> NoReturn:
+    raise RuntimeError(
+        problem(
+            "a second derivative of a recurrent layer with grad_clip",
+            "first derivatives, and second ones without grad_clip",
+            "grad_clip=None, or torch.nn.utils.clip_grad_norm_ on the parameters",
+        )
+    )
+
+
 # ------------------------------------------------------------------------------------------ forward mode
 
 
 def unpack(tensors: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Numbers and tangents of dual tensors, at the innermost level."""
-    pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in tensors]
+    pairs = [(None, None) if x is None else unpack_dual(x) for x in tensors]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
@@ -245,11 +292,12 @@ def in_one_pass(
     batch_first: bool,
     truncate: int,
     save: bool,
+    grad_clip: float | None,
 ) -> tuple[Tensor, ...] | None:
     """What `recurrent` returns, as dual tensors. None where there are no tangents, and where gradients are
     recorded as well."""
     arguments = _arguments_of(sequence, weights)
-    if not (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()):
+    if not torch._C._is_fwd_grad_enabled():
         return None
     values, tangents = unpack(arguments)
     if all(x is None for x in tangents):
@@ -257,7 +305,7 @@ def in_one_pass(
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*values, *tangents):
         return None
     input, h0, c0, *weights = values
-    made = forward((input, *sequence[1:4], h0, c0), weights, tangents, layer, batch_first, truncate, save)
-    if not CELLS[layer[0]].cell_state:
-        return (*map(forward_ad.make_dual, made[:2], made[4:6]), *made[2:4])
-    return tuple(map(forward_ad.make_dual, made[:4], made[4:]))
+    options = (layer, batch_first, truncate, save, grad_clip)
+    made = forward((input, *sequence[1:4], h0, c0), weights, tangents, *options)
+    # Of what is empty there is no tangent.
+    return tuple(make_dual(x, u) if x.dim() > 1 else x for x, u in zip(made, made[4:], strict=False))

@@ -1,12 +1,12 @@
 """What the autograd Functions of the operators share.
 
 The Functions stand outside of the operators, and are skipped when no gradient is needed. Each one's backward
-pass is a Function too, of class Backward, so that a second derivative is an error.
+pass is a Function too, which has second derivatives; a third is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,29 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from ..checks import problem
+
+_LEVEL = 0  # of forward mode: torch has one, or one within each level of torch.func
+
+
+def unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Number and tangent at the innermost level. forward_ad knows none where torch.compile's graph entered
+    it."""
+    return torch._VF._unpack_dual(x, level=_LEVEL)
+
+
+def make_dual(x: Tensor, tangent: Tensor) -> Tensor:
+    return torch._VF._make_dual(x, tangent, level=_LEVEL)
+
+
+def has_tangent(tensors: Iterable[Any]) -> bool:
+    """Whether any does, of lists of tensors too."""
+    for x in tensors:
+        if isinstance(x, Tensor):
+            if unpack_dual(x)[1] is not None:
+                return True
+        elif isinstance(x, (list, tuple)) and has_tangent(x):
+            return True
+    return False
 
 
 def recording() -> bool:
@@ -108,21 +131,6 @@ class Backward(Function):
         pass
 
 
-def refuse(what: str, instead: str) -> Any:
-    """The backward pass of a Backward: `what` has no second derivative, `instead` has."""
-
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
-        raise RuntimeError(
-            problem(
-                f"a second derivative through {what}",
-                "first derivatives",
-                f"create_graph=False, or {instead}",
-            )
-        )
-
-    return staticmethod(backward)
-
-
 def gradients(
     function: type[Backward],
     grad_outputs: Sequence[Tensor | None],
@@ -130,7 +138,13 @@ def gradients(
     constants: tuple[Any, ...],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of all that `wanted` tells of, None where not wanted."""
+    """The gradients of all that `wanted` tells of, None where not wanted.
+
+    And where no gradient comes in: as to a layer in the second derivative of its gradients, which go by its
+    output.
+    """
+    if all(grad is None for grad in grad_outputs):
+        return [None] * len(wanted)
     if not is_compiling() and any(map(is_batched, grad_outputs)):
         return each_entry(lambda entry: gradients(function, entry, tensors, constants, wanted), grad_outputs)
     if not is_compiling():  # what torch.func.vjp has saved outlives its transform

@@ -16,7 +16,7 @@ from .. import ops
 from ..checks import CELLS
 from ..windows import recurrent_checkpoints, recurrent_windows_backward, steps_of
 from .function import Function, gradients, needed
-from .second import Gradients
+from .second import GradientsAlong
 
 
 def keeps_gates(memory: str, mode: str) -> bool:
@@ -45,7 +45,10 @@ class RecurrentInWindows(Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         sequence, layer = (input, batch_sizes, lengths, resets, h0, c0), (mode, directions, bias)
-        output, h_n, c_n, states = ops.recurrent(*sequence, weights, *layer, batch_first, "states")
+        of_gradients = (grad_clip, truncate, memory)
+        output, h_n, c_n, states = ops.recurrent(
+            *sequence, weights, *layer, batch_first, "states", *of_gradients
+        )
         if not steps_of(memory):
             return output, h_n, c_n, states
         options = (mode, directions, h_n.shape[1], memory, truncate)
@@ -97,5 +100,5 @@ def _backward_op(
     )
 
 
-class WindowsBackward(Gradients):
+class WindowsBackward(GradientsAlong):
     forward = staticmethod(_backward_op)

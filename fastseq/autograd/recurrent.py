@@ -8,11 +8,12 @@ backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from .. import ops
 from ..checks import CELLS
@@ -20,7 +21,7 @@ from ..dispatch import is_traced
 from . import dual
 from .function import Function, gradients, needed, needs_gradient, recording
 from .memory import RecurrentInWindows, keeps_gates
-from .second import Gradients
+from .second import Gradients, GradientsAlong, gradients_along
 
 
 def recurrent(
@@ -45,13 +46,12 @@ def recurrent(
     """
     sequence = (input, batch_sizes, lengths, resets, h0, c0)
     layer = (mode, directions, bias)
-    # Of these the operator does not know.
-    special = grad_clip is not None or truncate or not keeps_gates(memory, mode)
-    if (special or not is_traced()) and _is_recorded(input, h0, c0, *weights):
-        options = (batch_first, grad_clip, truncate)
+    options = (batch_first, grad_clip, truncate)
+    if not is_traced() and _is_recorded(input, h0, c0, *weights):
         result = None
         if _duals():
-            result = dual.in_one_pass(sequence, weights, layer, batch_first, truncate, False)
+            options_along = (batch_first, truncate, False, grad_clip)
+            result = dual.in_one_pass(sequence, weights, layer, *options_along)
         if result is None and _duals():  # which keeps gates, whatever `memory` is
             result = _RecurrentAlong.apply(*sequence, *layer, *options, *weights)
         elif result is None and keeps_gates(memory, mode):
@@ -59,7 +59,8 @@ def recurrent(
         elif result is None:
             result = RecurrentInWindows.apply(*sequence, *layer, *options, memory, *weights)
     else:
-        result = ops.recurrent(*sequence, weights, *layer, batch_first, "nothing")
+        of_gradients = (grad_clip, truncate, memory)
+        result = ops.recurrent(*sequence, weights, *layer, batch_first, "nothing", *of_gradients)
     return result[0], result[1], result[2]
 
 
@@ -81,13 +82,12 @@ def recurrent_cell(
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
-    # Within torch.func only its levels know what they differentiate.
-    return (not is_compiling() and is_traced()) or (recording() and needs_gradient(*tensors))
+    return recording() and needs_gradient(*tensors)
 
 
 def _duals() -> bool:
-    """Whether tensors may have tangents. torch.compile takes no Function that knows of them."""
-    return not is_compiling() and forward_ad._current_level >= 0
+    """Whether tensors may have tangents."""
+    return forward_ad._current_level >= 0
 
 
 def _backward_op(
@@ -98,6 +98,7 @@ def _backward_op(
     truncate: int,
     wanted: Sequence[bool],
     *tensors: Any,
+    keep: bool = False,
 ) -> tuple[Tensor, ...]:
     grads, sequence, (output, saved, *weights) = tensors[:3], tensors[3:9], tensors[9:]
     grad_output, grad_h_n, grad_c_n = grads
@@ -118,12 +119,20 @@ def _backward_op(
             grad_clip,
             truncate,
             wanted,
+            *((True,) if keep else ()),
         )
     )
 
 
 def _backward_function() -> type[Function]:
     return _RecurrentBackwardAlong if _duals() else _RecurrentBackward
+
+
+def _keeps(input: Tensor, grad_clip: float | None) -> bool:
+    """Whether second derivatives will be made of what both passes keep. torch.func and torch.compile see
+    operators, which keep nothing."""
+    recorded = torch.is_grad_enabled() and not is_traced()
+    return recorded and grad_clip is None and dual.are_readable(input)
 
 
 class _Recurrent(Function):
@@ -144,7 +153,7 @@ class _Recurrent(Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         sequence, layer = (input, batch_sizes, lengths, resets, h0, c0), (mode, directions, bias)
-        return ops.recurrent(*sequence, weights, *layer, batch_first, "gates")
+        return ops.recurrent(*sequence, weights, *layer, batch_first, "gates", grad_clip, truncate)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -165,9 +174,11 @@ class _Recurrent(Function):
         # input, batch_sizes, lengths, resets, h0, c0, output, saved, *weights
         saved_tensors = ctx.saved_tensors
         wanted = [needs[0], needs[4], needs[5], *needs[12:]]
-        grads = gradients(
-            _backward_function(), (grad_output, grad_h_n, grad_c_n), saved_tensors, ctx.constants, wanted
-        )
+        function = _backward_function()
+        if function is _RecurrentBackward and _keeps(saved_tensors[0], ctx.constants[3]):
+            function = _RecurrentBackwardKept
+        grads_of = (grad_output, grad_h_n, grad_c_n)
+        grads = gradients(function, grads_of, saved_tensors, ctx.constants, wanted)
         grad_input, grad_h0, grad_c0, *grad_weights = grads
         return grad_input, None, None, None, grad_h0, grad_c0, *[None] * 6, *grad_weights
 
@@ -213,6 +224,10 @@ class _RecurrentBackward(Gradients):
     forward = staticmethod(_backward_op)
 
 
+class _RecurrentBackwardKept(Gradients):
+    forward = staticmethod(partial(_backward_op, keep=True))
+
+
 # ---- the same in forward mode ----
 #
 # These take dual tensors, where gradients may be wanted as well. What is saved for the backward pass has
@@ -228,9 +243,10 @@ class _RecurrentAlong(_Recurrent):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        mode, directions, bias, _, truncate = ctx.constants
+        mode, directions, bias, grad_clip, truncate = ctx.constants
         along = [tangents[0], *tangents[4:6], *tangents[12:]]
-        made = _tangents(ctx, along, (mode, directions, bias), ctx.batch_first, truncate, False)
+        options = (ctx.batch_first, truncate, False, grad_clip)
+        made = _tangents(ctx, along, (mode, directions, bias), *options)
         return made[4], made[5], made[6] if CELLS[mode].cell_state else None, None
 
 
@@ -245,42 +261,23 @@ class _RecurrentCellAlong(_RecurrentCell):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         bias = len(ctx.saved_tensors) == 10
         along = tangents[: 7 if bias else 5]
-        made = _tangents(ctx, along, (ctx.mode, 1, bias), False, 0, False)
+        made = _tangents(ctx, along, (ctx.mode, 1, bias), False, 0, False, None)
         h, c = made[4].squeeze(0), made[6]
         return (h, c.squeeze(0), None) if CELLS[ctx.mode].cell_state else (h, None)
 
 
-class _RecurrentBackwardAlong(_RecurrentBackward):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        _RecurrentBackward.setup_context(ctx, inputs, outputs)
-        ctx.save_for_forward(*inputs[6:])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        mode, directions, bias, grad_clip, truncate = ctx.constants
-        layer, tangents = (mode, directions, bias), tangents[6:]
-        along = [tangents[3], *tangents[7:9], *tangents[11:]]
-        with forward_ad._set_fwd_grad_enabled(True):
-            values, _ = dual.unpack(ctx.saved_tensors)
-            grads, sequence, weights = values[:3], values[3:9], values[11:]
-            made = dual.forward(sequence, weights, along, layer, False, truncate, True)
-            states = (made[0], made[3], made[4], made[7])
-            none = [False] * len(along)
-            arguments = (sequence, weights, states, along, layer, grad_clip, truncate)
-            _, second = dual.backward(grads, tangents[:3], *arguments, none, ctx.wanted)
-        return tuple(x for x in second if x is not None)
+class _RecurrentBackwardAlong(GradientsAlong):
+    forward = staticmethod(_backward_op)
+    jvp = staticmethod(partial(gradients_along, of_gates=True))
 
 
 def _tangents(
     ctx: Any,
     along: Sequence[Tensor | None],
     layer: tuple[str, int, bool],
-    batch_first: bool,
-    truncate: int,
-    save: bool,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     """What recurrent_dual makes of the tensors saved for the forward mode."""
     with forward_ad._set_fwd_grad_enabled(True):  # for the levels outside of this one
         values, _ = dual.unpack(ctx.saved_tensors)
-        return dual.forward(values[:6], values[6:], along, layer, batch_first, truncate, save)
+        return dual.forward(values[:6], values[6:], along, layer, *options)

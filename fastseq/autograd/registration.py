@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import attention_dual_ops, attention_ops, dual_ops, ops, windows
 from ..attention_checks import Arguments, refuse_trained_slopes
-from ..checks import CELLS
+from ..checks import CELLS, problem
 from ..dispatch import library, nobody_listens
 from . import dual
 from .attention import (
@@ -24,15 +23,14 @@ from .attention import (
     differentiable,
     second_derivatives,
 )
-from .memory import WindowsBackward
+from .function import has_tangent
+from .memory import RecurrentInWindows, WindowsBackward, keeps_gates
 from .recurrent import _RecurrentAlong, _RecurrentBackwardAlong, _RecurrentCellAlong
 
 
 def _wants_gradient(arguments: Sequence[Any]) -> bool:
     """Whether a graph is recorded; it is not where a Function calls the operator in its forward pass."""
-    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
-        return True
-    return _is_reverse(arguments)
+    return _is_reverse(arguments) or (torch._C._is_fwd_grad_enabled() and has_tangent(arguments))
 
 
 def _is_reverse(arguments: Sequence[Any]) -> bool:
@@ -58,12 +56,15 @@ def register(name: str, module: Any, differentiable: Callable[..., Any]) -> None
 
 
 def _recurrent(*arguments: Any) -> tuple[Tensor, ...]:
-    *sequence, weights, mode, directions, bias, batch_first, save = arguments
-    layer = (mode, directions, bias)
-    results = dual.in_one_pass(sequence, weights, layer, batch_first, 0, save != "nothing")
-    if results is None:
-        results = _RecurrentAlong.apply_here(*sequence, *layer, batch_first, None, 0, *weights)
-    output, h_n, c_n, saved = results
+    sequence, (weights, *layer, batch_first, save, grad_clip, truncate, memory) = arguments[:6], arguments[6:]
+    mode, options = layer[0], (batch_first, grad_clip, truncate)
+    results = dual.in_one_pass(sequence, weights, layer, batch_first, truncate, save != "nothing", grad_clip)
+    # Forward mode keeps gates, whatever `memory` is.
+    if results is None and (save != "nothing" or keeps_gates(memory, mode) or has_tangent(arguments)):
+        results = _RecurrentAlong.apply_here(*sequence, *layer, *options, *weights)
+    elif results is None:
+        results = RecurrentInWindows.apply_here(*sequence, *layer, *options, memory, *weights)
+    output, h_n, c_n, saved = results[:4]
     if save == "states" and CELLS[mode].cell_state:
         return output, h_n, c_n, saved[:, :, -1]
     return output, h_n, c_n, saved if save == "gates" else saved.new_empty(0)
@@ -76,7 +77,16 @@ def _recurrent_cell(*arguments: Any) -> list[Tensor]:
 
 
 def _recurrent_backward(*arguments: Any) -> list[Tensor]:
-    tensors, (weights, output, saved, *constants) = arguments[:9], arguments[9:]
+    *given, keep = arguments
+    if keep:
+        raise RuntimeError(
+            problem(
+                "keep=True where a graph is recorded",
+                "keep=True within torch.no_grad()",
+                "keep=False, which has second derivatives",
+            )
+        )
+    tensors, (weights, output, saved, *constants) = given[:9], given[9:]
     return list(_RecurrentBackwardAlong.apply_here(*constants, *tensors, output, saved, *weights))
 
 
@@ -87,14 +97,21 @@ def _recurrent_windows_backward(*arguments: Any) -> list[Tensor]:
 
 def _recurrent_dual(*arguments: Any) -> tuple[Tensor, ...]:
     sequence, (weights, *of_arguments, of_weights), constants = arguments[:6], arguments[6:11], arguments[11:]
-    constants = (*constants[:-1], constants[-1] or _is_reverse(arguments))  # save
+    *layer, save, grad_clip = constants
+    constants = (*layer, save or _is_reverse(arguments), grad_clip)
     return dual.RecurrentDual.apply_here(*constants, *sequence, *weights, *of_arguments, *of_weights)
 
 
+def _recurrent_tangents(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients need results that depend on the arguments."""
+    sequence_and_weights, tangents, (*layer, truncate, save) = arguments[:7], arguments[9:13], arguments[13:]
+    return _recurrent_dual(*sequence_and_weights, *tangents, *layer, False, truncate, save, None)[4:]
+
+
 def _recurrent_dual_backward(*arguments: Any) -> list[Tensor]:
-    before, (weights, *rest), constants = arguments[:12], arguments[12:21], tuple(arguments[21:])
+    before, (weights, *rest), constants = arguments[:12], arguments[12:21], tuple(arguments[21:28])
     *between, of_weights, output_tangent, saved_tangent = rest
-    tensors = (*before, *weights, *between, *of_weights, output_tangent, saved_tangent)
+    tensors = (*before, *weights, *between, *of_weights, output_tangent, saved_tangent, *arguments[28:])
     return list(dual.RecurrentDualBackward.apply_here(constants, *tensors))
 
 
@@ -130,7 +147,7 @@ for _function in (_recurrent, _recurrent_cell, _recurrent_backward):
 register("recurrent_windows_backward", windows, _recurrent_windows_backward)
 # What is kept between windows has no gradient: second derivatives make it again.
 library.impl("recurrent_checkpoints", torch.library.fallthrough_kernel, "Autograd")
-for _function in (_recurrent_dual, _recurrent_dual_backward):
+for _function in (_recurrent_dual, _recurrent_tangents, _recurrent_dual_backward):
     register(_function.__name__[1:], dual_ops, _function)
 for _function in (_attention, _attention_backward):
     register(_function.__name__[1:], attention_ops, _function)

@@ -8,14 +8,16 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import functional
 from ..checks import problem
+from ..recurrent_checks import check_options, check_resets, check_state_ranks, two_states
 
 
-def _check_batch(hx: Any, batch: int) -> None:
-    """Raises RuntimeError where the states' rows could not be put into another order."""
-    for state in (hx,) if isinstance(hx, Tensor) else hx:
-        if state.dim() != 3 or state.shape[1] < batch:
+def _check_batch(hx: Any, mode: str, batch: int) -> None:
+    """Raises where the states' rows could not be put into another order."""
+    states = two_states(hx) if mode == "LSTM" else (hx,)
+    check_state_ranks(states, 3)
+    for state in states:
+        if state.shape[1] < batch:
             raise RuntimeError(
                 problem(
                     f"hx of shape {tuple(state.shape)} for a packed batch of {batch}",
@@ -39,7 +41,7 @@ class RecurrentModule(RNNBase):
     memory: str = "fast"
 
     def _set_options(self, grad_clip: float | None, truncate: int | None, memory: str) -> None:
-        functional.check_options(grad_clip=grad_clip, truncate=truncate, memory=memory)
+        check_options(grad_clip=grad_clip, truncate=truncate, memory=memory)
         self.grad_clip, self.truncate, self.memory = grad_clip, truncate, memory
 
     def extra_repr(self) -> str:
@@ -61,10 +63,10 @@ class RecurrentModule(RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is not None:
             if sorted_indices is not None:
-                _check_batch(hx, sorted_indices.shape[0])
+                _check_batch(hx, self.mode, sorted_indices.shape[0])
             hx = self.permute_hidden(hx, sorted_indices)
         if resets is not None and sorted_indices is not None:
-            functional.check_resets(resets, batch_sizes)
+            check_resets(resets, batch_sizes)
             resets = resets.index_select(1, sorted_indices)
         output, hidden = self._run(data, hx, batch_sizes, lengths=lengths, resets=resets)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)

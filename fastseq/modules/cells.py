@@ -47,6 +47,7 @@ class LSTMCell(Cell):
 
     Raises:
         ValueError: input or a state that has neither 1 nor 2 dimensions.
+        AttributeError: input or a state that is no tensor, as in torch.nn.
         RuntimeError: wrong sizes, mixed dtypes or devices; a third derivative, or forward mode over forward
             mode.
         NotImplementedError: a device, or a tensor layout, for which there is no kernel.
@@ -106,6 +107,7 @@ class GRUCell(Cell):
 
     Raises:
         ValueError: input or state that has neither 1 nor 2 dimensions.
+        AttributeError: input or a state that is no tensor, as in torch.nn.
         RuntimeError: wrong sizes, mixed dtypes or devices; a third derivative, or forward mode over forward
             mode.
         NotImplementedError: a device, or a tensor layout, for which there is no kernel.
@@ -168,6 +170,7 @@ class RNNCell(Cell):
 
     Raises:
         ValueError: input or state that has neither 1 nor 2 dimensions.
+        AttributeError: input or a state that is no tensor, as in torch.nn.
         RuntimeError: wrong sizes, mixed dtypes or devices, another nonlinearity; a third derivative, or
             forward mode over forward mode.
         NotImplementedError: a device, or a tensor layout, for which there is no kernel.

@@ -59,6 +59,9 @@ class LSTM(RecurrentModule):
 
     Raises:
         ValueError: an input of the wrong rank, or of another dtype than the parameters; another `memory`.
+        AttributeError: an input or states that are no tensors, as in torch.nn.
+        IndexError: one state instead of two.
+        TypeError: a grad_clip that is no number, a truncate that is no int.
         RuntimeError: wrong sizes of input or states, states of another dtype, mixed devices, a sequence of no
             steps, batch_sizes that do not fit, lengths or resets of another shape or dtype or without
             a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1; a third

@@ -53,6 +53,8 @@ class RNN(RecurrentModule):
     Raises:
         ValueError: an input of the wrong rank, or of another dtype than the parameters; another `memory` or
             nonlinearity.
+        AttributeError: an input or a state that is no tensor, as in torch.nn.
+        TypeError: a grad_clip that is no number, a truncate that is no int.
         RuntimeError: wrong sizes of input or state, a state of another dtype, mixed devices, a sequence of no
             steps, batch_sizes that do not fit, lengths or resets of another shape or dtype or without
             a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1; a third
