@@ -1,8 +1,8 @@
-"""Second derivatives and forward mode of recurrent layers on the CPU, against a loop of torch operations over
-time.
+"""Second derivatives and forward mode of recurrent layers, against a loop of torch operations over time.
 
     python benchmarks/derivatives.py
     python benchmarks/derivatives.py --seconds 20 --case "LSTM T100 B1 .*"
+    python benchmarks/derivatives.py --device cuda
 
 torch.nn's layers have second derivatives by the same formulas as such a loop, and no forward mode. The loop
 multiplies all steps by W_ih at once, and each by W_hh. Three things are timed, in turn with the loop in one
@@ -26,7 +26,7 @@ from torch.func import functional_call, grad, jvp
 
 import fastseq
 from paired import in_turn
-from timers import HostTimer
+from timers import CudaTimer, HostTimer
 
 SHAPES = [(100, 1, 128, 256), (100, 16, 256, 256), (100, 64, 512, 512)]  # T, B, I, H
 
@@ -95,7 +95,7 @@ def plain(module, input):
     return call
 
 
-def run(case, module, input, seconds):
+def run(case, module, input, seconds, timer):
     loop = Loop(module)
     ratios = {}
     for name, make in (("double backward", double_backward), ("jvp", forward_mode), ("HVP", hessian_vector)):
@@ -104,7 +104,7 @@ def run(case, module, input, seconds):
             functions["forward"] = plain(module, input)
         for function in functions.values():
             function()
-        rounds = in_turn(functions, None, seconds, 3, HostTimer())
+        rounds = in_turn(functions, None, seconds, 3, timer)
         ratios[name] = statistics.median(rounds.ratios("loop", "fastseq"))
         if name == "jvp":
             ratios["of forward"] = statistics.median(rounds.ratios("fastseq", "forward"))
@@ -121,7 +121,9 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=6, help="for each of three comparisons of a case")
     parser.add_argument("--case", default="", help="only cases that this regular expression finds")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
+    timer = HostTimer() if options.device == "cpu" else CudaTimer()
     torch.manual_seed(0)
     print("| float32 | double backward | jvp | HVP | jvp / forward pass |")
     print("|---|---|---|---|---|")
@@ -129,8 +131,9 @@ def main() -> None:
         for steps, batch, inputs, hidden in SHAPES:
             case = f"{name} T{steps} B{batch} {inputs}->{hidden}"
             if re.search(options.case, case):
-                module = getattr(fastseq, name)(inputs, hidden)
-                run(case, module, torch.randn(steps, batch, inputs), options.seconds)
+                module = getattr(fastseq, name)(inputs, hidden).to(options.device)
+                input = torch.randn(steps, batch, inputs).to(options.device)
+                run(case, module, input, options.seconds, timer)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@
 #   attention-hopper      those of the kernels for Hopper GPUs, after the others, since these are likeliest to hang
 #   attention-grid        fastseq against each backend of torch's, goals first, see benchmarks/gpu_attention_run.py
 #   attention-memcheck    compute-sanitizer on a few small cases
+# of neither
+#   derivatives  second derivatives and forward mode of recurrent networks, against a loop of torch's operations
 #
 # Each stage has a share of the time, in seconds; together the stages of a call have 526. What those that are not
 # called would have had goes to the grids; if more are called than there is time for, all but the build have less.
@@ -51,10 +53,10 @@ out=$(cd "${1:-out/gpu-report}" && pwd) || exit 1
 shift $(($# > 0))
 limit=526
 order=(build smoke gpu grid compile ladder suite memcheck racecheck
-  attention-primitives attention-smoke attention-gpu attention-hopper attention-grid attention-memcheck)
+  attention-primitives attention-smoke attention-gpu attention-hopper attention-grid attention-memcheck derivatives)
 declare -A share=([build]=140 [smoke]=25 [gpu]=55 [grid]=205 [compile]=23 [ladder]=20 [suite]=22 [memcheck]=18
   [racecheck]=18 [attention-primitives]=20 [attention-smoke]=30 [attention-gpu]=40 [attention-hopper]=25
-  [attention-grid]=239 [attention-memcheck]=32)
+  [attention-grid]=239 [attention-memcheck]=32 [derivatives]=60)
 named=" ${*:-recurrent} "
 named=${named/ recurrent / build smoke gpu grid compile ladder suite memcheck racecheck }
 stages=${named/ attention / build attention-primitives attention-smoke attention-gpu attention-hopper attention-grid \
@@ -280,6 +282,10 @@ if wanted attention-memcheck; then
   stage attention-memcheck env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
     --error-exitcode 9 "$python" benchmarks/gpu_attention_run.py --smoke \
     --case "(float32|bfloat16) .*(S200 D128|S1x300|S70x100)"
+fi
+
+if wanted derivatives; then
+  stage derivatives "$python" benchmarks/derivatives.py --device cuda --seconds 1
 fi
 
 summary() {

@@ -95,6 +95,7 @@ def stages(calls):
         "attention-gpu": "pytest .*-m gpu tests/test_cuda_attention.py$",
         "attention-hopper": "pytest .*-m gpu tests/test_cuda_attention_hopper.py$",
         "attention-grid": "gpu_attention_run.py --out",
+        "derivatives": "^python benchmarks/derivatives.py --device cuda ",
         "attention-memcheck": "^compute-sanitizer --tool memcheck .*gpu_attention_run.py",
     }
     return [name for call in calls for name, pattern in patterns.items() if re.search(pattern, call)]
@@ -183,6 +184,11 @@ def test_script_goes_on_with_the_grid_after_a_case_that_hung(checkout):
     runs = [call for call in calls if "gpu_run.py --out" in call]
     assert ["--resume" in call for call in runs] == [False, True]
     assert "the goals" in done.stdout
+
+
+def test_script_times_derivatives_if_asked_for(checkout):
+    _, calls, _ = checkout("build", "derivatives")
+    assert stages(calls) == ["build", "derivatives"]
 
 
 def test_script_runs_only_the_stages_that_are_named(checkout):
@@ -293,7 +299,7 @@ def shares():
 def test_stages_of_a_set_fill_nine_minutes_and_no_more(name):
     assert sum(shares()[stage] for stage in SETS[name]) == LIMIT
     assert LIMIT + 10 < 540
-    assert shares().keys() == set(SETS["recurrent"] + SETS["attention"])
+    assert shares().keys() == set(SETS["recurrent"] + SETS["attention"] + ("derivatives",))
 
 
 def test_time_that_no_stage_wants_is_the_grid_s(checkout):

@@ -50,8 +50,7 @@ class LSTMCell(Cell):
         AttributeError: input or a state that is no tensor, as in torch.nn.
         RuntimeError: wrong sizes, mixed dtypes or devices; a third derivative, or forward mode over forward
             mode.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
-            and second derivatives.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
         weight_ih (4H, I), weight_hh (4H, H), bias_ih and bias_hh (4H): rows in the order i, f, g, o.
@@ -111,8 +110,7 @@ class GRUCell(Cell):
         AttributeError: input or a state that is no tensor, as in torch.nn.
         RuntimeError: wrong sizes, mixed dtypes or devices; a third derivative, or forward mode over forward
             mode.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
-            and second derivatives.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
         weight_ih (3H, I), weight_hh (3H, H), bias_ih and bias_hh (3H): rows in the order r, z, n.
@@ -175,8 +173,7 @@ class RNNCell(Cell):
         AttributeError: input or a state that is no tensor, as in torch.nn.
         RuntimeError: wrong sizes, mixed dtypes or devices, another nonlinearity; a third derivative, or
             forward mode over forward mode.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
-            and second derivatives.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
         weight_ih (H, I), weight_hh (H, H), bias_ih and bias_hh (H).

@@ -64,8 +64,7 @@ class GRU(RecurrentModule):
             steps, batch_sizes that do not fit, lengths or resets of another shape or dtype or without
             a batch, lengths of a packed input or not in 0..T, grad_clip below 0, truncate below 1; a third
             derivative, forward mode over forward mode, or a second derivative with grad_clip.
-        NotImplementedError: a device, or a tensor layout, for which there is no kernel; on CUDA forward mode
-            and second derivatives.
+        NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
         weight_ih_l[k]: (3H, I), for layers k > 0 (3H, D*H); rows in the order r, z, n.
