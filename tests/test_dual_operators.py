@@ -365,6 +365,22 @@ def test_same_bits_whatever_the_thread_count_and_from_run_to_run(mode, proj_size
             assert_same_bits(first, layer.run(), f" with {count} threads")
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("mode", "proj_size"), LAYERS)
+def test_tangents_of_known_numbers_have_the_same_bits_in_every_partition(
+    mode, proj_size, dtype, two_threads, monkeypatch
+):
+    case = replace(SMALL, mode=mode, proj_size=proj_size, batch=13, hidden_size=45, bidirectional=True)
+    layer = Layer(replace(case, dtype=dtype), Options(lengths=True))
+    monkeypatch.setenv("FASTSEQ_PLAN", "1x1x1")
+    first = layer.run_known()
+    assert_same_bits(first, layer.run_known())
+    for plan in ("2x1x1", "1x2x1", "1x1x2"):
+        monkeypatch.setenv("FASTSEQ_PLAN", plan)
+        assert_same_bits(first, layer.run_known(), f" with {plan}")
+
+
 @pytest.mark.parametrize("plan", ["2x1x1", "1x2x1", "1x1x2"])
 @pytest.mark.parametrize(("mode", "proj_size"), LAYERS)
 def test_every_partition_gives_the_same_bits(mode, proj_size, plan, two_threads, monkeypatch):
@@ -423,6 +439,28 @@ def test_fake_results_have_the_shapes_and_strides_of_real_ones(mode, batch_first
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
+def with_gradients_of_known_numbers():
+    layer = Layer(SMALL)
+    with Calls() as run:
+        layer.run_known()
+    op, arguments = run.calls[-1]
+    op(*arguments[:26], layer.wanted(), *arguments[27:])
+
+
+def with_gradients_of_h_of_another_shape():
+    with Calls() as run:
+        Layer(SMALL).run_known()
+    op, arguments = run.calls[-1]
+    op(*arguments[:-1], arguments[-1][:, 1:])
+
+
+def with_gradients_of_h_in_a_graph():
+    with Calls() as run:
+        Layer(SMALL).run_known()
+    op, arguments = run.calls[1]
+    op(*trained(op, arguments))
+
+
 def with_tangent(name, change):
     def call():
         layer = Layer(SMALL)
@@ -457,6 +495,9 @@ def with_too_few_tangents():
         (with_tangent("weight_hh_l0", lambda x: x.t()), r"tangent of weights\[1\] of shape"),
         (with_states_of_an_rnn, "tangent of h0, which is None"),
         (with_too_few_tangents, "3 tangents of 4 weights"),
+        (with_gradients_of_known_numbers, "grad_hidden, and gradients"),
+        (with_gradients_of_h_of_another_shape, "grad_hidden of shape"),
+        (with_gradients_of_h_in_a_graph, "keep=True where a graph is recorded"),
     ],
 )
 def test_a_tangent_that_does_not_fit_is_a_clear_error(call, words):
@@ -471,11 +512,15 @@ def test_opcheck(mode, proj_size):
     case = replace(SMALL, mode=mode, proj_size=proj_size, bidirectional=True)
     with Calls() as run:
         Layer(case, Options(resets=True, truncate=True)).run()
-    assert [op for op, _ in run.calls] == [
+    with Calls() as run_known:
+        Layer(case, Options(resets=True, truncate=True)).run_known()
+    assert [op for op, _ in run.calls + run_known.calls[2:]] == [
         dual_ops.recurrent_dual,
         dual_ops.recurrent_dual_backward,
+        dual_ops.recurrent_tangents,
+        dual_ops.recurrent_dual_backward,
     ]
-    for op, arguments in run.calls:
+    for op, arguments in run.calls + run_known.calls[1:]:
         opcheck(op, arguments)
-    op, arguments = run.calls[0]
-    opcheck(op, trained(op, arguments))
+    for op, arguments in (run.calls[0], run_known.calls[2]):
+        opcheck(op, trained(op, arguments))
