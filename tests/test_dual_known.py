@@ -1,5 +1,5 @@
-"""recurrent_tangents, and recurrent_dual_backward with the gradient of h that recurrent_backward kept: tangents
-alone, of numbers that passes without tangents made, which the CPU's kernels read."""
+"""recurrent_tangents, and recurrent_dual_backward with the gradient of h that recurrent_backward kept:
+tangents alone, of numbers that passes without tangents made, which the CPU's kernels read."""
 
 from dataclasses import replace
 
