@@ -47,9 +47,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         - `key_padding_mask`: (B, S), or (S) without a batch. bool: True is a key that nobody sees. Float:
           added to the scores.
         - `need_weights`: whether the weights are returned. Without them no L x S matrix is made of them.
-        - `attn_mask`: (L, S), or (B*H, L, S) for a mask of each sequence and head. bool: True is NOT allowed,
-          the reverse of what `fastseq.scaled_dot_product_attention` takes. Float: added to the scores; has a
-          gradient.
+        - `attn_mask`: (L, S), or `(B*H, L, S)` for a mask of each sequence and head. bool: True is NOT
+          allowed, the reverse of what `fastseq.scaled_dot_product_attention` takes. Float: added to the
+          scores; has a gradient.
         - `average_attn_weights`: whether the weights returned are the mean over the heads.
         - `is_causal`: says that attn_mask is the causal one, that is, query i sees the keys up to i. It is
           then not read (unless it requires a gradient), which is faster, and need not be given.
