@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.compiler import is_compiling
 
 from .checks import DTYPES, places_of, problem, tensors_with_kernels
@@ -46,6 +47,7 @@ class Arguments(NamedTuple):
     return_weights: bool
     average_weights: bool = False  # over the heads, if weights are returned
     save: bool = False  # whether arguments and results are kept for the backward pass; fastseq.explain asks
+    deterministic: bool = True  # of the gradients that autograd gives the results
 
 
 class Attention(NamedTuple):
@@ -66,12 +68,17 @@ def dtype_of_sums(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_differentiated(given: Tensor) -> bool:
-    """Whether it requires a gradient, or has a tangent."""
+    """Whether it requires a gradient, or has a tangent, at any level of torch.func. Of what torch.compile
+    traces only the operator knows."""
     if given.requires_grad and torch.is_grad_enabled():
         return True
-    # What torch.compile traces has tangents only when it runs.
-    known = not is_compiling() and torch._C._is_fwd_grad_enabled()
-    return known and torch._VF._unpack_dual(given, level=0)[1] is not None
+    if is_compiling():
+        return False
+    while functorch.is_functorch_wrapped_tensor(given):
+        if functorch.is_gradtrackingtensor(given):
+            return True
+        given = functorch.get_unwrapped(given)
+    return torch._C._is_fwd_grad_enabled() and torch._VF._unpack_dual(given, level=0)[1] is not None
 
 
 def refuse_trained_slopes(slopes: Tensor | None) -> None:

@@ -42,7 +42,7 @@ NUMBERS = "float scale, float softcap, float dropout_p, int left, int right, boo
 # where neither `save` nor weights need it.
 library.define(
     f"attention({TENSORS}, {NUMBERS}, bool return_weights, bool average_weights=False, "
-    "bool save=False) "
+    "bool save=False, bool deterministic=True) "
     "-> (Tensor output, Tensor lse, Tensor weights, Tensor remainder, Tensor normalizer)"
 )
 # `wanted` says for which of [query, key, value, attn_mask, sinks] to return a gradient, `deterministic` that

@@ -36,7 +36,6 @@ from ..attention_dual_ops import DualResults
 from ..checks import problem
 from ..dispatch import is_traced
 from .function import (
-    Backward,
     Function,
     each_entry,
     gradients,
@@ -66,13 +65,11 @@ def attention(*arguments: Any) -> tuple[Tensor, ...]:
         return dtensor.attention(attention, *arguments)
     tensors, (*rest, average_weights, deterministic) = arguments[:9], arguments[9:]
     query, key, value, attn_mask, *_, sinks = tensors
-    differentiates = recording() and needs_gradient(query, key, value, attn_mask, sinks)
-    if not differentiates or (deterministic and is_traced()):
+    if is_traced():
+        return attention_ops.attention(*arguments[:-1], False, deterministic)
+    if not (recording() and needs_gradient(query, key, value, attn_mask, sinks)):
         return attention_ops.attention(*arguments[:-1])
-    if is_compiling():
-        output, lse, weights, *saved = _Attention.apply(*_each_once(tensors), *rest, deterministic)
-    else:
-        output, lse, weights, *saved = differentiable(EagerAttention.apply, *tensors, *rest, deterministic)
+    output, lse, weights, *saved = differentiable(AttentionFunction.apply, *tensors, *rest, deterministic)
     if average_weights:  # a gradient of the mean needs each head's
         weights = weights.mean(dim=1, keepdim=True)
     return output, lse, weights, *saved
@@ -85,22 +82,12 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
 
-def _each_once(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """With a view in place of what is there already: torch.compile takes no argument of a Function twice."""
-    seen: list[Tensor] = []
-    for tensor in tensors:
-        if tensor is not None and any(tensor is other for other in seen):
-            tensor = tensor.view_as(tensor)
-        seen.append(tensor)
-    return tuple(seen)
-
-
 def differentiable(apply: Callable[..., Any], *arguments: Any) -> Sequence[Tensor]:
-    """What the operator returns, with its derivatives; apply: that of EagerAttention.
+    """What the operator returns, with its derivatives; apply: that of AttentionFunction.
 
     Where arguments have tangents, the results and theirs come from one pass.
     """
-    if forward_ad._current_level < 0 and apply == EagerAttention.apply:  # a graph may know more
+    if forward_ad._current_level < 0 and apply == AttentionFunction.apply:  # a graph may know more
         return apply(*arguments)
     duals = _unpack(arguments[:_TENSORS])
     if all(tangent is None for _, tangent in duals):
@@ -172,7 +159,7 @@ def _backward_op(
     return tuple(attention_ops.attention_backward(*tensors, *numbers, wanted, deterministic))
 
 
-class _Attention(Function):
+class AttentionFunction(Function):
     """Its arguments are those of attention(); then the results of attention_dual may follow, if that was
     asked already."""
 
@@ -190,7 +177,8 @@ class _Attention(Function):
         kept = weights if return_weights else None
         remainder_kept = remainder if remainder.dim() > 1 else None
         ctx.save_for_backward(*inputs[:10], output, normalizer, kept, remainder_kept)
-        ctx.constants = inputs[10:16] + inputs[17:18]
+        ctx.save_for_forward(*inputs[:10], *inputs[18:])
+        ctx.constants, ctx.numbers = inputs[10:16] + inputs[17:18], inputs[10:17]
         ctx.given = len(inputs) - 10
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(remainder, normalizer, *([] if return_weights else [weights]))
@@ -204,23 +192,11 @@ class _Attention(Function):
         *_: Tensor | None,
     ) -> Any:
         saved = ctx.saved_tensors
-        compiling = is_compiling()
-        needs = ctx.needs_input_grad if compiling or _is_small(*saved[:2]) else needed(ctx)
+        needs = ctx.needs_input_grad if _is_small(*saved[:2]) else needed(ctx)
         wanted = [needs[i] for i in _AT]
         incoming = (grad_output, grad_lse, grad_weights)
-        function = _AttentionBackward if compiling else EagerAttentionBackward
-        grads = gradients(function, incoming, saved, ctx.constants, wanted)
+        grads = gradients(AttentionBackward, incoming, saved, ctx.constants, wanted)
         return (*_among_tensors(grads), *[None] * ctx.given)
-
-
-class EagerAttention(_Attention):
-    """With forward mode, which torch.compile does not take."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        _Attention.setup_context(ctx, inputs, outputs)
-        ctx.save_for_forward(*inputs[:10], *inputs[18:])
-        ctx.numbers = inputs[10:17]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -260,17 +236,14 @@ def _third(what: str) -> Any:
     return staticmethod(lambda ctx, *_: _raise(what))
 
 
-class _AttentionBackward(Backward):
-    forward = staticmethod(_backward_op)
-    backward = _third("a second derivative, compiled,")
-
-
 # ----------------------------------------------------------------------------------------- second derivatives
 
 
-class EagerAttentionBackward(_AttentionBackward):
+class AttentionBackward(Function):
     """Its arguments: scale to deterministic, wanted, three gradients of results, ten tensors of arguments,
     and what came from the forward pass."""
+
+    forward = staticmethod(_backward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:

@@ -119,20 +119,8 @@ def _is_executed(node: Any) -> bool:
         return True
 
 
-class Backward(Function):
-    """A backward pass as a part of the graph: a second derivative is an error, not silently zero.
-
-    forward(*constants, wanted, *grad_outputs, *tensors) returns the gradients that are wanted, backward is
-    what refuse() returns.
-    """
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        pass
-
-
 def gradients(
-    function: type[Backward],
+    function: type[Function],
     grad_outputs: Sequence[Tensor | None],
     tensors: Sequence[Tensor | None],
     constants: tuple[Any, ...],

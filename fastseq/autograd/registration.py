@@ -17,8 +17,8 @@ from ..checks import CELLS, problem
 from ..dispatch import library, nobody_listens
 from . import dual
 from .attention import (
-    EagerAttention,
-    EagerAttentionBackward,
+    AttentionBackward,
+    AttentionFunction,
     Tangents,
     differentiable,
     second_derivatives,
@@ -116,9 +116,10 @@ def _recurrent_dual_backward(*arguments: Any) -> list[Tensor]:
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, ...]:
-    *rest, average_weights, save = arguments
+    *rest, average_weights, save, deterministic = arguments
     refuse_trained_slopes(Arguments(*arguments).alibi_slopes)
-    output, lse, weights, remainder, normalizer = differentiable(EagerAttention.apply_here, *rest, True)
+    results = differentiable(AttentionFunction.apply_here, *rest, deterministic)
+    output, lse, weights, remainder, normalizer = results
     if average_weights:
         weights = weights.mean(dim=1, keepdim=True)
     if not save:
@@ -130,7 +131,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, ...]:
 def _attention_backward(*arguments: Any) -> list[Tensor]:
     *tensors_and_numbers, wanted, deterministic = arguments
     tensors, numbers = tensors_and_numbers[:17], tensors_and_numbers[17:]
-    return list(EagerAttentionBackward.apply_here(*numbers, deterministic, wanted, *tensors))
+    return list(AttentionBackward.apply_here(*numbers, deterministic, wanted, *tensors))
 
 
 def _attention_dual(*arguments: Any) -> tuple[Tensor, ...]:
