@@ -22,7 +22,7 @@ from .attention_checks import (
     is_causal_bias,
     is_differentiated,
     raise_for_mask,
-    refuse_trained_slopes,
+    raise_for_trained_slopes,
 )
 from .checks import problem, require_tensor
 
@@ -499,5 +499,6 @@ def _per_head(name: str, given: Any, query: Tensor) -> Tensor:
 
 def _slopes(given: Any, query: Tensor) -> Tensor:
     slopes = _per_head("alibi_slopes", given, query)
-    refuse_trained_slopes(slopes)
+    if is_differentiated(slopes):
+        raise_for_trained_slopes()
     return slopes.unsqueeze(0) if slopes.dim() == 1 else slopes

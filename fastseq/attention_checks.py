@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
+from torch._C._functorch import is_batchedtensor
 from torch.compiler import is_compiling
 
 from .checks import DTYPES, places_of, problem, tensors_with_kernels
@@ -68,28 +68,23 @@ def dtype_of_sums(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_differentiated(given: Tensor) -> bool:
-    """Whether it requires a gradient, or has a tangent, at any level of torch.func. Of what torch.compile
-    traces only the operator knows."""
+    """Whether it requires a gradient, or has a tangent. Of what torch.compile traces, and of what
+    torch.func.vmap maps, the operator asks that itself."""
     if given.requires_grad and torch.is_grad_enabled():
         return True
-    if is_compiling():
+    if is_compiling() or is_batchedtensor(given):
         return False
-    while functorch.is_functorch_wrapped_tensor(given):
-        if functorch.is_gradtrackingtensor(given):
-            return True
-        given = functorch.get_unwrapped(given)
     return torch._C._is_fwd_grad_enabled() and torch._VF._unpack_dual(given, level=0)[1] is not None
 
 
-def refuse_trained_slopes(slopes: Tensor | None) -> None:
-    if slopes is not None and is_differentiated(slopes):
-        raise RuntimeError(
-            problem(
-                "alibi_slopes that require a gradient",
-                "constant slopes",
-                "alibi_slopes.detach(), or attn_mask for a bias that is trained",
-            )
+def raise_for_trained_slopes() -> NoReturn:
+    raise RuntimeError(
+        problem(
+            "alibi_slopes that require a gradient",
+            "constant slopes",
+            "alibi_slopes.detach(), or attn_mask for a bias that is trained",
         )
+    )
 
 
 def check_attention(a: Arguments) -> Attention:

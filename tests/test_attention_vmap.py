@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
+from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -192,3 +192,35 @@ def test_multihead_attention_has_per_sample_gradients_and_ensembles(need_weights
     ours = vmap(grad(loss))(stacked, x, padding)
     expected = [grad(loss)({n: p[i] for n, p in stacked.items()}, x[i], padding[i]) for i in range(N)]
     assert_same(ours, tree_map(lambda *g: torch.stack(g), *expected))
+
+
+TRAINED_SLOPES = {
+    "grad": lambda f, s: grad(f)(s[0]),
+    "jvp": lambda f, s: jvp(f, (s[0],), (s[0],)),
+    "grad of each": lambda f, s: vmap(grad(f))(s),
+    "jvp of each": lambda f, s: vmap(lambda s: jvp(f, (s,), (s,)))(s),
+    "jvp of a vmap": lambda f, s: jvp(vmap(f), (s,), (s,)),
+}
+
+
+@pytest.mark.parametrize("transform", TRAINED_SLOPES.values(), ids=list(TRAINED_SLOPES))
+def test_slopes_with_a_gradient_at_any_level_are_an_error(transform):
+    q, slopes = torch.randn(1, 2, 3, 4), torch.rand(5, 2)
+    with pytest.raises(RuntimeError, match="given: alibi_slopes that require a gradient"):
+        transform(lambda s: fastseq.scaled_dot_product_attention(q, q, q, alibi_slopes=s).sum(), slopes)
+
+
+def test_slopes_of_each_entry_are_constants_beside_what_is_differentiated():
+    q, slopes = torch.randn(1, 2, 3, 4, dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64)
+
+    def along(s, q=q):
+        return jvp(lambda q: fastseq.scaled_dot_product_attention(q, q, q, alibi_slopes=s).sum(), (q,), (q,))
+
+    expected = tuple(map(torch.stack, zip(*map(along, slopes), strict=True)))
+    torch.testing.assert_close(vmap(along)(slopes), expected)
+    ours = jvp(
+        lambda q: vmap(lambda s: fastseq.scaled_dot_product_attention(q, q, q, alibi_slopes=s).sum())(slopes),
+        (q,),
+        (q,),
+    )
+    torch.testing.assert_close(ours, expected)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import attention_dual_ops, attention_ops, dual_ops, ops, windows
-from ..attention_checks import Arguments, refuse_trained_slopes
+from ..attention_checks import Arguments, raise_for_trained_slopes
 from ..checks import CELLS, problem
 from ..dispatch import library, nobody_listens
 from . import dual
@@ -117,7 +117,8 @@ def _recurrent_dual_backward(*arguments: Any) -> list[Tensor]:
 
 def _attention(*arguments: Any) -> tuple[Tensor, ...]:
     *rest, average_weights, save, deterministic = arguments
-    refuse_trained_slopes(Arguments(*arguments).alibi_slopes)
+    if _wants_gradient([Arguments(*arguments).alibi_slopes]):
+        raise_for_trained_slopes()
     results = differentiable(AttentionFunction.apply_here, *rest, deterministic)
     output, lse, weights, remainder, normalizer = results
     if average_weights:
@@ -135,7 +136,8 @@ def _attention_backward(*arguments: Any) -> list[Tensor]:
 
 
 def _attention_dual(*arguments: Any) -> tuple[Tensor, ...]:
-    refuse_trained_slopes(arguments[7])
+    if _wants_gradient([arguments[7]]):  # alibi_slopes
+        raise_for_trained_slopes()
     return tuple(Tangents.apply_here(*arguments))
 
 
