@@ -1,8 +1,9 @@
-"""Second derivatives and forward mode of attention on the CPU, against torch's operations (SDPBackend.MATH),
-which are what torch has them by.
+"""Second derivatives and forward mode of attention, on the CPU or a GPU, against torch's operations
+(SDPBackend.MATH), which are what torch has them by.
 
     python benchmarks/derivatives_attention.py
     python benchmarks/derivatives_attention.py --seconds 20 --case "causal .*"
+    python benchmarks/derivatives_attention.py --device cuda --seconds 1
 
 Two things are timed, in turn with torch in one process:
 
@@ -25,9 +26,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fastseq
 from paired import in_turn
-from timers import HostTimer
+from timers import CudaTimer, HostTimer
 
-SHAPES = [(4, 8, 512, 64), (1, 8, 1024, 64)]  # B, H, S, D
+SHAPES = {  # B, H, S, D
+    "cpu": [(4, 8, 512, 64), (1, 8, 1024, 64)],
+    "cuda": [(4, 16, 2048, 64), (4, 8, 2048, 128)],
+}
 
 
 def torchs(*x, **options):
@@ -64,10 +68,10 @@ def training(f, x, along, incoming):
     return lambda: torch.autograd.grad(f(*x), x, incoming)
 
 
-def run(case, shape, is_causal, dtype, seconds):
-    x = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
-    along = [torch.randn(shape, dtype=dtype) for _ in range(3)]
-    given = (x, along, torch.randn(shape, dtype=dtype))
+def run(case, shape, is_causal, dtype, seconds, device):
+    x = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
+    along = [torch.randn(shape, dtype=dtype, device=device) for _ in range(3)]
+    given = (x, along, torch.randn(shape, dtype=dtype, device=device))
     cells = []
     for make, plain in ((forward_mode, forward), (double_backward, training)):
 
@@ -81,7 +85,7 @@ def run(case, shape, is_causal, dtype, seconds):
         }
         for function in functions.values():
             function()
-        rounds = in_turn(functions, None, seconds, 3, HostTimer())
+        rounds = in_turn(functions, None, seconds, 3, CudaTimer() if device == "cuda" else HostTimer())
         cells += [
             statistics.median(rounds.ratios(a, b)) for a, b in (("torch", "fastseq"), ("fastseq", "plain"))
         ]
@@ -94,6 +98,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=6, help="for each of two comparisons of a case")
     parser.add_argument("--case", default="", help="only cases that this regular expression finds")
+    parser.add_argument("--device", choices=SHAPES, default="cpu")
     options = parser.parse_args()
     torch.manual_seed(0)
     print(
@@ -101,12 +106,12 @@ def main() -> None:
     )
     print("|---|---:|---:|---:|---:|")
     for dtype in (torch.float32, torch.bfloat16):
-        for shape in SHAPES:
+        for shape in SHAPES[options.device]:
             for is_causal in (False, True):
                 sizes = "B{} H{} S{} D{}".format(*shape)
                 case = f"{'causal' if is_causal else 'full'}, {sizes}, {str(dtype).removeprefix('torch.')}"
                 if re.search(options.case, case):
-                    run(case, shape, is_causal, dtype, options.seconds)
+                    run(case, shape, is_causal, dtype, options.seconds, options.device)
 
 
 if __name__ == "__main__":

@@ -372,8 +372,8 @@ def _mask_in_four_dimensions(
 # ---------------------------------------------------------------------------------------------------- options
 
 
-def _refuse_nested(*tensors: Any) -> None:
-    if any(isinstance(t, Tensor) and t.is_nested for t in tensors):
+def _refuse_nested(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.is_nested or key.is_nested or value.is_nested:
         raise NotImplementedError(
             problem(
                 "a nested tensor",

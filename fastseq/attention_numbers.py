@@ -99,9 +99,10 @@ def _problem(sizes: Attention, a: Arguments, output: Tensor, threads: int, seed:
     )
 
 
-def _for_every_head(weights: Tensor, sizes: Attention) -> Tensor:
+def _weights(weights: Tensor, sizes: Attention) -> tuple[int, ...]:
     """The mean over the heads as each head's weights: a stride of 0."""
-    return weights if weights.shape[1] == sizes.heads else weights.expand(-1, sizes.heads, -1, -1)
+    address, batch, head, row = _head(weights)
+    return address, batch, head if weights.shape[1] == sizes.heads else 0, row
 
 
 def of_forward(
@@ -116,7 +117,7 @@ def of_forward(
         _mask(a.attn_mask, a),
         _alibi(a),
         address(a.sinks),
-        _head(_for_every_head(weights, sizes)) if a.return_weights else _NO_HEAD,
+        _weights(weights, sizes) if a.return_weights else _NO_HEAD,
         _head(remainder) if remainder.dim() > 1 else _NO_HEAD,
     )
 

@@ -81,13 +81,11 @@ def allocate(a: Arguments, sizes: Attention) -> tuple[Tensor, ...]:
     if a.cu_seqlens_q is not None:
         rows, strides = rows[1:], strides[1:]
     sums = dtype_of_sums(query.dtype)
-    if sums is query.dtype:
-        lse = query.new_empty_strided(rows, strides)  # faster than new_empty
-    else:
-        lse = query.new_empty_strided(rows, strides, dtype=sums)
+    options = {} if sums is query.dtype else {"dtype": sums}  # a dtype takes as long as the rest of the call
+    lse = query.new_empty_strided(rows, strides, **options)  # faster than new_empty
     weights = query.new_empty(_shape_of_weights(a, sizes) if a.return_weights else 0)
     remainder = torch.empty_like(output) if a.save and query.itemsize == 2 else query.new_empty(0)
-    normalizer = query.new_empty((2, *rows), dtype=sums) if a.save or a.return_weights else query.new_empty(0)
+    normalizer = query.new_empty((2, *rows), **options) if a.save or a.return_weights else query.new_empty(0)
     return output, lse, weights, remainder, normalizer
 
 

@@ -27,12 +27,17 @@ is_on = torch._C._is_any_autocast_enabled
 _LOWERED = {torch.float32, torch.bfloat16, torch.float16}
 
 
+def _lower(given: Tensor) -> torch.dtype:
+    """The dtype in which a tensor goes in."""
+    device = "cpu" if given.is_cpu else "cuda" if given.is_cuda else ""
+    if device and given.dtype in _LOWERED and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return given.dtype
+
+
 def lowered(given: Any) -> Any:
     """A tensor as it goes in; anything else as it is."""
-    if not (isinstance(given, Tensor) and (given.is_cpu or given.is_cuda) and given.dtype in _LOWERED):
-        return given
-    device = given.device.type
-    return given.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else given
+    return given.to(_lower(given)) if isinstance(given, Tensor) else given
 
 
 def _dtype_of(state: Any, input: Tensor) -> torch.dtype:
@@ -43,7 +48,7 @@ def _results(
     mode: str, input: Tensor, h0: Any, c0: Any, whole: bool, projected: bool
 ) -> tuple[torch.dtype, torch.dtype]:
     """The dtypes of h and c. whole: on the CPU torch has one kernel for the layer, if it is not projected."""
-    lower = lowered(input).dtype
+    lower = _lower(input)
     if not input.is_cpu or lower is torch.float64 or mode.startswith("RNN"):
         return lower, lower
     if mode != "LSTM":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .attention import _as_it_was
 from .autograd.split_attention import split_attention
@@ -102,7 +103,8 @@ def scaled_dot_product_attention(
     as many bytes back. So each holds at most three processes' keys, whatever the number of processes, and
     what a causal mask or a window hides whole is neither computed nor sent.
     Weights, ALiBi slopes and packed sequences are not there; nor are second derivatives, forward mode and
-    vmap, which raise errors.
+    vmap, which raise errors. torch.compile breaks its graph here, as what is computed and sent follows from
+    numbers of other processes; with fullgraph=True, and in torch.export, that is an error.
     Saved for the backward pass: this process's own tensors, output, in 16-bit dtypes what rounding took from
     it, and three numbers for each query.
 
@@ -120,6 +122,8 @@ def scaled_dot_product_attention(
         (torch.Size([2, 4, 10, 16]), True)
         >>> dist.destroy_process_group()
     """
+    if is_compiling():
+        _leave_the_graph()
     group = _group(group)
     prepared = partial(
         prepare,
@@ -179,6 +183,16 @@ def sequence_positions(
     lengths = shares(length, size)  # in a zigzag only their sum counts
     parts = parts_of(lengths, split)[dist.get_rank(group)]
     return torch.cat([torch.arange(p.start, p.start + p.length, device=device) for p in parts])
+
+
+def _leave_the_graph() -> None:
+    """What is computed and sent follows from numbers of other processes, so that no graph can have it."""
+    given, accepted = "attention that is split between processes, in a graph", "calls outside of graphs"
+    if not is_dynamo_compiling():
+        raise RuntimeError(problem(given, accepted, "torch.export of what is before and behind it"))
+    torch._dynamo.graph_break(
+        msg=problem(given, accepted, "torch.compile without fullgraph, which leaves it out")
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the group

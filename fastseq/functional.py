@@ -73,7 +73,7 @@ def lstm(
             `batch_sizes`.
         weights: for each layer and direction weight_ih (4H, I), weight_hh (4H, R), and optionally bias_ih and
             bias_hh (4H) and weight_hr (R, H); see the head of this module.
-        hx: h_0 (L*D, B, R) and c_0 (L*D, B, H), without B if the input has no batch; zeros if None.
+        hx: h_0 `(L*D, B, R)` and c_0 `(L*D, B, H)`, without B if the input has no batch; zeros if None.
         batch_sizes: int64 (T) on the CPU, the rows of each step of a packed sequence; never increasing.
         bidirectional: whether each layer also runs from the last step to the first.
         batch_first: whether input and output are (B, T, ...).
@@ -96,7 +96,7 @@ def lstm(
             backward passes make the gates again, of a window of steps at a time.
 
     Returns:
-        output (T, B, D*R), with the input's layout, and (h_n, c_n), with the shapes of `hx`.
+        output `(T, B, D*R)`, with the input's layout, and (h_n, c_n), with the shapes of `hx`.
 
     Raises:
         ValueError: input of the wrong rank, or of another dtype than the weights; another `memory`.
@@ -151,13 +151,13 @@ def gru(
             `batch_sizes`.
         weights: for each layer and direction weight_ih (3H, I), weight_hh (3H, H), and optionally bias_ih and
             bias_hh (3H); see the head of this module.
-        hx: h_0 (L*D, B, H), without B if the input has no batch; zeros if None.
+        hx: h_0 `(L*D, B, H)`, without B if the input has no batch; zeros if None.
         reset_after: whether the reset gate acts after the recurrent product (torch) or before it.
         batch_sizes, bidirectional, batch_first, dropout, training, lengths, resets, grad_clip, truncate,
             memory: as for `lstm`.
 
     Returns:
-        output (T, B, D*H), with the input's layout, and h_n (L*D, B, H).
+        output `(T, B, D*H)`, with the input's layout, and h_n `(L*D, B, H)`.
 
     Raises:
         ValueError, RuntimeError, NotImplementedError: as `lstm`.
@@ -205,13 +205,13 @@ def rnn(
             `batch_sizes`.
         weights: for each layer and direction weight_ih (H, I), weight_hh (H, H), and optionally bias_ih and
             bias_hh (H); see the head of this module.
-        hx: h_0 (L*D, B, H), without B if the input has no batch; zeros if None.
+        hx: h_0 `(L*D, B, H)`, without B if the input has no batch; zeros if None.
         nonlinearity: "tanh" or "relu".
         batch_sizes, bidirectional, batch_first, dropout, training, lengths, resets, grad_clip, truncate,
             memory: as for `lstm`.
 
     Returns:
-        output (T, B, D*H), with the input's layout, and h_n (L*D, B, H).
+        output `(T, B, D*H)`, with the input's layout, and h_n `(L*D, B, H)`.
 
     Raises:
         ValueError, RuntimeError, NotImplementedError: as `lstm`; ValueError for another nonlinearity.

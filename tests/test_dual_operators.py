@@ -170,26 +170,6 @@ class Layer:
                     named[f"{prefix}grad of {name}"] = next(grads)
         return named
 
-    def run_known(self, wanted=None):
-        """Tangents alone, of what the operators without tangents kept."""
-        arguments, tangents, layer = self.call()
-        bounds = self.options.bounds()
-        clip, truncate = bounds.get("grad_clip"), bounds.get("truncate", 0)
-        results = ops.recurrent(*arguments, *layer, False, "gates")
-        count, kept = 3 if self.case.mode == "LSTM" else 2, (results[0], results[3])
-        cotangents = [[*x, *[None] * (3 - count)] for x in self.cotangents(results[:count])]
-        none, wanted = [False] * len(self.names()), wanted or self.wanted()
-        bounds = (clip, truncate)
-        (hidden,) = ops.recurrent_backward(*cotangents[0], *arguments, *kept, *layer, *bounds, none, True)
-        made = dual_ops.recurrent_tangents(*arguments, *kept, *tangents, *layer, truncate, True)
-        given = (*cotangents[0], *cotangents[1], *arguments, *kept, *tangents, made[0], made[3])
-        grads = iter(dual_ops.recurrent_dual_backward(*given, *layer, *bounds, none, wanted, hidden))
-        named = {f"tangent of {name}": x for name, x in zip(RESULTS[:count], made, strict=False)}
-        for name, want in zip(self.names(), wanted, strict=True):
-            if want and self.values.get(name) is not None:
-                named[f"tangent of grad of {name}"] = next(grads)
-        return named
-
     def run_plainly(self, along=0.0):
         """Results and gradients by the operators without tangents, moved along the direction."""
         arguments, _, layer = self.call(along)
@@ -255,45 +235,6 @@ def test_tangents_of_gradients_are_their_differences(mode, proj_size, options):
         if not options.truncate:
             difference = (after[name] - before[name]) / (2 * EPSILON)
             torch.testing.assert_close(results[f"tangent of {name}"], difference, **DIFFERENCES)
-
-
-def tangents_of(results):
-    return {name: x for name, x in results.items() if name.startswith("tangent of")}
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_tangents_of_known_numbers_have_the_bits_of_one_pass_over_both(case):
-    layer = Layer(case)
-    assert_same_bits(layer.run_known(), tangents_of(layer.run()))
-
-
-@pytest.mark.parametrize("options", [*EACH, replace(ALL, truncate=False)], ids=str)
-@pytest.mark.parametrize(("mode", "proj_size"), LAYERS)
-def test_tangents_of_known_numbers_with_each_option(mode, proj_size, options):
-    case = replace(SMALL, mode=mode, proj_size=proj_size, bidirectional=True)
-    for given in (None, ["input"], ["weight_hh_l0", "h0"]):
-        layer = Layer(case, options, given)
-        assert_same_bits(layer.run_known(), tangents_of(layer.run()))
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if c.batch == 37 or c.proj_size], ids=str)
-def test_tangents_of_known_numbers_match_the_equations(case, dtype):
-    case = replace(case, dtype=dtype)
-    layer = Layer(case)
-    in_dtype, exact = (tangents_of(layer.expected(x)) for x in (dtype, torch.float64))
-    assert_all_as_accurate_as_torch(layer.run_known(), in_dtype, exact, dtype)
-
-
-@pytest.mark.parametrize(("mode", "proj_size"), LAYERS)
-def test_known_numbers_need_no_gradient_that_is_not_wanted(mode, proj_size):
-    layer = Layer(replace(SMALL, mode=mode, proj_size=proj_size, bidirectional=True))
-    every, there = layer.run_known(), layer.wanted()
-    for i in range(len(there)):
-        results = layer.run_known([there[i] and j == i for j in range(len(there))])
-        assert sum("grad of" in name for name in results) == there[i]
-        assert_same_bits(results, {name: every[name] for name in results})
 
 
 @pytest.mark.parametrize(("mode", "proj_size"), LAYERS)
@@ -443,10 +384,7 @@ def test_opcheck(mode, proj_size, lengths):
     case = replace(SMALL, mode=mode, proj_size=proj_size, bidirectional=True)
     with Calls() as run:
         Layer(case, Options(lengths, resets=True, truncate=True)).run()
-    assert [op for op, _ in run.calls] == [
-        dual_ops.recurrent_dual,
-        dual_ops.recurrent_dual_backward,
-    ]
+    assert [op for op, _ in run.calls] == [dual_ops.recurrent_dual, dual_ops.recurrent_dual_backward]
     for op, arguments in run.calls:
         opcheck(op, arguments)
     op, arguments = run.calls[0]

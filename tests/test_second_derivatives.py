@@ -14,6 +14,7 @@ import reference
 from harness import call_module, call_reference, cell_class, make_data, make_module, states_of
 from reference import MODES
 from test_gradcheck import CASES, SMALL
+from test_operators import Calls
 from tolerances import GRADCHECK, SAME_FLOAT64
 
 
@@ -168,6 +169,50 @@ def test_hessian_vector_products_in_every_way_are_those_of_the_equations(case):
 
 
 OVER_FORWARD = {"vectorize": True, "outer_jacobian_strategy": "forward-mode"}
+
+
+def operators_of(call):
+    with Calls() as run:
+        call()
+    return [op._schema.name.removeprefix("fastseq::") for op, _ in run.calls]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives_make_nothing_that_is_known_again(mode):
+    case = replace(SMALL, mode=mode)
+    module, data = make_module(case), make_data(case)
+    leaves = [*data.values(), *module.parameters()]
+
+    def penalty():
+        output = call_module(case, module, data)["output"]
+        (gradient,) = torch.autograd.grad(output.sum(), data["input"], create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), leaves)
+
+    first = ["recurrent", "recurrent_backward"]
+    assert operators_of(penalty) == [*first, "recurrent_tangents", "recurrent_dual_backward"]
+    ours, _, at = both(case)
+    product = operators_of(lambda: jvp(grad(ours, every(len(at))), at, at))
+    assert sorted(product) == ["recurrent_backward", "recurrent_dual", "recurrent_dual_backward"]
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives_along_many_directions_at_once_are_those_of_each(mode, lengths):
+    case = replace(SMALL, mode=mode, bidirectional=True)
+    module, data = make_module(case), make_data(case)
+    options = {"lengths": torch.tensor([3, 1])} if lengths else {}
+    x, leaves = data["input"], [*data.values(), *module.parameters()]
+    output, _ = module(x, states_of(data), **options)
+    (first,) = torch.autograd.grad(output.sin().sum(), x, create_graph=True)
+    along = torch.randn(3, *first.shape, dtype=first.dtype)
+
+    def second(u, **options):
+        return torch.autograd.grad(first, leaves, u, retain_graph=True, **options)
+
+    each = [torch.stack(column) for column in zip(*map(second, along), strict=True)]
+    for found in (second(along, is_grads_batched=True), vmap(second)(along)):
+        for a, b in zip(found, each, strict=True):
+            torch.testing.assert_close(a, b, **SAME_FLOAT64)
 
 
 @pytest.mark.parametrize("mode", MODES)

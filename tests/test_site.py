@@ -53,6 +53,16 @@ def test_site_builds_without_warnings_and_has_every_page(tmp_path):
     for page in PAGES:
         built = site / page.relative_to(ROOT / "docs").with_suffix("")
         assert (built.parent if page.stem == "index" else built).joinpath("index.html").exists()
+    for page in site.glob(
+        "api/*/index.html"
+    ):  # docstrings emphasize nothing: that was a product, as in (L*D, B)
+        assert "<em>" not in page.read_text(), page.parent.name
+
+
+def test_home_leads_to_every_page():
+    home = (ROOT / "docs" / "index.md").read_text()
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in PAGES} - {"index.md"}
+    assert pages == set(re.findall(r"\]\(([\w/]+\.md)\)", home))
 
 
 def test_api_pages_tell_of_all_public_names():

@@ -431,6 +431,8 @@ def within(how):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert layer(*(x.float() for x in leaves))[0].dtype is torch.bfloat16
         return
+    if how == "compile":
+        layer = torch.compile(layer, backend="aot_eager")
     with torch.inference_mode() if how == "inference" else nullcontext():
         outputs = checkpoint(layer, *leaves, use_reentrant=False) if how == "checkpoint" else layer(*leaves)
     torch.testing.assert_close(outputs[0].detach().clone(), expected["output"], **SAME_FLOAT64)
@@ -439,9 +441,31 @@ def within(how):
         torch.testing.assert_close(leaves[1].grad, expected["grad of key"], **SAME_FLOAT64)
 
 
-@pytest.mark.parametrize("how", ["checkpoint", "autocast", "inference", "mesh"])
+@pytest.mark.parametrize("how", ["checkpoint", "autocast", "inference", "mesh", "compile"])
 def test_it_works_within(world, how):
     world.run(within, how)
+
+
+class Layer(torch.nn.Module):
+    def forward(self, x):
+        return attend(x, x, x)
+
+
+def captured(how):
+    x = rows(1, 1, 2, 4)
+    try:
+        if how == "compile":
+            torch.compile(Layer(), backend="eager", fullgraph=True)(x)
+        else:
+            torch.export.export(Layer(), (x,), strict=how == "strict export")
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("how", ["compile", "export", "strict export"])
+def test_a_graph_that_may_not_break_is_a_clear_error(world, how):
+    assert all("attention that is split between processes" in text for text in world.run(captured, how))
 
 
 def test_parts_as_long_as_what_kernels_call_few(world):

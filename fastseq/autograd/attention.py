@@ -32,7 +32,6 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from .. import attention_dual_ops, attention_ops
-from ..attention_checks import Arguments
 from ..attention_dual_ops import DualResults
 from ..checks import problem
 from ..dispatch import is_traced
@@ -101,8 +100,9 @@ def differentiable(apply: Callable[..., Any], *arguments: Any) -> Sequence[Tenso
 
     Where arguments have tangents, the results and theirs come from one pass.
     """
-    known = forward_ad._current_level >= 0 or apply != EagerAttention.apply  # a graph may know more
-    duals = _unpack(arguments[:_TENSORS]) if known else [(x, None) for x in arguments[:_TENSORS]]
+    if forward_ad._current_level < 0 and apply == EagerAttention.apply:  # a graph may know more
+        return apply(*arguments)
+    duals = _unpack(arguments[:_TENSORS])
     if all(tangent is None for _, tangent in duals):
         return apply(*arguments)
     primals, tangents = zip(*duals, strict=True)
@@ -186,7 +186,7 @@ class _Attention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         output, _, weights, remainder, normalizer = outputs
-        return_weights = Arguments(*inputs[:17]).return_weights
+        return_weights = inputs[16]
         kept = weights if return_weights else None
         remainder_kept = remainder if remainder.dim() > 1 else None
         ctx.save_for_backward(*inputs[:10], output, normalizer, kept, remainder_kept)
@@ -203,11 +203,13 @@ class _Attention(Function):
         grad_weights: Tensor | None,
         *_: Tensor | None,
     ) -> Any:
-        needs = needed(ctx)
+        saved = ctx.saved_tensors
+        compiling = is_compiling()
+        needs = ctx.needs_input_grad if compiling or _is_small(*saved[:2]) else needed(ctx)
         wanted = [needs[i] for i in _AT]
         incoming = (grad_output, grad_lse, grad_weights)
-        function = _AttentionBackward if is_compiling() else EagerAttentionBackward
-        grads = gradients(function, incoming, ctx.saved_tensors, ctx.constants, wanted)
+        function = _AttentionBackward if compiling else EagerAttentionBackward
+        grads = gradients(function, incoming, saved, ctx.constants, wanted)
         return (*_among_tensors(grads), *[None] * ctx.given)
 
 
@@ -227,6 +229,12 @@ class EagerAttention(_Attention):
             changed = _along(saved[:10], [tangents[i] for i in _AT], ctx.numbers, saved[10:])
         weights = changed.weights_tangent if ctx.numbers[-1] else None
         return changed.output_tangent, changed.lse_tangent, weights, None, None
+
+
+def _is_small(query: Tensor, key: Tensor) -> bool:
+    """Whether all gradients are made in less time than it takes to ask which of them are needed: of a leaf
+    torch tells that by an exception."""
+    return query.numel() * key.shape[2 if key.dim() == 4 else 0] < 2**18
 
 
 def _among_tensors(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

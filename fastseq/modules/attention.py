@@ -47,9 +47,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         - `key_padding_mask`: (B, S), or (S) without a batch. bool: True is a key that nobody sees. Float:
           added to the scores.
         - `need_weights`: whether the weights are returned. Without them no L x S matrix is made of them.
-        - `attn_mask`: (L, S), or (B*H, L, S) for a mask of each sequence and head. bool: True is NOT allowed,
-          the reverse of what `fastseq.scaled_dot_product_attention` takes. Float: added to the scores; has a
-          gradient.
+        - `attn_mask`: (L, S), or `(B*H, L, S)` for a mask of each sequence and head. bool: True is NOT
+          allowed, the reverse of what `fastseq.scaled_dot_product_attention` takes. Float: added to the
+          scores; has a gradient.
         - `average_attn_weights`: whether the weights returned are the mean over the heads.
         - `is_causal`: says that attn_mask is the causal one, that is, query i sees the keys up to i. It is
           then not read (unless it requires a gradient), which is faster, and need not be given.
@@ -142,8 +142,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        for name, given in (("query", query), ("key", key), ("value", value)):
-            require_tensor(name, given)
+        if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+            for name, given in (("query", query), ("key", key), ("value", value)):
+                require_tensor(name, given)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
@@ -265,14 +266,14 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Raises what torch.nn.MultiheadAttention raises, in three lines."""
-        shapes = (
-            f"query of shape {tuple(query.shape)}, key of shape {tuple(key.shape)}, "
-            f"value of shape {tuple(value.shape)}"
-        )
         rank = query.dim()
         if rank not in (2, 3) or key.dim() != rank or value.dim() != rank:
             raise AssertionError(
-                problem(shapes, "3 dimensions each, or 2 each without a batch", "query.unsqueeze(...)")
+                problem(
+                    _shapes(query, key, value),
+                    "3 dimensions each, or 2 each without a batch",
+                    "query.unsqueeze(...)",
+                )
             )
         if query.shape[-1] != self.embed_dim:
             raise AssertionError(
@@ -286,7 +287,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if key.shape[:compared] != value.shape[:compared]:
             raise AssertionError(
                 problem(
-                    shapes,
+                    _shapes(query, key, value),
                     "key and value of the same " + ("shape" if compared is None else "lengths and batch"),
                     "check both",
                 )
@@ -304,11 +305,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         if rank == 3 and query.shape[batch] != key.shape[batch]:
             raise RuntimeError(
                 problem(
-                    shapes,
+                    _shapes(query, key, value),
                     f"one batch size in dimension {batch}, for batch_first={self.batch_first}",
                     "key.expand(...), or the other batch_first",
                 )
             )
+
+
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return (
+        f"query of shape {tuple(query.shape)}, key of shape {tuple(key.shape)}, "
+        f"value of shape {tuple(value.shape)}"
+    )
 
 
 def _check_mask(name: str, mask: Tensor | None, ranks: tuple[int, ...]) -> None:

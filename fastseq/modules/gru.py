@@ -44,7 +44,7 @@ class GRU(RecurrentModule):
     Inputs:
         - `input`: (T, B, I); (B, T, I) if `batch_first`; (T, I) for one sequence without a batch; or a
           `torch.nn.utils.rnn.PackedSequence`, sorted or not. Any strides; it is not copied.
-        - `hx`: h_0 of shape (L*D, B, H), without B for an input without a batch. Zeros if None.
+        - `hx`: h_0 of shape `(L*D, B, H)`, without B for an input without a batch. Zeros if None.
         - `lengths`: int64 or int32 (B), on any device, in any order, 0 to T: row b has the steps t <
           lengths[b]. Behind them its output is zero and its input reaches nothing; its last state is the one
           after them, and the backward direction begins with the last of them. None: all have all steps.
@@ -53,7 +53,7 @@ class GRU(RecurrentModule):
           is 0), and in the backward direction that before step t - 1. None: no episode begins.
 
     Returns:
-        output, h_n: the last layer's h_t for all t, (T, B, D*H), laid out and packed like the input, both
+        output, h_n: the last layer's h_t for all t, `(T, B, D*H)`, laid out and packed like the input, both
         directions side by side; and the state after the last step, with the shape of hx.
 
     Raises:
@@ -67,7 +67,7 @@ class GRU(RecurrentModule):
         NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
-        weight_ih_l[k]: (3H, I), for layers k > 0 (3H, D*H); rows in the order r, z, n.
+        weight_ih_l[k]: (3H, I), for layers k > 0 `(3H, D*H)`; rows in the order r, z, n.
         weight_hh_l[k]: (3H, H).
         bias_ih_l[k], bias_hh_l[k]: (3H).
         Each also with the suffix _reverse if bidirectional. All start uniform in +-1/sqrt(H), as in torch.nn

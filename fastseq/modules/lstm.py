@@ -44,7 +44,7 @@ class LSTM(RecurrentModule):
     Inputs:
         - `input`: (T, B, I); (B, T, I) if `batch_first`; (T, I) for one sequence without a batch; or a
           `torch.nn.utils.rnn.PackedSequence`, sorted or not. Any strides; it is not copied.
-        - `hx`: (h_0, c_0) of shapes (L*D, B, R) and (L*D, B, H), without B for an input without a batch.
+        - `hx`: (h_0, c_0) of shapes `(L*D, B, R)` and `(L*D, B, H)`, without B for an input without a batch.
           Zeros if None.
         - `lengths`: int64 or int32 (B), on any device, in any order, 0 to T: row b has the steps t <
           lengths[b]. Behind them its output is zero and its input reaches nothing; its last state is the one
@@ -54,7 +54,7 @@ class LSTM(RecurrentModule):
           is 0), and in the backward direction that before step t - 1. None: no episode begins.
 
     Returns:
-        output, (h_n, c_n): the last layer's h_t for all t, (T, B, D*R), laid out and packed like the input,
+        output, (h_n, c_n): the last layer's h_t for all t, `(T, B, D*R)`, laid out and packed like the input,
         both directions side by side; and the states after the last step, with the shapes of hx.
 
     Raises:
@@ -69,7 +69,7 @@ class LSTM(RecurrentModule):
         NotImplementedError: a device, or a tensor layout, for which there is no kernel.
 
     Attributes:
-        weight_ih_l[k]: (4H, I), for layers k > 0 (4H, D*R); rows in the order i, f, g, o.
+        weight_ih_l[k]: (4H, I), for layers k > 0 `(4H, D*R)`; rows in the order i, f, g, o.
         weight_hh_l[k]: (4H, R).
         bias_ih_l[k], bias_hh_l[k]: (4H).
         weight_hr_l[k]: (R, H), if proj_size > 0.
