@@ -1,8 +1,8 @@
 """Time loops in Python: for each step torch's matrix product and a kernel for what is left of the cell.
 
-For the *Cell modules, which have one step, and for layers whose product of one step is so large that
-launching it costs nothing beside it. loops.py says when; csrc/fastseq.h (CellStepArgs, CellGradArgs) what the
-kernels do.
+For the *Cell modules, which have one step, for layers whose product of one step is so large that launching it
+costs nothing beside it, and for all layers over dual numbers. loops.py and dual_loops.py say when;
+csrc/fastseq.h (CellStepArgs, CellGradArgs and those of dual numbers) what the kernels do.
 
 Both directions of a layer take their steps at the same time: every launch, of a product or of a kernel, is
 for both. What a step launches is put together once, as operations on buffers that all steps share; a step
@@ -187,9 +187,7 @@ def forward_step(
 ) -> list[Operation]:
     """What a step does: h (D, B, R) and c (D, B, H) before it, which may be None for zeros, h_next and c_next
     after it, which may be the same; c_next and c may be wide. pre (rows, D*G*H), output (T, B, D*R) and saved
-    (D, rows, slots, H), or if `saves_states` (D, rows, H) of c. What lies behind lengths is left alone.
-
-    Of dual numbers all tensors have two planes."""
+    (D, rows, slots, H), or if `saves_states` (D, rows, H) of c. What lies behind lengths is left alone."""
     directions, batch, width = h_next.planes[0].shape
     hidden, planes = weights.hh.shape[1] // CELLS[mode].gates, len(h_next.planes)
     operations: list[Operation] = []
@@ -221,15 +219,8 @@ def forward_step(
         of_h, of_product = none if h is None else h.planes, none if product is None else product.planes
         tensors: list[Any] = []
         for p in range(min(planes, 2)):
-            tensors += [
-                of_product[p],
-                weights.bias_hh[p],
-                of_h[p],
-                c[p],
-                h_next.planes[p],
-                c_next[p],
-                saved[p],
-            ]
+            tensors += [of_product[p], weights.bias_hh[p], of_h[p], c[p]]
+            tensors += [h_next.planes[p], c_next[p], saved[p]]
         kernel = kernels.module.cell_forward
         if planes > 1:
             kernel = kernels.module.cell_dual_forward
