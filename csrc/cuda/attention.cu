@@ -62,7 +62,9 @@ Call call_of(const AttentionArgs& a, const GpuAttentionPlan& plan) {
 }
 
 DualCall call_of(const AttentionDualArgs& args, const GpuAttentionPlan& plan) {
-  DualCall call = {call_of(args.primal, plan), args};
+  DualCall call = {};
+  static_cast<Call&>(call) = call_of(args.primal, plan);
+  call.tangents = args;
   const int size = element_size(args.primal.dtype), chunk = 16 / size;
   call.aligned_query_tangent = rows_at_multiples(args.query, chunk, size);
   call.aligned_key_tangent = rows_at_multiples(args.key, chunk, size);

@@ -17,8 +17,8 @@
 // while running: an arithmetic has one kernel for each size of heads. Keys are not cut into parts.
 //
 // Cost of a score: 3 (D + Dv) multiply-adds on tensor cores, three times those of the primal; one ex2 and some 12 other
-// operations. From shared memory 16 bits of 4 (D + Dv) / 16 elements. Registers of a lane (ptxas, sm_80 and sm_90a) and
-// bytes of shared memory, of 64, 128 and 256 features: see DualForwardShape in attention_shapes.h.
+// operations. From shared memory 2 (D + Dv) / 16 elements of keys and values, and 2 D of rows for each tile of keys. Budgets
+// of registers and shared memory are in attention_shapes.h.
 #pragma once
 
 #include "attention_dual_tiles.h"

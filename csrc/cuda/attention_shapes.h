@@ -45,7 +45,12 @@ using ForwardShape = ByFeatures<
     BySize<kSize, TileShape<128, 4, kAny ? 1 : 2, 32>, TileShape<128, 4, 1, 32>, TileShape<128, 2, 1, 8>>,
     BySize<kSize, TileShape<256, 4, 1, 32>, TileShape<256, 4, 1, 16, 2>, TileShape<256, 2, 1, 8, 2>>>;
 
-// Forward over dual numbers: likewise, with tiles of the tangents too, within 99 KB but for doubles of 256 features.
+// Forward over dual numbers: likewise, with tiles of the tangents too. Rows x keys, registers of a lane (ptxas, the most of
+// sm_80 and sm_90a), and shared memory, of 64, 128 and 256 features:
+//
+//   16 bits   64 x 32, 246, 48 KB    64 x 16, 244, 64 KB    32 x 16, 250, 96 KB
+//   float32   64 x 16, 200, 68 KB    64 x 8, 240, 99 KB     16 x 8, 254, 98 KB
+//   float64   32 x 8, 228, 68 KB     16 x 8, 228, 99 KB     16 x 8, 228, 195 KB
 template <int kSize, int kFeatures>
 using DualForwardShape = ByFeatures<
     kFeatures, BySize<kSize, TileShape<64, 4, 1, 32>, TileShape<64, 4, 1, 16>, TileShape<64, 4, 1, 8, 2>>,
@@ -78,8 +83,15 @@ using GradKeysShape = ByFeatures<
            TileShape<128, 2, 1, 8, 2>>,
     BySize<kSize, TileShape<256, 8, 1, 16, 2>, TileShape<256, 4, 1, 8, 2>, TileShape<256, 4, 1, 8, 4>>>;
 
-// Tangents of the gradients of queries, and of keys: as those, with tiles of tangents too. Of doubles of 256 features no
-// multiprocessor holds them.
+// Tangents of the gradients of queries, and of keys: as those, with tiles of tangents too. Rows x keys and keys x rows,
+// registers, and shared memory, as above. Doubles of 256 features are more than a multiprocessor holds.
+//
+//   16 bits   64 x 32, 254, 64 KB    64 x 16, 225, 96 KB    32 x 16, 238, 128 KB     queries
+//             64 x 32, 254, 66 KB    64 x 16, 254, 97 KB    32 x 16, 210, 129 KB     keys
+//   float32   64 x 8, 206, 85 KB     32 x 8, 188, 99 KB     16 x 8, 191, 130 KB      queries
+//             64 x 8, 185, 85 KB     32 x 8, 187, 99 KB     16 x 8, 187, 130 KB      keys
+//   float64   16 x 8, 240, 68 KB     16 x 8, 254, 132 KB                             queries
+//             16 x 8, 212, 69 KB     16 x 8, 212, 133 KB                             keys
 template <int kSize, int kFeatures>
 using DualGradQueriesShape = ByFeatures<
     kFeatures, BySize<kSize, TileShape<64, 4, 1, 32>, TileShape<64, 4, 1, 8>, TileShape<64, 2, 1, 8, 2>>,
