@@ -190,7 +190,7 @@ def test_attention_is_one_operator_whatever_the_length(options):
     compiled.assert_same_bits(*data(12))
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled.assert_same_bits(*data(9))
-        compiled.assert_same_bits(*data(50))
+        compiled.assert_same_bits(*data(200))  # where the backward pass asks what is needed
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

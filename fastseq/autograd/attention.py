@@ -34,7 +34,7 @@ from torch.nn import Parameter
 from .. import attention_dual_ops, attention_ops
 from ..attention_dual_ops import DualResults
 from ..checks import problem
-from ..dispatch import is_traced
+from ..dispatch import is_traced, nobody_listens
 from .function import (
     Function,
     each_entry,
@@ -192,7 +192,8 @@ class AttentionFunction(Function):
         *_: Tensor | None,
     ) -> Any:
         saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad if _is_small(*saved[:2]) else needed(ctx)
+        asks = not nobody_listens() or _is_large(*saved[:2])  # a size that is traced is not compared
+        needs = needed(ctx) if asks else ctx.needs_input_grad
         wanted = [needs[i] for i in _AT]
         incoming = (grad_output, grad_lse, grad_weights)
         grads = gradients(AttentionBackward, incoming, saved, ctx.constants, wanted)
@@ -207,10 +208,10 @@ class AttentionFunction(Function):
         return changed.output_tangent, changed.lse_tangent, weights, None, None
 
 
-def _is_small(query: Tensor, key: Tensor) -> bool:
-    """Whether all gradients are made in less time than it takes to ask which of them are needed: of a leaf
+def _is_large(query: Tensor, key: Tensor) -> bool:
+    """Whether a gradient that nobody needs would take longer than asking which of them are needed: of a leaf
     torch tells that by an exception."""
-    return query.numel() * key.shape[2 if key.dim() == 4 else 0] < 2**18
+    return query.numel() * key.shape[2 if key.dim() == 4 else 0] >= 2**18
 
 
 def _among_tensors(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
