@@ -310,7 +310,7 @@ def test_a_forced_instruction_set_is_named(isa):
 
 def loop_plan(gpu, mode="LSTM", dtype=torch.bfloat16, backward=False, **sizes):
     """The plan of a layer on a GPU, by the kernels of a device that is like it; nothing runs."""
-    from fastseq.explain import _plan
+    from fastseq.explain_calls import _plan
 
     case = Case(mode, dtype, **{"input_size": 8, "steps": 512} | sizes)
     weights = [w for group in make_module(case).all_weights for w in group]
