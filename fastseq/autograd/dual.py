@@ -302,7 +302,9 @@ def in_one_pass(
     values, tangents = unpack(arguments)
     if all(x is None for x in tangents):
         return None
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*values, *tangents):
+    # A batched tensor does not tell whether it requires a gradient.
+    wants = torch._C._any_requires_grad(*values, *tangents) or any(map(is_batched, tangents))
+    if torch.is_grad_enabled() and wants:
         return None
     input, h0, c0, *weights = values
     options = (layer, batch_first, truncate, save, grad_clip)
