@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import dual_ops
+from .. import dual_ops, ops
 from ..checks import CELLS, problem
 from .function import Function, each_entry, is_batched, needed
 
@@ -38,6 +38,12 @@ def _as_sequence(tensor: Tensor | None) -> Tensor | None:
 
 def is_one_step(sequence: Tensors) -> bool:
     return sequence[0].dim() == 2 and sequence[1] is None
+
+
+def are_readable(input: Tensor) -> bool:
+    """Whether tangents_of_known reads what the forward pass has kept."""
+    kernels = ops.KERNELS.get(input.device.type)
+    return kernels is not None and kernels.keeps
 
 
 def forward(
@@ -81,6 +87,9 @@ def tangents_of_known(
             lambda entry: tangents_of_known(sequence, weights, output, saved, entry, *options)[4:], tangents
         )
     else:
+        if is_one_step(sequence):
+            sequence = [_as_sequence(x) for x in sequence]
+            tangents = [*map(_as_sequence, tangents[:3]), *tangents[3:]]
         of_arguments, of_weights = tangents[:3], list(tangents[3:])
         given = (*sequence, list(weights), output, saved, *of_arguments, of_weights)
         along = dual_ops.recurrent_tangents(*given, *layer, truncate, save)
@@ -287,4 +296,6 @@ def in_one_pass(
     input, h0, c0, *weights = values
     made = forward((input, *sequence[1:4], h0, c0), weights, tangents, layer, batch_first, truncate, save)
     # Of what is empty there is no tangent.
-    return tuple(forward_ad.make_dual(x, u) if x.dim() > 1 else x for x, u in zip(made, made[4:], strict=False))
+    return tuple(
+        forward_ad.make_dual(x, u) if x.dim() > 1 else x for x, u in zip(made, made[4:], strict=False)
+    )

@@ -134,13 +134,7 @@ def _keeps(input: Tensor, grad_clip: float | None) -> bool:
     """Whether second derivatives will be made of what both passes keep. torch.func and torch.compile see
     operators, which keep nothing."""
     recorded = torch.is_grad_enabled() and not is_traced()
-    return recorded and grad_clip is None and _are_readable(input)
-
-
-def _are_readable(input: Tensor) -> bool:
-    """Whether the operators of tangents read what the forward pass has kept."""
-    kernels = ops.KERNELS.get(input.device.type)
-    return kernels is not None and kernels.keeps
+    return recorded and grad_clip is None and dual.are_readable(input)
 
 
 class _Recurrent(Function):
@@ -286,7 +280,7 @@ class _RecurrentBackwardAlong(_RecurrentBackward):
             states = (*kept, *tangents[9:11])
             if CELLS[mode].saved == 0:  # an empty tensor
                 states = (*states[:3], kept[1])
-            readable = _are_readable(sequence[0]) and not dual.is_one_step(sequence)
+            readable = dual.are_readable(sequence[0]) and not dual.is_one_step(sequence)
             if truncate or not readable or any(x is None for x in states):
                 if readable:
                     made = dual.tangents_of_known(sequence, weights, *kept, along, layer, truncate, True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checks import problem
+from ..steps import wide_dtype
 from . import dual
 from .function import Function, gradients, needed
 
@@ -18,9 +20,9 @@ class Gradients(Function):
     forward takes constants, which begin with mode, directions, bias, grad_clip and truncate; a list that
     says which gradients of input, h0, c0 and weights are wanted; grad_output, grad_h_n, grad_c_n; the
     sequence; two tensors that the forward pass saved; and the weights. It returns the gradients, and it may
-    return the gradient of h at every step as well (see fastseq.ops). If so, the two tensors are output and
-    gates, and second derivatives are made of tangents alone. If not, they make what was saved again, with its
-    tangent, and so do not depend on how much it was.
+    return the gradient of h at every step as well (see fastseq.ops). If so, and of a cell, the two tensors
+    are output and gates, and second derivatives are made of tangents alone. If not, they make what was saved
+    again, with its tangent, and so do not depend on how much it was.
     """
 
     @staticmethod
@@ -76,10 +78,16 @@ class _Second(Function):
         along, grad_hidden, tensors = tensors[:count], tensors[count], tensors[count + 1 :]
         grads, sequence, weights = list(tensors[:3]), tensors[3:9], tensors[11:]
         layer, of_arguments = (mode, directions, bias), any(wanted[3:])
+        output, saved = tensors[9:11]
+        if dual.is_one_step(sequence) and dual.are_readable(output):
+            # The gradient of its h is the one that came in.
+            grad_hidden = torch.zeros_like(output) if grads[0] is None else grads[0]
+            grad_hidden = grad_hidden.to(wide_dtype(output)).unsqueeze(0)
+            output, saved = output.unsqueeze(0), saved.unsqueeze(0) if saved.dim() > 1 else saved
         if grad_hidden is None:
             made = dual.forward(sequence, weights, along, layer, False, truncate, of_arguments)
         else:
-            known = (sequence, weights, *tensors[9:11])
+            known = (sequence, weights, output, saved)
             made = dual.tangents_of_known(*known, along, layer, truncate, of_arguments)
         of_grads = list(made[4:7])
         if dual.is_one_step(sequence):
