@@ -40,7 +40,7 @@ def is_one_step(sequence: Tensors) -> bool:
 
 
 def are_readable(input: Tensor) -> bool:
-    """Whether the operators of tangents read what the forward pass has kept."""
+    """Whether tangents_of_known reads what the forward pass has kept."""
     kernels = ops.KERNELS.get(input.device.type)
     return kernels is not None and kernels.keeps
 
@@ -87,6 +87,9 @@ def tangents_of_known(
             lambda entry: tangents_of_known(sequence, weights, output, saved, entry, *options)[4:], tangents
         )
     else:
+        if is_one_step(sequence):
+            sequence = [_as_sequence(x) for x in sequence]
+            tangents = [*map(_as_sequence, tangents[:3]), *tangents[3:]]
         of_arguments, of_weights = tangents[:3], list(tangents[3:])
         given = (*sequence, list(weights), output, saved, *of_arguments, of_weights)
         along = dual_ops.recurrent_tangents(*given, *layer, truncate, save)
