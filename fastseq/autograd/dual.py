@@ -39,8 +39,8 @@ def is_one_step(sequence: Tensors) -> bool:
     return sequence[0].dim() == 2 and sequence[1] is None
 
 
-def are_readable(input: Tensor) -> bool:
-    """Whether the operators of tangents read what the forward pass has kept."""
+def tangents_are_made_alone(input: Tensor) -> bool:
+    """Whether the device has kernels for tangents of what the passes without them have kept."""
     kernels = ops.KERNELS.get(input.device.type)
     return kernels is not None and kernels.keeps
 
