@@ -34,10 +34,11 @@ def make_dual(x: Tensor, tangent: Tensor) -> Tensor:
 
 
 def has_tangent(tensors: Iterable[Any]) -> bool:
-    """Whether any does, of lists of tensors too."""
+    """Whether any does, of lists of tensors too. Those of other layouts, which no kernel takes, cannot be
+    asked."""
     for x in tensors:
         if isinstance(x, Tensor):
-            if unpack_dual(x)[1] is not None:
+            if x.layout is torch.strided and unpack_dual(x)[1] is not None:
                 return True
         elif isinstance(x, (list, tuple)) and has_tangent(x):
             return True

@@ -64,9 +64,9 @@ def gradients_along(ctx: Any, *tangents: Any, of_gates: bool = False) -> Any:
         states = (*kept, *tangents[9:11])
         if CELLS[mode].saved == 0:  # an empty tensor
             states = (*states[:3], kept[1])
-        readable = of_gates and dual.are_readable(sequence[0]) and not dual.is_one_step(sequence)
+        readable = of_gates and not dual.is_one_step(sequence)
         if truncate or not readable or any(x is None for x in states):
-            if readable:
+            if readable and dual.are_readable(sequence[0]):
                 made = dual.tangents_of_known(sequence, weights, *kept, along, layer, truncate, True)
             else:
                 made = dual.forward(sequence, weights, along, layer, False, truncate, True)
