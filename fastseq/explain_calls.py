@@ -129,9 +129,26 @@ def _read_gradients(names: dict[int, str], arguments: Sequence[Any], _: Any) -> 
 
 
 def _read_layer_along(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
-    *sequence, weights = arguments[:7]
-    input, batch_sizes, lengths, resets, h0, c0 = sequence
-    *tangents, of_weights, mode, directions, bias, _, truncate, save = arguments[7:17]
+    constants = (*arguments[11:14], *arguments[15:17])  # without batch_first
+    return _call_along("recurrent_dual", names, arguments[:11], constants, results)
+
+
+def _read_tangents(names: dict[int, str], arguments: Sequence[Any], results: Sequence[Tensor]) -> Call:
+    output, saved = arguments[7:9]
+    given = (*arguments[:7], *arguments[9:13])
+    made = (output, None, None, saved, *results)
+    return _call_along("recurrent_tangents", names, given, arguments[13:], made)
+
+
+def _call_along(
+    operator: str,
+    names: dict[int, str],
+    tensors: Sequence[Any],
+    constants: Sequence[Any],
+    results: Sequence[Tensor | None],
+) -> Call:
+    input, batch_sizes, lengths, resets, h0, c0, weights, *tangents, of_weights = tensors
+    mode, directions, bias, truncate, save = constants
     layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
     kept = {"input": input, "batch_sizes": batch_sizes, "lengths": lengths, "resets": resets}
     kept |= {"h0": h0, "c0": c0, "output": results[0], "gates": results[3]}
@@ -139,18 +156,8 @@ def _read_layer_along(names: dict[int, str], arguments: Sequence[Any], results: 
     of_tensors |= {"output": results[4], "gates": results[7]}
     kept |= {f"tangent of {name}": x for name, x in of_tensors.items()}
     along = dual_ops.multiplies_by_tangents(layer, of_weights)
-    options = _options(lengths, resets, None, truncate)
-    rest = (batch_sizes, False, options, along)
-    return _call("recurrent_dual", names, mode, layer, input, weights, kept if save else None, *rest)
-
-
-def _read_tangents(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:
-    input, batch_sizes, lengths, resets, h0, c0, weights = arguments[:7]
-    of_weights, mode, directions, bias, truncate, _ = arguments[12:]
-    layer = check_layer(input, batch_sizes, h0, c0, weights, mode, directions, bias)
-    along = dual_ops.multiplies_by_tangents(layer, of_weights)
     rest = (batch_sizes, False, _options(lengths, resets, None, truncate), along)
-    return _call("recurrent_tangents", names, mode, layer, input, weights, None, *rest)
+    return _call(operator, names, mode, layer, input, weights, kept if save else None, *rest)
 
 
 def _read_gradients_along(names: dict[int, str], arguments: Sequence[Any], _: Any) -> Call:

@@ -263,7 +263,7 @@ def test_tiles_fit_every_gpu_or_are_blocks(dtype, head_size, backward, facts):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"weights": True}, "weights are returned"),
+        ({"weights": True}, "weights that are returned"),
         ({"weights": True, "backward": True}, "a gradient of the weights"),
         ({"of_mask": True, "backward": True}, "a gradient of the mask"),
         ({"head_size": 257}, "heads of more than 256 features"),

@@ -131,7 +131,7 @@ def test_second_derivatives_of_a_layer_are_reported_with_what_is_saved():
     module, x = fastseq.LSTM(4, 8, truncate=6), torch.randn(9, 3, 4)
     calls = fastseq.explain(penalty(module, x))
     names = [call.operator for call in calls]
-    assert names == ["recurrent", "recurrent_backward", "recurrent_dual", "recurrent_dual_backward"]
+    assert names == ["recurrent", "recurrent_backward", "recurrent_tangents", "recurrent_dual_backward"]
     *_, along, gradients = calls
     gates, a_state = 9 * 3 * 5 * 8 * 4, 9 * 3 * 8 * 4
     kept = {"input": x.nbytes, "tangent of input": x.nbytes, "gates": gates, "tangent of gates": gates}

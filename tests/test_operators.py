@@ -99,8 +99,8 @@ def check(calls):
     """Without a graph, and with one where there is a derivative."""
     for op, arguments in calls:
         opcheck(op, arguments)
-        names = [argument.name for argument in op._schema.arguments]
-        bounded = "grad_clip" in names and arguments[names.index("grad_clip")] is not None
+        given = {a.name: x for a, x in zip(op._schema.arguments, arguments, strict=False)}
+        bounded = given.get("grad_clip") is not None
         if op._schema.name != "fastseq::recurrent_checkpoints" and not bounded:
             opcheck(op, trained(op, arguments))
 
