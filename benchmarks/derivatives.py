@@ -3,6 +3,7 @@
     python benchmarks/derivatives.py
     python benchmarks/derivatives.py --seconds 20 --case "LSTM T100 B1 .*"
     python benchmarks/derivatives.py --device cuda
+    OMP_NUM_THREADS=1 python benchmarks/derivatives.py --cpu-time    # on a machine that does other things too
 
 torch.nn's layers have second derivatives by the same formulas as such a loop, and no forward mode. The loop
 multiplies all steps by W_ih at once, and each by W_hh. Three things are timed, in turn with the loop in one
@@ -26,7 +27,7 @@ from torch.func import functional_call, grad, jvp
 
 import fastseq
 from paired import in_turn
-from timers import CudaTimer, HostTimer
+from timers import CudaTimer, HostTimer, ProcessTimer
 
 SHAPES = [(100, 1, 128, 256), (100, 16, 256, 256), (100, 64, 512, 512)]  # T, B, I, H
 
@@ -34,9 +35,9 @@ SHAPES = [(100, 1, 128, 256), (100, 16, 256, 256), (100, 64, 512, 512)]  # T, B,
 class Loop(torch.nn.Module):
     """A layer with the parameters of `module`, step by step."""
 
-    def __init__(self, module: fastseq.LSTM | fastseq.GRU) -> None:
+    def __init__(self, module: fastseq.LSTM | fastseq.GRU | fastseq.RNN) -> None:
         super().__init__()
-        self.gates = 4 if isinstance(module, fastseq.LSTM) else 3
+        self.gates = {fastseq.LSTM: 4, fastseq.GRU: 3, fastseq.RNN: 1}[type(module)]
         for name, parameter in module.named_parameters():
             self.register_parameter(name, parameter)
 
@@ -50,6 +51,8 @@ class Loop(torch.nn.Module):
                 i, f, g, o = (a + u).chunk(4, 1)
                 c = f.sigmoid() * c + i.sigmoid() * g.tanh()
                 h = o.sigmoid() * c.tanh()
+            elif self.gates == 1:
+                h = torch.tanh(a + u)
             else:
                 (x_r, x_z, x_n), (u_r, u_z, u_n) = a.chunk(3, 1), u.chunk(3, 1)
                 z = (x_z + u_z).sigmoid()
@@ -122,12 +125,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6, help="for each of three comparisons of a case")
     parser.add_argument("--case", default="", help="only cases that this regular expression finds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--cpu-time", action="store_true", help="the processor's: with one thread")
     options = parser.parse_args()
-    timer = HostTimer() if options.device == "cpu" else CudaTimer()
+    on_host = ProcessTimer if options.cpu_time else HostTimer
+    timer = on_host() if options.device == "cpu" else CudaTimer()
     torch.manual_seed(0)
     print("| float32 | double backward | jvp | HVP | jvp / forward pass |")
     print("|---|---|---|---|---|")
-    for name in ("LSTM", "GRU"):
+    for name in ("LSTM", "GRU", "RNN"):
         for steps, batch, inputs, hidden in SHAPES:
             case = f"{name} T{steps} B{batch} {inputs}->{hidden}"
             if re.search(options.case, case):

@@ -193,6 +193,15 @@ def test_second_derivatives_make_nothing_that_is_known_again(mode):
     known = ops.KERNELS["cpu"].keeps  # of the rung
     along = "recurrent_tangents" if known else "recurrent_dual"
     assert operators_of(penalty) == [*first, along, "recurrent_dual_backward"]
+    call, (x, *rest) = cell_as_function(mode)
+
+    def penalty_of_a_cell():
+        output = call(x, *rest)[0] if mode == "LSTM" else call(x, *rest)
+        (gradient,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), rest, allow_unused=True)
+
+    of_cell = ["recurrent_cell", "recurrent_backward", along, "recurrent_dual_backward"]
+    assert operators_of(penalty_of_a_cell) == of_cell
     ours, _, at = both(case)
     product = operators_of(lambda: jvp(grad(ours, every(len(at))), at, at))
     assert sorted(product) == ["recurrent_backward", "recurrent_dual", "recurrent_dual_backward"]

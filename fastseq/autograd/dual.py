@@ -39,8 +39,8 @@ def is_one_step(sequence: Tensors) -> bool:
     return sequence[0].dim() == 2 and sequence[1] is None
 
 
-def tangents_are_made_alone(input: Tensor) -> bool:
-    """Whether the device has kernels for tangents of what the passes without them have kept."""
+def are_readable(input: Tensor) -> bool:
+    """Whether tangents_of_known reads what the forward pass has kept."""
     kernels = ops.KERNELS.get(input.device.type)
     return kernels is not None and kernels.keeps
 
@@ -87,6 +87,9 @@ def tangents_of_known(
             lambda entry: tangents_of_known(sequence, weights, output, saved, entry, *options)[4:], tangents
         )
     else:
+        if is_one_step(sequence):
+            sequence = [_as_sequence(x) for x in sequence]
+            tangents = [*map(_as_sequence, tangents[:3]), *tangents[3:]]
         of_arguments, of_weights = tangents[:3], list(tangents[3:])
         given = (*sequence, list(weights), output, saved, *of_arguments, of_weights)
         along = dual_ops.recurrent_tangents(*given, *layer, truncate, save)
@@ -302,7 +305,9 @@ def in_one_pass(
     values, tangents = unpack(arguments)
     if all(x is None for x in tangents):
         return None
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*values, *tangents):
+    # A batched tensor does not tell whether it requires a gradient.
+    wants = torch._C._any_requires_grad(*values, *tangents) or any(map(is_batched, tangents))
+    if torch.is_grad_enabled() and wants:
         return None
     input, h0, c0, *weights = values
     options = (layer, batch_first, truncate, save, grad_clip)

@@ -132,7 +132,7 @@ def _keeps(input: Tensor, grad_clip: float | None) -> bool:
     """Whether second derivatives will be made of what both passes keep. torch.func and torch.compile see
     operators, which keep nothing."""
     recorded = torch.is_grad_enabled() and not is_traced()
-    return recorded and grad_clip is None and dual.tangents_are_made_alone(input)
+    return recorded and grad_clip is None and dual.are_readable(input)
 
 
 class _Recurrent(Function):

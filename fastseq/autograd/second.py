@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..checks import CELLS
+from ..steps import wide_dtype
 from . import dual
 from .function import Function, gradients, needed
 
@@ -19,9 +21,9 @@ class Gradients(Function):
     forward takes constants, which begin with mode, directions, bias, grad_clip and truncate; a list that
     says which gradients of input, h0, c0 and weights are wanted; grad_output, grad_h_n, grad_c_n; the
     sequence; two tensors that the forward pass saved; and the weights. It returns the gradients, and it may
-    return the gradient of h at every step as well (see fastseq.ops). If so, the two tensors are output and
-    gates, and second derivatives are made of tangents alone. If not, they make what was saved again, with its
-    tangent, and so do not depend on how much it was.
+    return the gradient of h at every step as well (see fastseq.ops). If so, and of a cell, the two tensors
+    are output and gates, and second derivatives are made of tangents alone. If not, they make what was saved
+    again, with its tangent, and so do not depend on how much it was.
     """
 
     @staticmethod
@@ -64,7 +66,7 @@ def gradients_along(ctx: Any, *tangents: Any, of_gates: bool = False) -> Any:
             states = (*states[:3], kept[1])
         readable = of_gates and not dual.is_one_step(sequence)
         if truncate or not readable or any(x is None for x in states):
-            if readable and dual.tangents_are_made_alone(sequence[0]):
+            if readable and dual.are_readable(sequence[0]):
                 made = dual.tangents_of_known(sequence, weights, *kept, along, layer, truncate, True)
             else:
                 made = dual.forward(sequence, weights, along, layer, False, truncate, True)
@@ -97,7 +99,14 @@ class _Known(NamedTuple):
 
     @staticmethod
     def of(tensors: Sequence[Any]) -> _Known:
-        return _Known(tensors[0], tensors[1:4], tensors[4:10], tensors[10:12], tensors[12:])
+        known = _Known(tensors[0], tensors[1:4], tensors[4:10], tensors[10:12], tensors[12:])
+        output, saved = known.kept
+        if not (dual.is_one_step(known.sequence) and dual.are_readable(output)):
+            return known
+        # Of a cell the gradient of h is the one that came in.
+        grad = torch.zeros_like(output) if known.grads[0] is None else known.grads[0]
+        kept = output.unsqueeze(0), saved.unsqueeze(0) if saved.dim() > 1 else saved
+        return known._replace(grad_hidden=grad.to(wide_dtype(output)).unsqueeze(0), kept=kept)
 
     def tangents(self, along: Any, layer: Any, truncate: int, save: bool) -> tuple[Any, ...]:
         """As dual.forward() returns them."""
