@@ -151,6 +151,9 @@ def padded_backward(
         run(layer, mode, *gradients, input, None, None, *states, *bounds, grads, *kept)
         return
     grad_input, grad_h0, grad_c0, *grad_weights = grads
+    for tensor in kept:
+        if tensor is not None:
+            p.clear_rest(tensor)
     packed_input = p.packed(input)
     run(
         _of_rows(layer, p),
