@@ -127,19 +127,25 @@ def test_a_layer_in_forward_mode_is_reported_with_its_sizes(mode, two_threads):
     assert first.plan.partition == cut
 
 
-def test_second_derivatives_of_a_layer_are_reported_with_what_is_saved():
-    module, x = fastseq.LSTM(4, 8, truncate=6), torch.randn(9, 3, 4)
-    calls = fastseq.explain(penalty(module, x))
+def test_second_derivatives_of_a_layer_are_reported_after_the_first_ones():
+    calls = fastseq.explain(penalty(fastseq.LSTM(4, 8, truncate=6), torch.randn(9, 3, 4)))
     names = [call.operator for call in calls]
     assert names == ["recurrent", "recurrent_backward", "recurrent_tangents", "recurrent_dual_backward"]
     *_, along, gradients = calls
+    assert along.options == gradients.options == ("truncate 6",)
+    assert str(gradients).startswith("the gradients of LSTM along a direction, ")
+
+
+@pytest.mark.cuda_host
+def test_steps_over_dual_numbers_are_reported_with_what_is_saved(twin):
+    module, x = fastseq.LSTM(4, 8), torch.randn(9, 3, 4)
+    *_, along, gradients = fastseq.explain(penalty(module, x))
+    assert [along.operator, gradients.operator] == ["recurrent_dual", "recurrent_dual_backward"]
     gates, a_state = 9 * 3 * 5 * 8 * 4, 9 * 3 * 8 * 4
     kept = {"input": x.nbytes, "tangent of input": x.nbytes, "gates": gates, "tangent of gates": gates}
     kept |= {"output": a_state, "tangent of output": a_state}
     assert along.saved == kept | {"weights": sum(p.nbytes for p in module.parameters())}
     assert along.backward.partition == gradients.plan.partition
-    assert along.options == gradients.options == ("truncate 6",)
-    assert str(gradients).startswith("the gradients of LSTM along a direction, ")
 
 
 @pytest.mark.cuda_host
