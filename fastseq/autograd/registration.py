@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import attention_dual_ops, attention_ops, dual_ops, ops, windows
 from ..attention_checks import Arguments, raise_for_trained_slopes
@@ -30,7 +31,15 @@ from .recurrent import _RecurrentAlong, _RecurrentBackwardAlong, _RecurrentCellA
 
 def _wants_gradient(arguments: Sequence[Any]) -> bool:
     """Whether a graph is recorded; it is not where a Function calls the operator in its forward pass."""
-    return _is_reverse(arguments) or (torch._C._is_fwd_grad_enabled() and has_tangent(arguments))
+    return _is_reverse(arguments) or (torch._C._is_fwd_grad_enabled() and _is_forward(arguments))
+
+
+def _is_forward(arguments: Sequence[Any]) -> bool:
+    if forward_ad._current_level < 0 and nobody_listens():
+        # A graph that torch.compile's backend "eager" runs may have entered a level itself. To ask every
+        # tensor would take a third of a small call's time: the first one tells.
+        arguments = [next((x for x in arguments if isinstance(x, Tensor)), None)]
+    return has_tangent(arguments)
 
 
 def _is_reverse(arguments: Sequence[Any]) -> bool:
