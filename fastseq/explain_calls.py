@@ -21,6 +21,8 @@ from .attention_checks import Arguments, Attention, check_attention
 from .checks import Layer, check_layer
 from .plan_words import amount, many
 
+_ALONG = {*dual_ops.OPERATORS, "recurrent_tangents", *attention_dual_ops.OPERATORS}  # a direction
+
 
 class Plan(NamedTuple):
     """How one pass of a call runs."""
@@ -313,7 +315,7 @@ def _call_of_attention(
     def plan(backward: bool) -> Plan:
         mask = a.attn_mask if backward and a.attn_mask is not None and a.attn_mask.requires_grad else None
         of_mask = None if mask is None else tuple(size > 1 for size in mask.shape)
-        if "_dual" in operator:
+        if operator in _ALONG:
             kernels = attention_dual_ops.KERNELS.get(query.device.type)
             asked = (longest, a, of_mask, bool(a.return_weights), backward)
         else:
@@ -372,7 +374,7 @@ def _wrap(text: str, begin: str) -> list[str]:
 
 def _title(operator: str, mode: str, weight: str, layer: Layer, input: Tensor, packed: bool) -> str:
     words = ["the gradients of " * operator.endswith("_backward") + mode]
-    words[0] += " along a direction" * ("_dual" in operator)
+    words[0] += " along a direction" * (operator in _ALONG)
     words += [f"{_of_dtype(input.dtype)} on {input.device}"]
     words += [f"T {layer.steps}"] * (operator != "recurrent_cell")
     words += [f"B {layer.batch}", f"I {layer.input_size}", f"H {layer.hidden_size}"]
@@ -384,7 +386,7 @@ def _title(operator: str, mode: str, weight: str, layer: Layer, input: Tensor, p
 
 def _title_of_attention(operator: str, a: Arguments, sizes: Attention) -> str:
     words = ["the gradients of " * operator.endswith("_backward") + "attention"]
-    words[0] += " along a direction" * ("_dual" in operator)
+    words[0] += " along a direction" * (operator in _ALONG)
     words += [f"{_of_dtype(a.query.dtype)} on {a.query.device}", f"B {sizes.batch}"]
     grouped, narrower = sizes.heads != sizes.kv_heads, sizes.head_size != sizes.value_size
     words += [f"Hq {sizes.heads}", f"Hkv {sizes.kv_heads}"] if grouped else [f"heads {sizes.heads}"]

@@ -133,6 +133,7 @@ def test_second_derivatives_of_a_layer_are_reported_after_the_first_ones():
     assert names == ["recurrent", "recurrent_backward", "recurrent_tangents", "recurrent_dual_backward"]
     *_, along, gradients = calls
     assert along.options == gradients.options == ("truncate 6",)
+    assert str(along).startswith("LSTM along a direction, ")
     assert str(gradients).startswith("the gradients of LSTM along a direction, ")
 
 
