@@ -18,6 +18,7 @@ from torch._C._functorch import is_batchedtensor
 from torch.compiler import is_compiling
 
 from .checks import DTYPES, places_of, problem, tensors_with_kernels
+from .dispatch import has_tangent
 
 
 def is_causal_bias(x: object) -> bool:
@@ -74,7 +75,7 @@ def is_differentiated(given: Tensor) -> bool:
         return True
     if is_compiling() or is_batchedtensor(given):
         return False
-    return torch._C._is_fwd_grad_enabled() and torch._VF._unpack_dual(given, level=0)[1] is not None
+    return torch._C._is_fwd_grad_enabled() and has_tangent([given])
 
 
 def raise_for_trained_slopes() -> NoReturn:

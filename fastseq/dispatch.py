@@ -3,7 +3,7 @@ without asking torch's dispatcher, which takes longer than small work does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,31 @@ def is_traced() -> bool:
     """Whether torch.compile, torch.export or torch.func see the calls. They know the operators' own gradients
     and batching rules, and a graph has one operator where a Function has two graphs."""
     return is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+_LEVEL = 0  # of forward mode: torch has one, or one within each level of torch.func
+
+
+def unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Number and tangent at the innermost level. forward_ad knows none where torch.compile's graph entered
+    it."""
+    return torch._VF._unpack_dual(x, level=_LEVEL)
+
+
+def make_dual(x: Tensor, tangent: Tensor) -> Tensor:
+    return torch._VF._make_dual(x, tangent, level=_LEVEL)
+
+
+def has_tangent(tensors: Iterable[Any]) -> bool:
+    """Whether any does, of lists of tensors too. Those of other layouts, which no kernel takes, cannot be
+    asked."""
+    for x in tensors:
+        if isinstance(x, Tensor):
+            if x.layout is torch.strided and unpack_dual(x)[1] is not None:
+                return True
+        elif isinstance(x, (list, tuple)) and has_tangent(x):
+            return True
+    return False
 
 
 def plain_device(*tensors: Tensor | None) -> str:

@@ -32,6 +32,7 @@ from .attention_checks import Arguments, check_attention, is_causal_bias
 from .autograd.function import needs_gradient
 from .autograd.split_attention import Options
 from .checks import DTYPES, problem, require_tensor
+from .dispatch import has_tangent
 from .exchange import Schedule, Task
 from .sequence_parts import Part, known_split, parts_of, visible_block
 
@@ -152,9 +153,7 @@ def _refuse_types(**given: Any) -> None:
 
 
 def _refuse_transforms(*tensors: Tensor | None) -> None:
-    forward_mode = forward_ad._current_level >= 0 and any(
-        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    )
+    forward_mode = forward_ad._current_level >= 0 and has_tangent(tensors)
     if forward_mode or torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             problem(

@@ -34,17 +34,15 @@ from torch.nn import Parameter
 from .. import attention_dual_ops, attention_ops
 from ..attention_dual_ops import DualResults
 from ..checks import problem
-from ..dispatch import is_traced, nobody_listens
+from ..dispatch import is_traced, make_dual, nobody_listens, unpack_dual
 from .function import (
     Function,
     each_entry,
     gradients,
     is_batched,
-    make_dual,
     needed,
     needs_gradient,
     recording,
-    unpack_dual,
 )
 
 _TENSORS = 10  # of Arguments

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .. import dual_ops, ops
 from ..checks import CELLS, problem
-from .function import Function, each_entry, is_batched, make_dual, needed, unpack_dual
+from ..dispatch import make_dual, unpack_dual
+from .function import Function, each_entry, is_batched, needed
 
 Tensors = Sequence[Tensor | None]
 LOOP = "a loop of torch operations over time"  # what has all derivatives

@@ -6,7 +6,7 @@ pass is a Function too, which has second derivatives; a third is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,30 +19,6 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from ..checks import problem
-
-_LEVEL = 0  # of forward mode: torch has one, or one within each level of torch.func
-
-
-def unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Number and tangent at the innermost level. forward_ad knows none where torch.compile's graph entered
-    it."""
-    return torch._VF._unpack_dual(x, level=_LEVEL)
-
-
-def make_dual(x: Tensor, tangent: Tensor) -> Tensor:
-    return torch._VF._make_dual(x, tangent, level=_LEVEL)
-
-
-def has_tangent(tensors: Iterable[Any]) -> bool:
-    """Whether any does, of lists of tensors too. Those of other layouts, which no kernel takes, cannot be
-    asked."""
-    for x in tensors:
-        if isinstance(x, Tensor):
-            if x.layout is torch.strided and unpack_dual(x)[1] is not None:
-                return True
-        elif isinstance(x, (list, tuple)) and has_tangent(x):
-            return True
-    return False
 
 
 def recording() -> bool:

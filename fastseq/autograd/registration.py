@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from .. import attention_dual_ops, attention_ops, dual_ops, ops, windows
 from ..attention_checks import Arguments, raise_for_trained_slopes
 from ..checks import CELLS, problem
-from ..dispatch import library, nobody_listens
+from ..dispatch import has_tangent, library, nobody_listens
 from . import dual
 from .attention import (
     AttentionBackward,
@@ -24,7 +24,6 @@ from .attention import (
     differentiable,
     second_derivatives,
 )
-from .function import has_tangent
 from .memory import RecurrentInWindows, WindowsBackward, keeps_gates
 from .recurrent import _RecurrentAlong, _RecurrentBackwardAlong, _RecurrentCellAlong
 
