@@ -344,6 +344,12 @@ def with_tangent(name, change):
     return call
 
 
+def assert_clear_error(call, words):
+    with pytest.raises(RuntimeError, match=words) as error:
+        call()
+    assert all(word in str(error.value) for word in ("given:", "accepted:", "try:"))
+
+
 def with_states_of_an_rnn():
     layer = Layer(replace(SMALL, mode="GRU", states=False))
     layer.tangents["h0"] = torch.zeros(1, 3, 7)
@@ -372,9 +378,15 @@ def with_too_few_tangents():
     ],
 )
 def test_a_tangent_that_does_not_fit_is_a_clear_error(call, words):
-    with pytest.raises(RuntimeError, match=words) as error:
-        call()
-    assert all(word in str(error.value) for word in ("given:", "accepted:", "try:"))
+    assert_clear_error(call, words)
+
+
+def check_operators(calls):
+    """All of them, and the first, of tangents, with a graph too."""
+    for op, arguments in calls:
+        opcheck(op, arguments)
+    op, arguments = calls[0]
+    opcheck(op, trained(op, arguments))
 
 
 @pytest.mark.parametrize("lengths", [False, True])
@@ -385,7 +397,4 @@ def test_opcheck(mode, proj_size, lengths):
     with Calls() as run:
         Layer(case, Options(lengths, resets=True, truncate=True)).run()
     assert [op for op, _ in run.calls] == [dual_ops.recurrent_dual, dual_ops.recurrent_dual_backward]
-    for op, arguments in run.calls:
-        opcheck(op, arguments)
-    op, arguments = run.calls[0]
-    opcheck(op, trained(op, arguments))
+    check_operators(run.calls)
